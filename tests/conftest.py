@@ -1,0 +1,68 @@
+"""Shared data: one small synthetic EGTEA, its shards, and one Ray instance for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune_ego.cluster import ray_session
+from tune_ego.config import Config, override_config
+from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.synthetic import synthesize
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = {
+    "data.crop": 32,
+    "model.width": 0.05,
+    "model.bn_momentum": 0.1,
+    "train.batch_size": 4,
+    "train.iterations": 6,
+    "train.validate_every": 2,
+    "train.log_every": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real annotations, gaze and videos, where they are."""
+    if not (SHARED / "egtea").is_dir():
+        pytest.skip("no real EGTEA annotations here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def egtea(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 clips of 4 classes in two sessions, one of each gaze layout."""
+    root = tmp_path_factory.mktemp("synthetic") / "egtea"
+    synthesize(root, verbs=2, nouns=2, clips=40, seconds=0.8, size=(96, 72), seed=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray on this machine, started once; never a cluster that the environment points to."""
+    os.environ.pop("RAY_ADDRESS", None)
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shards(egtea: Path, ray_cluster: None) -> str:
+    out = egtea.parent / "shards"
+    prepare(str(egtea), str(out), image_size=(48, 36))
+    return str(out)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def tiny_config(**changes: object) -> Config:
+    """Seconds of training on a CPU; keyword `train__iterations` is the key `train.iterations`."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return override_config(Config(), {**TINY, **dotted}, "test")

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import tiny_config
+from tune_ego.dataset.shards import Clip, open_shards
+from tune_ego.errors import UserError
+from tune_ego.feed.batches import ray_batches
+from tune_ego.feed.windows import (
+    FeedPlan,
+    Window,
+    WindowReader,
+    check_fits,
+    dense_starts,
+    spread_starts,
+    training_window,
+)
+
+CLIPS = [Clip(f"c{n}", n % 3, 10 + n, "s", 0) for n in range(12)]
+
+
+def windows(seed: int, samples: range) -> list[Window]:
+    return [training_window(CLIPS, seed, n, (48, 36), 32) for n in samples]
+
+
+def test_the_sample_order_is_a_pure_function_and_an_epoch_a_permutation() -> None:
+    order = windows(1, range(36))
+    assert windows(1, range(20, 36)) == order[20:]
+    for epoch in range(3):
+        assert sorted(w.clip for w in order[12 * epoch : 12 * epoch + 12]) == list(range(12))
+    assert windows(2, range(36)) != order
+    for window in order:
+        assert 0 <= window.start <= max(0, CLIPS[window.clip].frames - 16)
+        assert 0 <= window.top <= 4 and 0 <= window.left <= 16
+    assert {w.flip for w in order} == {True, False}
+
+
+def test_evaluation_windows() -> None:
+    assert dense_starts(10) == dense_starts(16) == [0]
+    assert dense_starts(17) == [0, 1]
+    assert dense_starts(32) == [0, 8, 16]
+    assert dense_starts(35) == [0, 8, 16, 19]
+    assert spread_starts(36, 1) == [10]
+    assert spread_starts(36, 2) == [5, 15]
+    assert spread_starts(10, 3) == [0]
+
+
+def test_a_window_is_the_frames_flow_and_gaze_of_its_place(shards: str) -> None:
+    data = open_shards(shards)
+    clips = data.test(1)
+    clip = max(clips, key=lambda clip: clip.frames)
+    index = clips.index(clip)
+    rows = pq.read_table(clip.shard, partitioning=None).to_pylist()
+    rows = [row for row in rows if row["clip"] == clip.name]
+    reader = WindowReader(clips, ("rgb", "flow"), data.image_size, 32)
+    start = clip.frames - 16
+    for flip in (False, True):
+        sample = reader.read(Window(index, start, top=3, left=5, flip=flip))
+        for t, row in enumerate(rows[start:]):
+            rgb = cv2.imdecode(np.frombuffer(row["rgb"], np.uint8), cv2.IMREAD_COLOR)[3:35, 5:37, ::-1]
+            flow = cv2.imdecode(np.frombuffer(row["flow"], np.uint8), cv2.IMREAD_GRAYSCALE)
+            x, y = flow[:36][3:35, 5:37], flow[36:][3:35, 5:37]
+            if flip:
+                rgb, x, y = rgb[:, ::-1], 255 - x[:, ::-1], y[:, ::-1]
+            assert (sample["rgb"][t] == rgb).all()
+            assert (sample["flow"][t] == np.stack([x, y], axis=-1)).all()
+            assert sample["gaze_valid"][t] == row["gaze_valid"]
+            if row["gaze_valid"]:
+                gaze_x, gaze_y = (row["gaze_x"] * 48 - 5) / 32, (row["gaze_y"] * 36 - 3) / 32
+                assert sample["gaze"][t] == pytest.approx((1 - gaze_x if flip else gaze_x, gaze_y), abs=1e-5)
+
+
+def test_short_clips_repeat_their_last_frame(shards: str) -> None:
+    data = open_shards(shards)
+    clips = data.test(1)
+    short = Clip(clips[0].name, 0, 5, clips[0].shard, clips[0].row_group)
+    sample = WindowReader([short], ("rgb",), data.image_size, 32).read(Window(0, 0, 0, 0, False))
+    assert all((sample["rgb"][t] == sample["rgb"][4]).all() for t in range(4, 16))
+    assert not (sample["rgb"][3] == sample["rgb"][4]).all()
+
+
+def plan(shards: str, workers: int = 1, rank: int = 0, **changes: object) -> FeedPlan:
+    settings = {"train__iterations": 7, "train__validate_every": 3, "train__accumulate": 2, **changes}
+    return FeedPlan.of(shards, tiny_config(**settings), workers, rank)
+
+
+def test_a_plan_interleaves_training_and_validation(shards: str) -> None:
+    whole = plan(shards)
+    kinds = "".join("t" if whole.windows(item)[0] else "v" for item in range(whole.items))
+    validation = "v" * whole.validation_items
+    assert kinds == "tttttt" + validation + "tttttt" + validation + "tt" + validation
+    seen = [w for item in range(6, 6 + whole.validation_items) for w in whole.windows(item)[1] if w is not None]
+    assert sorted(w.clip for w in seen) == list(range(len(whole.validation_labels)))
+    for iterations in (0, 3, 6):
+        first = whole.first_item(iterations)
+        assert kinds[first] == "t" and (first == 0 or kinds[first - 1] == "v")
+
+
+def test_workers_share_one_order(shards: str) -> None:
+    alone = plan(shards, train__batch_size=8)
+    config = tiny_config(train__iterations=7, train__validate_every=3, train__accumulate=2, train__batch_size=8, compute__workers=2)
+    pair = [FeedPlan.of(shards, config, 2, rank) for rank in range(2)]
+    training = [[item for item in range(p.items) if p.windows(item)[0]] for p in (alone, *pair)]
+    merged = [w for a, b in zip(training[1], training[2]) for w in pair[0].windows(a)[1] + pair[1].windows(b)[1]]
+    assert merged == [w for item in training[0] for w in alone.windows(item)[1]]
+    assert pair[0].items == pair[1].items
+
+
+def test_ray_reads_the_same_batches_in_the_same_order(shards: str) -> None:
+    whole = plan(shards)
+    batches = list(ray_batches(whole, 3, readers=2, batch_bytes=1 << 20))
+    assert len(batches) == whole.items - 3
+    for item, batch in enumerate(batches, start=3):
+        expected = whole.read(item)
+        assert batch.keys() == expected.keys()
+        assert all(np.array_equal(batch[name], expected[name], equal_nan=name == "gaze") for name in expected)
+
+
+def test_what_does_not_fit_is_refused(shards: str) -> None:
+    with pytest.raises(UserError, match=r"data\.crop = 64.*48 x 36"):
+        check_fits(open_shards(shards), tiny_config(data__crop=64))
+    with pytest.raises(UserError, match=r"validation clips in by_session fold 9"):
+        check_fits(open_shards(shards), tiny_config(data__validation="by_session", data__fold=9))
+
+
+def test_a_damaged_image_is_named(tmp_path: Path, shards: str) -> None:
+    data = open_shards(shards)
+    clip = data.test(1)[0]
+    raw = Path(clip.shard).read_bytes()
+    image = pq.read_table(clip.shard, columns=["rgb"], partitioning=None)["rgb"][0].as_py()
+    place = raw.index(image)
+    damaged = tmp_path / "part.parquet"
+    damaged.write_bytes(raw[:place] + b"\0" * len(image) + raw[place + len(image) :])
+    reader = WindowReader([Clip(clip.name, 0, clip.frames, str(damaged), 0)], ("rgb",), data.image_size, 32)
+    with pytest.raises(UserError, match=rf"part\.parquet: a damaged rgb image in {clip.name}"):
+        reader.read(Window(0, 0, 0, 0, False))

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tune_ego.dataset.annotations import find_gaze
+from tune_ego.dataset.gaze import Gaze, check_gaze_layout, read_gaze
+from tune_ego.errors import UserError
+
+HEADER = "## [BeGaze]\r\n## Calibration Area:\t{area}\r\n##\r\n"
+COLUMNS_31 = "Time\tType\tTrial\tL POR X [px]\tL POR Y [px]\tFrame\tAux1\tL Event Info\r\n"
+
+
+def write_31(path: Path, samples: list[tuple[object, object, object, str]], area: str = "1280\t960", tail: str = "") -> Path:
+    lines = [f"1\tSMP\t1\t{x}\t{y}\t{frame}\t\t{event}\r\n" for x, y, frame, event in samples]
+    path.write_bytes((HEADER.format(area=area) + COLUMNS_31 + "".join(lines) + tail).encode())
+    return path
+
+
+def literal(path: Path) -> dict[int, tuple[float, float] | None]:
+    """The rules once more, sample by sample: session frame -> point, None without a usable sample."""
+    area, columns, points = (1280.0, 960.0), [""], {}
+    for line in path.read_bytes().decode("latin-1").replace("\r\n", "\n").split("\n"):
+        if line.startswith("## Calibration Area:"):
+            area = (float(line.split("\t")[1]), float(line.split("\t")[2]))
+        elif line.startswith("Time"):
+            columns = line.split("\t")
+        elif line and not line.startswith("##"):
+            row = dict(zip(columns, line.split("\t")))
+            eye = "B" if "B POR X [px]" in columns else "L"
+            frame = row["Frame"]
+            if ":" in frame:
+                h, m, s, f = map(int, frame.split(":"))
+                frame = str(((h * 60 + m) * 60 + s) * 24 + f)
+            x, y = float(row[f"{eye} POR X [px]"]) / area[0], float(row[f"{eye} POR Y [px]"]) / area[1]
+            usable = row[f"{eye} Event Info"] in ("Fixation", "Saccade")
+            usable = usable and math.isfinite(x) and math.isfinite(y) and 0 <= x <= 1 and 0 <= y <= 1
+            points.setdefault(int(frame), []).extend([(x, y)] if usable else [])
+    return {
+        frame: (sum(x for x, _ in found) / len(found), sum(y for _, y in found) / len(found)) if found else None
+        for frame, found in points.items()
+    }
+
+
+def assert_same(gaze: Gaze, expected: dict[int, tuple[float, float] | None]) -> None:
+    assert len(gaze) == max(expected) + 1
+    for frame in range(len(gaze)):
+        point = expected.get(frame)
+        assert gaze.valid[frame] == (point is not None)
+        if point is not None:
+            assert (gaze.x[frame], gaze.y[frame]) == pytest.approx(point, abs=1e-6)
+        else:
+            assert np.isnan(gaze.x[frame]) and np.isnan(gaze.y[frame])
+        assert (gaze.event[frame] == "") == (frame not in expected)
+
+
+def test_both_layouts_equal_a_literal_reader(egtea: Path) -> None:
+    files = list(find_gaze(egtea).values())
+    assert {"B POR" in file.read_text() for file in files} == {True, False}
+    for file in files:
+        gaze = read_gaze(file)
+        assert_same(gaze, literal(file))
+        assert 0.7 < gaze.valid.mean() < 1
+
+
+def test_real_gaze_equals_a_literal_reader(shared: Path) -> None:
+    files = sorted((shared / "egtea" / "gaze_data").rglob("*.txt"))
+    assert len(files) == 5
+    for file in files:
+        assert_same(read_gaze(file), literal(file))
+
+
+def test_mean_of_usable_samples(tmp_path: Path) -> None:
+    samples = [
+        (640, 480, 0, "Fixation"),
+        (768, 480, 0, "Saccade"),
+        (0, 0, 0, "Blink"),
+        (1300, 480, 1, "Fixation"),
+        ("NaN", "NaN", 2, "-"),
+        (0, 960, 4, "Fixation"),
+        (320, 240, 3, "Saccade"),
+    ]
+    gaze = read_gaze(write_31(tmp_path / "a.txt", samples))
+    assert gaze.valid.tolist() == [True, False, False, True, True]
+    assert (gaze.x[0], gaze.y[0]) == pytest.approx((0.55, 0.5))
+    assert (gaze.x[4], gaze.y[4]) == (0, 1)
+    assert gaze.event.tolist() == ["Fixation", "Fixation", "-", "Saccade", "Fixation"]
+
+
+def test_calibration_area_is_read_from_the_header(tmp_path: Path) -> None:
+    gaze = read_gaze(write_31(tmp_path / "a.txt", [(320, 120, 0, "Fixation")], area="640\t480"))
+    assert (gaze.x[0], gaze.y[0]) == (0.5, 0.25)
+
+
+def test_messages_and_a_cut_off_last_line_are_passed_over(tmp_path: Path) -> None:
+    path = write_31(tmp_path / "a.txt", [(640, 480, 0, "Fixation")], tail="9\tMSG\t1\t# Message: hello\r\n9\tSMP\t1\t64")
+    assert len(read_gaze(path)) == 1
+
+
+def test_frames_outside_the_recording_are_not_valid(tmp_path: Path) -> None:
+    gaze = read_gaze(write_31(tmp_path / "a.txt", [(640, 480, frame, "Fixation") for frame in range(4)]))
+    clip = gaze.frames(-2, 8)
+    assert clip.valid.tolist() == [False, False, True, True, True, True, False, False]
+    assert Counter(clip.event.tolist()) == {"": 4, "Fixation": 4}
+
+
+@pytest.mark.parametrize("content", ["", "hello\n", "## x\nTime\tX\tY\n1\t2\t3\n"])
+def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "S.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"S\.txt"):
+        check_gaze_layout(path)

@@ -1,0 +1,232 @@
+"""The commands. Torch and Ray are imported inside them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from tune_ego import __version__
+from tune_ego.errors import UserError
+
+app = typer.Typer(
+    name="tune-ego",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Search and train two-stream, gaze-supervised action recognisers for first-person video, on Ray.",
+)
+
+Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")]
+Storage = Annotated[str, typer.Option("--storage", help="Folder or URI under which results go.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the result below --storage.")]
+Address = Annotated[Optional[str], typer.Option("--address", help="Ray cluster to join, e.g. auto; else one is started here.")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:  # a full disk, no permission: nothing of ours to trace
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"tune-ego: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"{text!r} is not a size; write WIDTHxHEIGHT, e.g. 320x240")
+    return int(width), int(height)
+
+
+def _parse_changes(pairs: list[str] | None) -> dict[str, Any]:
+    from tune_ego.config import parse_yaml
+
+    changes = {}
+    for pair in pairs or []:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise UserError(f"--set {pair}: write KEY=VALUE")
+        changes[key] = parse_yaml(value, f"--set {key}")
+    return changes
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("--out", help="Folder for everything; must be empty or absent.")] = "tune-ego-demo",
+    seed: Seed = 0,
+) -> None:
+    """Run the whole path on synthetic clips.
+
+    Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/ and summary.json (80 MB).
+    Costs about 5 minutes and 6 GB of memory on two CPU cores.
+    """
+    from tune_ego.demo import run_demo
+
+    run_demo(out, seed)
+
+
+@app.command()
+def synthesize(
+    out: Annotated[str, typer.Argument(help="Folder to write; must be empty or absent.")],
+    verbs: Annotated[int, typer.Option(help="Motions; an action is a verb and a noun.")] = 3,
+    nouns: Annotated[int, typer.Option(help="Objects.")] = 4,
+    clips: Annotated[int, typer.Option(help="Clips in all.")] = 480,
+    seconds: Annotated[float, typer.Option(help="Mean length of a clip.")] = 1.5,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the videos, pixels.")] = "320x240",
+    distractors: Annotated[int, typer.Option(min=0, help="Objects beside the target.")] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Make a synthetic EGTEA Gaze+ in the real one's layout.
+
+    Writes H.264 clips, split and index files, and gaze files in both BeGaze layouts. Costs about 10 ms a clip.
+    """
+    from tune_ego.dataset.synthetic import synthesize as run
+
+    run(out, verbs=verbs, nouns=nouns, clips=clips, seconds=seconds, size=_parse_size(size), distractors=distractors, seed=seed)
+
+
+@app.command()
+def prepare(
+    egtea: Annotated[str, typer.Argument(help="Folder with cropped_clips/, action_annotation/ and gaze_data/.")],
+    shards: Annotated[str, typer.Argument(help="Folder or URI for the shards.")],
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
+    frame_offset: Annotated[int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")] = 0,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on where over 5 % of the clips cannot be used.")] = False,
+    address: Address = None,
+) -> None:
+    """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, DIS optical flow, gaze per frame, labels.
+
+    Reads the EGTEA folder, writes SHARDS; killed and started again it goes on. All of EGTEA takes about 20 GB and,
+    on two CPU cores at 320 x 240, several hours.
+    """
+    from tune_ego.dataset.prepare import prepare as run
+
+    size = _parse_size(image_size)
+    run(egtea, shards, image_size=size, frame_offset=frame_offset, allow_missing=allow_missing, address=address)
+
+
+@app.command()
+def tune(
+    space: Annotated[str, typer.Argument(help="Search space: a YAML file, or demo, optimizer, activation, stam_depth, table1, full.")],
+    data: Data,
+    storage: Storage,
+    name: Name,
+    seed: Seed = 0,
+    concurrent: Annotated[Optional[int], typer.Option(min=1, help="Trials at a time; else as many as the cluster holds.")] = None,
+    changes: Set = None,
+    address: Address = None,
+) -> None:
+    """Search for the best configuration with Ray Tune and ASHA on the validation mean class accuracy.
+
+    Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json, and a run for each trial under
+    runs/. Costs what the header of the search space says. If it dies: `tune-ego resume STORAGE/NAME`.
+    """
+    from tune_ego.storage import absolute, join
+    from tune_ego.tune import start_search
+
+    start_search(space, data, absolute(join(storage, name)), _parse_changes(changes), seed, concurrent, address)
+
+
+@app.command()
+def resume(
+    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    address: Address = None,
+) -> None:
+    """Go on with a search that was killed.
+
+    Reads and writes the experiment: unfinished trials go on from their last checkpoint, finished and stopped ones
+    stay as they are. Costs what was left of the search.
+    """
+    from tune_ego.tune import resume_search
+
+    resume_search(experiment, address)
+
+
+@app.command()
+def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")]) -> None:
+    """Show the trials of a search, running or not, best first.
+
+    Reads the experiment's files alone, writes nothing, takes a second.
+    """
+    from tune_ego.console import print_table
+    from tune_ego.experiment import read_experiment, trial_table
+
+    found = read_experiment(experiment)
+    columns, rows = trial_table(found)
+    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", columns, rows)
+
+
+@app.command()
+def export(
+    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    out: Annotated[str, typer.Option("--out", help="YAML file to write.")] = "best.yaml",
+) -> None:
+    """Write the best configuration of a search, complete, with its provenance, for a final run of 3,000 iterations.
+
+    Reads the experiment's files, writes one YAML file, takes a second.
+    """
+    from tune_ego.console import percent, say
+    from tune_ego.export import export_best
+
+    best = export_best(experiment, out)
+    say(f"{out}: trial {best.id}, validation mean class accuracy {percent(best.accuracy)}")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="Configuration: what `export` wrote, or a run's config.yaml.")],
+    data: Data,
+    storage: Storage,
+    name: Name,
+    iterations: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps; else as the configuration says.")] = None,
+    changes: Set = None,
+    address: Address = None,
+) -> None:
+    """Train one configuration to its end; started again with the same arguments it goes on.
+
+    Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints and at the end
+    final/model.pt. 3,000 iterations of 12 two-stream samples at 224 x 224 are hours on one data-centre GPU.
+    """
+    from tune_ego.config import load_config, override_config
+    from tune_ego.final import train_final
+    from tune_ego.storage import join
+
+    settings = _parse_changes(changes)
+    if iterations is not None:
+        settings["train.iterations"] = iterations
+    train_final(override_config(load_config(config), settings, "--set"), data, join(storage, name), address)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A run (its last checkpoint), a checkpoint's folder or its file.")],
+    data: Data,
+    split: Annotated[int, typer.Option(min=1, max=3, help="Official split whose test clips are used.")] = 1,
+    out: Annotated[Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")] = None,
+) -> None:
+    """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
+
+    Reads a checkpoint and shards, prints micro and mean class accuracy, writes evaluation.json. Costs a forward pass
+    of every 8th frame's window: 2,000 clips are minutes on a GPU.
+    """
+    from tune_ego.evaluate import evaluate as run
+
+    run(checkpoint, data, split, out)

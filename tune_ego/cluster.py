@@ -1,0 +1,51 @@
+"""Starting, joining and leaving a Ray cluster, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tune_ego.errors import UserError
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Shared memory of a cluster that we start ourselves; the feed keeps a few batches in it, no more."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # reports are polled at this rate; the default is 2 s
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """A Ray cluster for the body: the one at `address`, else one on this machine that ends with the body.
+
+    Joins silently where this process is connected already.
+    """
+    local = address is None and not os.environ.get("RAY_ADDRESS")
+    for key, value in {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if local else {"address": address}
+    for name in ("ray.data", "ray.train", "ray.tune"):  # what goes wrong in a trial is told by us
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,62 @@
+"""What a user sees: lines, tables and progress, all through one rich console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+def heading(text: str) -> None:
+    console.print(f"\n{text}", style="bold", markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns without names print no header row; cells that read as numbers are set to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns), box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    console.print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip("-+%.,0123456789e ") == ""
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+@contextmanager
+def clip_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with clips done, clips/s and time left; the body calls what it gets with the clips just done."""
+    columns = (
+        TextColumn("clips"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("clips", total=total, speed="")
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
+            progress.update(task, speed=f"{speed:.1f} clips/s" if speed else "")
+
+        yield advance

@@ -1,0 +1,1 @@
+"""EGTEA Gaze+ on disk -> Parquet shards."""

@@ -1,0 +1,217 @@
+"""The Parquet data set that `prepare` writes and the feed reads.
+
+    dataset.json                      schema version, class names, settings, counts, what was left out
+    clips.parquet                     one row a clip: labels, splits, folds, where its frames are
+    frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row a frame
+
+A split and a validation fold choose whole shards. Inside a shard each clip starts a row group and row groups hold
+16 frames, so a window of 16 frames reads at most two of them. Class ids count from 0 here, as the model's do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tune_ego import storage
+from tune_ego.config import WINDOW_FRAMES, DataConfig
+from tune_ego.dataset.annotations import AnnotatedClip
+from tune_ego.dataset.gaze import Gaze
+from tune_ego.errors import UserError
+
+SCHEMA_VERSION = 1
+FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
+_CLIPS_KEY, _PROBLEMS_KEY = b"tune_ego.clips", b"tune_ego.problems"
+_NAME = pa.dictionary(pa.int32(), pa.string())
+
+FRAME_SCHEMA = pa.schema(
+    [
+        ("clip", _NAME),
+        ("frame", pa.int32()),
+        ("rgb", pa.binary()),
+        ("flow", pa.binary()),
+        ("gaze_x", pa.float32()),
+        ("gaze_y", pa.float32()),
+        ("gaze_event", _NAME),
+        ("gaze_valid", pa.bool_()),
+    ]
+)
+CLIP_SCHEMA = pa.schema(
+    [
+        ("clip", pa.string()),
+        ("session", pa.string()),
+        ("subject", pa.string()),
+        ("action", pa.int32()),
+        ("verb", pa.int32()),
+        ("nouns", pa.list_(pa.int32())),
+        ("split1", pa.string()),
+        ("split2", pa.string()),
+        ("split3", pa.string()),
+        ("stratified_fold", pa.int32()),
+        ("session_fold", pa.int32()),
+        ("frames", pa.int32()),
+        ("gaze_frames", pa.int32()),
+        ("shard", pa.string()),
+        ("row_group", pa.int32()),
+    ]
+)
+
+
+def shard_folder(clip: AnnotatedClip) -> str:
+    roles = "-".join(role or "none" for role in clip.roles)
+    return f"frames/roles={roles}/stratified_fold={clip.stratified_fold}/session_fold={clip.session_fold}"
+
+
+def frame_table(clip: str, rgb: list[bytes], flow: list[bytes], gaze: Gaze) -> pa.Table:
+    """The rows of one clip; `rgb` and `flow` are JPEG files."""
+    count = len(rgb)
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), [clip]),
+        pa.array(range(count), pa.int32()),
+        pa.array(rgb, pa.binary()),
+        pa.array(flow, pa.binary()),
+        pa.array(gaze.x, pa.float32(), from_pandas=True),
+        pa.array(gaze.y, pa.float32(), from_pandas=True),
+        pa.array(gaze.event.tolist()).dictionary_encode(),
+        pa.array(gaze.valid),
+    ]
+    return pa.table(columns, schema=FRAME_SCHEMA)
+
+
+def clip_record(clip: AnnotatedClip, frames: int, gaze: Gaze, shard: str, row_group: int) -> dict[str, Any]:
+    """A clip's row of `clips.parquet`."""
+    values = [
+        *(clip.name.name, clip.name.session, clip.name.subject),
+        *(clip.action - 1, clip.verb - 1, [noun - 1 for noun in clip.nouns]),
+        *(*clip.roles, clip.stratified_fold, clip.session_fold),
+        *(frames, int(gaze.valid.sum()), shard, row_group),
+    ]
+    return dict(zip(CLIP_SCHEMA.names, values, strict=True))
+
+
+def row_groups(frames: int) -> int:
+    return -(-frames // FRAMES_PER_ROW_GROUP)
+
+
+def write_shard(uri: str, tables: list[pa.Table], records: list[dict[str, Any]], problems: list[dict[str, str]]) -> None:
+    """Write one shard in one piece; its clips' records and problems travel in the file's metadata."""
+    metadata = {_CLIPS_KEY: json.dumps(records).encode(), _PROBLEMS_KEY: json.dumps(problems).encode()}
+    sink = pa.BufferOutputStream()
+    # JPEGs do not compress further, and statistics of them would only fill the footer.
+    with pq.ParquetWriter(
+        sink,
+        FRAME_SCHEMA.with_metadata(metadata),
+        compression={"rgb": "none", "flow": "none", **dict.fromkeys(FRAME_SCHEMA.names[4:], "zstd")},
+        use_dictionary=["clip", "gaze_event"],
+        write_statistics=["clip", "frame"],
+    ) as writer:
+        for table in tables:
+            writer.write_table(table.cast(writer.schema), row_group_size=FRAMES_PER_ROW_GROUP)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """(clip records, problems) of a finished shard; raises `UserError` for a damaged one."""
+    filesystem, path = storage.resolve(uri)
+    try:
+        metadata = pq.read_schema(path, filesystem=filesystem).metadata
+        return json.loads(metadata[_CLIPS_KEY]), json.loads(metadata[_PROBLEMS_KEY])
+    except (pa.ArrowInvalid, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{uri}: not a shard of tune_ego ({error}); delete it and run prepare again") from error
+
+
+def write_clips(root: str, records: list[dict[str, Any]]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(sorted(records, key=lambda record: record["clip"]), CLIP_SCHEMA), sink)
+    storage.write_bytes(storage.join(root, "clips.parquet"), sink.getvalue().to_pybytes())
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as the feed sees it."""
+
+    name: str
+    label: int
+    """Action class, from 0."""
+    frames: int
+    shard: str
+    """URI of its shard."""
+    row_group: int
+    """Its first row group there."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An opened data set."""
+
+    root: str
+    info: dict[str, Any]
+    """`dataset.json`."""
+    table: pa.Table
+    """`clips.parquet`."""
+
+    @property
+    def actions(self) -> list[str]:
+        return list(self.info["actions"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height), pixels."""
+        width, height = self.info["settings"]["image_size"]
+        return width, height
+
+    def test(self, split: int) -> list[Clip]:
+        return self._select(lambda row: row[f"split{split}"] == "test", f"test clips of split {split}")
+
+    def train(self, data: DataConfig) -> list[Clip]:
+        """Training clips, validation fold left out."""
+        return self._select(lambda row: self._in_train(row, data) and not self._validates(row, data), "training clips")
+
+    def validation(self, data: DataConfig) -> list[Clip]:
+        what = f"validation clips in {data.validation} fold {data.fold} (data.fold)"
+        return self._select(lambda row: self._in_train(row, data) and self._validates(row, data), what)
+
+    @staticmethod
+    def _in_train(row: dict[str, Any], data: DataConfig) -> bool:
+        return bool(row[f"split{data.split}"] == "train")
+
+    @staticmethod
+    def _validates(row: dict[str, Any], data: DataConfig) -> bool:
+        column = "stratified_fold" if data.validation == "stratified" else "session_fold"
+        return bool(row[column] == data.fold)
+
+    def _select(self, wanted: Any, what: str) -> list[Clip]:
+        columns = self.table.drop_columns(["session", "subject", "verb", "nouns"]).to_pylist()
+        clips = [
+            Clip(row["clip"], row["action"], row["frames"], storage.join(self.root, row["shard"]), row["row_group"])
+            for row in columns
+            if wanted(row)
+        ]
+        if not clips:
+            raise UserError(f"{self.root}: there are no {what}")
+        return clips
+
+
+@lru_cache(maxsize=4)
+def open_shards(root: str) -> Shards:
+    """Open a prepared data set; raises `UserError` where it is absent, unfinished or of another schema version."""
+    try:
+        info = storage.read_json(storage.join(root, "dataset.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare") from error
+    if info.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{root}: shards of schema version {info.get('schema_version')}; this tune_ego reads version "
+            f"{SCHEMA_VERSION}: prepare them anew"
+        )
+    filesystem, path = storage.resolve(storage.join(root, "clips.parquet"))
+    try:
+        table = pq.read_table(path, filesystem=filesystem, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{root}/clips.parquet: cannot be read ({error}); run prepare again") from error
+    return Shards(storage.absolute(root), info, table)

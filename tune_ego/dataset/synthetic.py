@@ -1,0 +1,287 @@
+"""A synthetic EGTEA Gaze+ in the real one's folder layout, file formats and name forms.
+
+An action is a verb and a noun. A hand reaches from the lower edge to the target; the noun is the target's shape and
+colour, the verb its motion. Distractors carry other nouns and other motions, the camera shakes, and the gaze rests on
+the target. So neither one frame (no verb), nor flow (no colour), nor the whole image (which object?) is enough.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import cv2
+import numpy as np
+
+from tune_ego.console import clip_progress, say
+from tune_ego.dataset.annotations import SPLITS
+from tune_ego.dataset.gaze import FPS
+from tune_ego.errors import UserError
+
+VERBS = ("Slide", "Lift", "Stir")
+NOUNS = ("red_disc", "blue_square", "yellow_triangle", "green_cross", "purple_diamond", "white_bar")
+_COLOURS = ((210, 40, 40), (50, 80, 220), (235, 210, 50), (40, 170, 70), (160, 60, 190), (245, 245, 245))
+_SKIN = (226, 172, 138)
+_CLIPS_PER_SESSION = 36
+_GAP_FRAMES = 12  # between two clips of a session
+_TEST_EVERY = 5  # every fifth clip of a class is a test clip of split 1, the next one of split 2, ...
+_SAMPLE_RATE = 30  # gaze samples a second
+_CALIBRATION = (1280, 960)
+
+
+class SyntheticClip(NamedTuple):
+    name: str
+    session: int
+    verb: int
+    noun: int
+    first_frame: int
+    frames: int
+    roles: tuple[str, ...]
+
+
+def synthesize(
+    out: str | Path,
+    *,
+    verbs: int = 3,
+    nouns: int = 4,
+    clips: int = 480,
+    seconds: float = 1.5,
+    size: tuple[int, int] = (320, 240),
+    distractors: int = 1,
+    seed: int = 0,
+) -> None:
+    """Write a synthetic EGTEA folder.
+
+    `seconds` is the mean length of a clip (they vary by a third), `size` (width, height) in pixels.
+    The same arguments give the same bytes of annotations and gaze.
+    """
+    root = Path(out)
+    if not (1 <= verbs <= len(VERBS) and 1 <= nouns <= len(NOUNS)):
+        raise UserError(f"--verbs goes from 1 to {len(VERBS)}, --nouns from 1 to {len(NOUNS)}")
+    if size[0] % 2 or size[1] % 2 or min(size) < 48:
+        raise UserError(f"--size {size[0]}x{size[1]}: both sides must be even and at least 48 pixels")
+    if seconds * FPS < 6:
+        raise UserError(f"--seconds {seconds}: a clip needs at least a quarter of a second")
+    if clips < verbs * nouns * _TEST_EVERY:
+        raise UserError(f"--clips {clips}: {verbs * nouns} classes need at least {verbs * nouns * _TEST_EVERY}")
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root}: the folder is not empty; choose another")
+    planned = _plan(verbs, nouns, clips, seconds, seed)
+    _write_annotations(root / "action_annotation", planned, verbs, nouns)
+    paths = np.random.default_rng((seed, 1))
+    tracks = [_target_track(clip, paths) for clip in planned]
+    for session in range(planned[-1].session + 1):
+        members = [(clip, track) for clip, track in zip(planned, tracks) if clip.session == session]
+        _write_gaze(root / "gaze_data" / "gaze_data", members, np.random.default_rng((seed, 2, session)))
+    jobs = [
+        (root / "cropped_clips" / _session_name(clip.session) / f"{clip.name}.mp4", clip, track, nouns, size, distractors, (seed, 3, index))
+        for index, (clip, track) in enumerate(zip(planned, tracks))
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, clip_progress(len(jobs)) as advance:
+        for _ in pool.map(_write_clip, jobs, chunksize=8):
+            advance(1)
+    say(f"{len(planned)} clips of {verbs * nouns} actions in {root}")
+
+
+def _session_name(session: int) -> str:
+    return f"{'OP' if session % 2 == 0 else 'P'}{session + 1:02d}-R{session % 7 + 1:02d}-Synthetic"
+
+
+def _plan(verbs: int, nouns: int, clips: int, seconds: float, seed: int) -> list[SyntheticClip]:
+    """Clips with class, session, place in the session and split roles, in session order."""
+    random = np.random.default_rng((seed, 0))
+    classes = verbs * nouns
+    order = random.permutation(clips)
+    planned = []
+    next_frame: dict[int, int] = {}
+    for place, index in enumerate(order):
+        session = place // _CLIPS_PER_SESSION
+        frames = max(6, round(seconds * FPS * random.uniform(2 / 3, 4 / 3)))
+        first = next_frame.get(session, _GAP_FRAMES)
+        next_frame[session] = first + frames + _GAP_FRAMES
+        times = "-".join(str(round(frame * 1000 / FPS)) for frame in (first, first + frames))
+        turn = index // classes % _TEST_EVERY
+        planned.append(
+            SyntheticClip(
+                name=f"{_session_name(session)}-{times}-F{first:06d}-F{first + frames:06d}",
+                session=session,
+                verb=int(index % classes // nouns),
+                noun=int(index % classes % nouns),
+                first_frame=first,
+                frames=frames,
+                roles=tuple("test" if turn == split - 1 else "train" for split in SPLITS),
+            )
+        )
+    return planned
+
+
+def _write_annotations(folder: Path, clips: list[SyntheticClip], verbs: int, nouns: int) -> None:
+    folder.mkdir(parents=True)
+    actions = [f"{verb} {noun}" for verb in VERBS[:verbs] for noun in NOUNS[:nouns]]
+    for kind, names in (("action", actions), ("verb", VERBS[:verbs]), ("noun", NOUNS[:nouns])):
+        lines = [f"{name} {number}" for number, name in enumerate(names, start=1)]
+        (folder / f"{kind}_idx.txt").write_text("\n".join(lines) + "\n")
+    for split in SPLITS:
+        for role in ("train", "test"):
+            lines = [
+                f"{clip.name} {clip.verb * nouns + clip.noun + 1} {clip.verb + 1} {clip.noun + 1}"
+                for clip in clips
+                if clip.roles[split - 1] == role
+            ]
+            (folder / f"{role}_split{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _motion(verb: int, phase: np.ndarray) -> np.ndarray:
+    """[T] radians -> [T, 2] displacement in [-1, 1]."""
+    still = np.zeros_like(phase)
+    wave, quarter = np.sin(phase), np.cos(phase)
+    return np.stack([(wave, still), (still, wave), (wave, quarter)][verb], axis=1)
+
+
+def _track(verb: int, frames: int, centre: np.ndarray, amplitude: float, random: np.random.Generator) -> np.ndarray:
+    """[T, 2] path in fractions of the image (y by the height, x by 3/4 of the width so that circles are round)."""
+    period = random.uniform(12, 16)
+    phase = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(frames) / period
+    return centre + amplitude * _motion(verb, phase) * (0.75, 1.0)
+
+
+def _shake(frames: int, random: np.random.Generator) -> np.ndarray:
+    """[T, 2] smooth camera motion, fractions of the image."""
+    times = np.arange(frames)[:, None]
+    waves = [random.uniform(0.004, 0.014, 2) * np.sin(times * random.uniform(0.1, 0.4, 2) + random.uniform(0, 6.3, 2)) for _ in range(3)]
+    return np.sum(waves, axis=0)
+
+
+class _Tracks(NamedTuple):
+    """Paths in the camera's image, [T, 2] fractions."""
+
+    target: np.ndarray
+    shake: np.ndarray
+
+
+def _target_track(clip: SyntheticClip, random: np.random.Generator) -> _Tracks:
+    shake = _shake(clip.frames, random)
+    centre = random.uniform((0.25, 0.3), (0.75, 0.65))
+    return _Tracks(_track(clip.verb, clip.frames, centre, 0.1, random) + shake, shake)
+
+
+def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], int, tuple[int, ...]]) -> None:
+    path, clip, tracks, nouns, (width, height), distractors, seed = job
+    random = np.random.default_rng(seed)
+    scenery = _background(np.random.default_rng((seed[0], 4, clip.session)), width, height)
+    others = [_distractor(clip, tracks, nouns, random) for _ in range(distractors)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for time in range(clip.frames):
+            shift = np.array([[1, 0, tracks.shake[time, 0] * width], [0, 1, tracks.shake[time, 1] * height]])
+            image = cv2.warpAffine(scenery, shift, (width, height), borderMode=cv2.BORDER_REFLECT)
+            for noun, track in others:
+                _draw_object(image, noun, track[time] * (width, height), 0.11 * height)
+            _draw_hand(image, tracks.target[time] * (width, height), 0.13 * height)
+            _draw_object(image, clip.noun, tracks.target[time] * (width, height), 0.13 * height)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _distractor(clip: SyntheticClip, tracks: _Tracks, nouns: int, random: np.random.Generator) -> tuple[int, np.ndarray]:
+    """(noun, path): another noun than the target's and another motion, well away from it."""
+    noun = int((clip.noun + random.integers(1, max(nouns, 2))) % nouns)
+    verb = int((clip.verb + random.integers(1, len(VERBS))) % len(VERBS))
+    middle = tracks.target.mean(axis=0)
+    while np.linalg.norm((centre := random.uniform((0.15, 0.15), (0.85, 0.85))) - middle) < 0.33:
+        pass
+    return noun, _track(verb, clip.frames, centre, 0.05, random) + tracks.shake
+
+
+def _background(random: np.random.Generator, width: int, height: int) -> np.ndarray:
+    coarse = random.uniform(70, 170, (6, 8, 3)) * 0.6 + random.uniform(90, 150) * 0.4
+    fine = random.normal(0, 9, (height // 4, width // 4, 1))
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image + cv2.resize(fine, (width, height))[..., None], 0, 255).astype(np.uint8)
+
+
+_SUBPIXEL = 4  # bits of OpenCV's fixed-point coordinates
+
+
+def _fixed(points: np.ndarray) -> np.ndarray:
+    return np.rint(np.asarray(points) * (1 << _SUBPIXEL)).astype(np.int32)
+
+
+def _draw_object(image: np.ndarray, noun: int, centre: np.ndarray, radius: float) -> None:
+    shapes = {
+        1: [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        2: [(0, -1.05), (1, 0.8), (-1, 0.8)],
+        3: [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35)]
+        + [(0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
+        4: [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],
+        5: [(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)],
+    }
+    for scale, colour in ((1.0, tuple(value // 3 for value in _COLOURS[noun])), (0.84, _COLOURS[noun])):
+        if noun == 0:
+            cv2.circle(image, _fixed(centre).tolist(), int(_fixed(np.array(radius * scale))), colour, -1, cv2.LINE_AA, _SUBPIXEL)
+        else:
+            points = _fixed(centre + radius * scale * np.array(shapes[noun]))
+            cv2.fillPoly(image, [points], colour, cv2.LINE_AA, _SUBPIXEL)
+
+
+def _draw_hand(image: np.ndarray, target: np.ndarray, radius: float) -> None:
+    height, width = image.shape[:2]
+    palm = target + (0, 0.9 * radius)
+    wrist = np.array([0.5 * width + 0.3 * (palm[0] - 0.5 * width), height + radius])
+    cv2.line(image, _fixed(palm).tolist(), _fixed(wrist).tolist(), _SKIN, max(2, round(0.9 * radius)), cv2.LINE_AA, _SUBPIXEL)
+    cv2.circle(image, _fixed(palm).tolist(), int(_fixed(np.array(0.75 * radius))), _SKIN, -1, cv2.LINE_AA, _SUBPIXEL)
+
+
+_HEADER = """## [BeGaze]
+## Version:\tBeGaze {version}
+## Sample Rate:\t30
+## Number of Samples:\t{samples}
+## [Calibration]
+## Calibration Area:\t1280\t960
+## Format:\tLEFT, POR, FRAMECOUNTER
+##
+"""
+
+
+def _write_gaze(folder: Path, members: list[tuple[SyntheticClip, _Tracks]], random: np.random.Generator) -> None:
+    """A session's gaze at 30 Hz: on the target within clips, wandering between them; some of it lost, as in life."""
+    last = max(clip.first_frame + clip.frames for clip, _ in members) + _GAP_FRAMES
+    point = np.repeat(random.uniform(0.2, 0.8, (-(-last // 6), 2)), 6, axis=0)[:last]
+    for clip, tracks in members:
+        point[clip.first_frame : clip.first_frame + clip.frames] = tracks.target
+    times = np.arange(int(last * _SAMPLE_RATE / FPS))
+    frame = times * FPS // _SAMPLE_RATE
+    pixels = point[frame] * _CALIBRATION + random.normal(0, 12, (len(frame), 2))
+    event = random.choice(["Fixation", "Saccade"], len(frame), p=[0.75, 0.25])
+    for label, share in (("Blink", 0.05), ("-", 0.01)):  # in runs of four samples
+        lost = np.repeat(random.random(len(frame) // 4 + 1) < share, 4)[: len(frame)]
+        event[lost] = label
+        pixels[lost] = 0.0 if label == "Blink" else np.nan
+    outside = random.random(len(frame)) < 0.03
+    pixels[outside] += (1500, 0)
+    session = members[0][0].session
+    lines = _gaze_lines_31(times, frame, pixels, event) if session % 2 == 0 else _gaze_lines_34(times, frame, pixels, event)
+    header = _HEADER.format(version="3.1.77" if session % 2 == 0 else "3.4.46", samples=len(frame))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{_session_name(session)}.txt").write_text(header + "\n".join(lines) + "\n", newline="\r\n")
+
+
+def _gaze_lines_31(times: np.ndarray, frame: np.ndarray, pixels: np.ndarray, event: np.ndarray) -> list[str]:
+    lines = ["Time\tType\tTrial\tL POR X [px]\tL POR Y [px]\tFrame\tAux1\tL Event Info"]
+    for t, f, (x, y), e in zip(times, frame, pixels, event):
+        lines.append(f"{t * 33333}\tSMP\t1\t{x:.2f}\t{y:.2f}\t{f}\t\t{e}")
+    return [line.replace("nan", "NaN") for line in lines]
+
+
+def _gaze_lines_34(times: np.ndarray, frame: np.ndarray, pixels: np.ndarray, event: np.ndarray) -> list[str]:
+    lines = ["Time\tType\tTrial\tB POR X [px]\tB POR Y [px]\tL POR X [px]\tL POR Y [px]\tFrame\tAux1\tB Event Info"]
+    for t, f, (x, y), e in zip(times, frame, pixels, event):
+        seconds, part = divmod(int(f), FPS)
+        clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}:{part:02d}"
+        lines.append(f"{t * 33333}\tSMP\t1\t{x:.2f}\t{y:.2f}\t0.00\t0.00\t{clock}\t\t{e}")
+    return [line.replace("nan", "NaN") for line in lines]

@@ -1,0 +1,94 @@
+"""`demo`: the whole path on synthetic clips, in one folder, on one machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tune_ego import export, storage
+from tune_ego.cluster import ray_session
+from tune_ego.config import load_config, override_config
+from tune_ego.console import heading, percent, print_table
+from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.synthetic import synthesize
+from tune_ego.errors import UserError
+from tune_ego.evaluate import evaluate
+from tune_ego.experiment import METRIC, Experiment, config_value
+from tune_ego.final import train_final
+from tune_ego.tune import start_search
+
+IMAGE_SIZE = (96, 72)
+CLIPS = 420
+FINAL_ITERATIONS = 150
+
+
+def run_demo(folder: str, seed: int) -> dict[str, Any]:
+    """Synthesize, prepare, tune, export, train and evaluate in `folder`; returns what `summary.json` holds."""
+    root = Path(storage.absolute(folder))
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root}: the folder is not empty; choose another with --out")
+    egtea, shards, best_file = (str(root / name) for name in ("egtea", "shards", "best.yaml"))
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, title: str) -> Iterator[None]:
+        heading(f"{len(seconds) + 1}. {title}")
+        start = time.monotonic()
+        yield
+        seconds[name] = round(time.monotonic() - start, 1)
+
+    with step("synthesize", "synthesize: clips, annotations and gaze in EGTEA's format"):
+        synthesize(egtea, clips=CLIPS, seconds=1.2, size=(128, 96), seed=seed)
+    with ray_session():
+        with step("prepare", "prepare: frames, optical flow and gaze into Parquet shards"):
+            prepare(egtea, shards, image_size=IMAGE_SIZE)
+        with step("tune", "tune: SGD and Ranger, STAM of depth 1 and 2, with ASHA"):
+            search = start_search("demo", shards, str(root / "search"), {"seed": seed}, seed, None, None)
+        with step("export", "export: the best configuration"):
+            best = export.export_best(search.root, best_file)
+            print_table("", ["", ""], [["trial", best.id], ["in", best_file]])
+        with step("train", f"train: the final run, {FINAL_ITERATIONS} iterations"):
+            changes = {"train.iterations": FINAL_ITERATIONS, "train.validate_every": 50}
+            config = override_config(load_config(best_file), changes, best_file)
+            train_final(config, shards, str(root / "final"), None)
+    with step("evaluate", "evaluate: the test clips of split 1"):
+        evaluation = evaluate(str(root / "final"), shards, 1)
+    summary = {
+        "chance": evaluation["chance"],
+        "evaluation": evaluation,
+        "trials": [
+            {"trial": t.id, "state": t.state, "iteration": t.iteration, METRIC: t.accuracy, "configuration": _searched(search, t)}
+            for t in search.trials
+        ],
+        "best": {"trial": best.id, METRIC: best.accuracy, "configuration": _searched(search, best)},
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "seed": seed,
+    }
+    storage.write_json(str(root / "summary.json"), summary)
+    _show(root, summary, search)
+    return summary
+
+
+def _searched(search: Experiment, trial: Any) -> dict[str, str]:
+    return {key: config_value(trial.config, key) for key in search.space.searched_keys}
+
+
+def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
+    best, fused = summary["best"], summary["evaluation"]["fused"]["mean_class_accuracy"]
+    chosen = ", ".join(f"{key} {value}" for key, value in best["configuration"].items())
+    heading("Summary")
+    rows = [
+        ["chosen", chosen],
+        ["its validation mean class accuracy", percent(best[METRIC])],
+        ["test mean class accuracy, fused", f"{percent(fused)}, {fused / summary['chance']:.1f} times chance ({percent(summary['chance'])})"],
+        ["seconds", ", ".join(f"{name} {value:g}" for name, value in summary["seconds"].items())],
+        ["shards", str(root / "shards")],
+        ["search", search.root],
+        ["best configuration", str(root / "best.yaml")],
+        ["weights", str(root / "final" / "final" / "model.pt")],
+        ["all of this as JSON", str(root / "summary.json")],
+    ]
+    print_table("", ["", ""], rows)

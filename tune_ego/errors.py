@@ -1,0 +1,11 @@
+"""The one exception type for what a user can put right."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: it says what is wrong, where, and what to do.
+
+    The command line prints it as one line and exits with 2. Any other exception is a bug of ours
+    and keeps its traceback.
+    """

@@ -1,0 +1,145 @@
+"""The files of runs and experiments, and reading them: no Ray and no torch here.
+
+    <storage>/<name>/                a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.pt, final/model.pt
+    <storage>/<name>/                an experiment: experiment.json, trials.json, runs/<trial>/ (runs as above), tune/ (Ray's)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune_ego import storage
+from tune_ego.config import Config, load_config
+from tune_ego.errors import UserError
+from tune_ego.search_space import SearchSpace, parse_space
+
+METRIC = "val_mean_class_accuracy"
+EXPERIMENT_FILE = "experiment.json"
+TRIALS_FILE = "trials.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failure.json"
+MODEL_FILE = "final/model.pt"
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; none where it has not logged yet."""
+    uri = storage.join(run, METRICS_FILE)
+    if not storage.exists(uri):
+        return []
+    return [json.loads(line) for line in storage.read_text(uri).splitlines()]
+
+
+def write_metrics(run: str, lines: list[dict[str, Any]]) -> None:
+    storage.write_text(storage.join(run, METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_failure(run: str) -> str | None:
+    """Why a run failed in a way that trying again would not mend."""
+    uri = storage.join(run, FAILURE_FILE)
+    return storage.read_json(uri)["reason"] if storage.exists(uri) else None
+
+
+def checkpoint_name(iteration: int) -> str:
+    return f"iteration-{iteration:06d}"
+
+
+def checkpoints(run: str) -> list[str]:
+    """URIs of a run's checkpoints, oldest first."""
+    return [storage.join(run, name) for name in storage.list_names(run) if name.startswith("iteration-")]
+
+
+@dataclass
+class Trial:
+    """One trial, from its files."""
+
+    id: str
+    state: str
+    """pending, running, finished, stopped (by ASHA) or failed."""
+    run: str
+    config: Config | None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+    """Why it failed."""
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [line for line in self.metrics if METRIC in line]
+
+    @property
+    def iteration(self) -> int:
+        return self.metrics[-1]["iteration"] if self.metrics else 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The validation with the highest mean class accuracy (the earliest of equals)."""
+        return max(self.validations, key=lambda line: line[METRIC], default=None)
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.best[METRIC] if self.best else None
+
+
+@dataclass
+class Experiment:
+    root: str
+    spec: dict[str, Any]
+    """`experiment.json`: search space, data set, seed, versions, the command."""
+    trials: list[Trial]
+
+    @property
+    def space(self) -> SearchSpace:
+        return parse_space(self.spec["space"], self.spec["space_source"], self.spec["overrides"])
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest validation mean class accuracy; raises `UserError` where none has one yet."""
+        scored = [trial for trial in self.trials if trial.accuracy is not None]
+        if not scored:
+            raise UserError(f"{self.root}: no trial has been validated yet")
+        return max(scored, key=lambda trial: trial.accuracy or 0.0)
+
+
+def run_folder(root: str, trial: str) -> str:
+    return storage.join(root, "runs", trial)
+
+
+def read_experiment(root: str) -> Experiment:
+    """An experiment from its folder or URI alone, running or not."""
+    uri = storage.join(root, EXPERIMENT_FILE)
+    if not storage.exists(uri):
+        raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
+    states_uri = storage.join(root, TRIALS_FILE)
+    states = storage.read_json(states_uri) if storage.exists(states_uri) else {}
+    trials = []
+    for trial, record in states.items():
+        run = run_folder(root, trial)
+        config_uri = storage.join(run, CONFIG_FILE)
+        config = load_config(config_uri) if storage.exists(config_uri) else None
+        reason = read_failure(run) or record.get("reason", "")
+        trials.append(Trial(trial, record["state"], run, config, read_metrics(run), reason))
+    return Experiment(storage.absolute(root), storage.read_json(uri), trials)
+
+
+def config_value(config: Config | None, key: str) -> str:
+    """A dotted key's value as text; `-` where the configuration has no such key."""
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part, None)
+    if isinstance(node, float):
+        return f"{node:.4g}"
+    return "-" if node is None else str(node)
+
+
+def trial_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows) of the trials, best first."""
+    keys = experiment.space.searched_keys
+    columns = ["trial", "state", "iterations", "best val. mean class acc.", *keys]
+    rows = []
+    for trial in sorted(experiment.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True):
+        accuracy = "-" if trial.accuracy is None else f"{100 * trial.accuracy:.1f} %"
+        state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+        rows.append([trial.id, state, str(trial.iteration), accuracy, *(config_value(trial.config, key) for key in keys)])
+    return columns, rows

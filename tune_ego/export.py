@@ -1,0 +1,53 @@
+"""`export`: the best configuration of an experiment, complete, with where it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from tune_ego import __version__, storage
+from tune_ego.config import Config
+from tune_ego.errors import UserError
+from tune_ego.experiment import METRIC, Experiment, Trial, read_experiment
+
+FINAL_ITERATIONS = 3000
+"""Of a final run (the paper), where `train` is not told otherwise."""
+
+
+def export_best(root: str, out: str) -> Trial:
+    """Write the best trial's resolved configuration and its provenance to the YAML file `out`.
+
+    The budget becomes the final run's; raises `UserError` where no trial has been validated yet.
+    """
+    found = read_experiment(root)
+    best = found.best
+    if best.config is None:
+        raise UserError(f"{best.run}: the trial's config.yaml is gone")
+    content: dict[str, Any] = _final(best.config).model_dump(mode="json")
+    content["provenance"] = _provenance(found, best)
+    header = f"# The best of {len(found.trials)} trials of {found.root}.\n# Train it: tune-ego train THIS --data SHARDS --storage DIR --name NAME\n"
+    storage.write_text(out, header + yaml.safe_dump(content, sort_keys=False))
+    return best
+
+
+def _final(config: Config) -> Config:
+    """The configuration with the final run's budget."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"iterations": FINAL_ITERATIONS})})
+
+
+def _provenance(found: Experiment, best: Trial) -> dict[str, Any]:
+    assert best.best is not None and best.config is not None
+    return {
+        "experiment": found.root,
+        "trial": best.id,
+        METRIC: best.best[METRIC],
+        "at_iteration": best.best["iteration"],
+        "trial_iterations": best.config.train.iterations,
+        "validation": f"{best.config.data.validation} fold {best.config.data.fold} of split {best.config.data.split}",
+        "trials": {state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}},
+        "data": found.spec["data"],
+        "search_seed": found.spec["seed"],
+        "searched_with": f"tune_ego {found.spec['version']}, ray {found.spec['ray']}",
+        "exported_with": f"tune_ego {__version__}",
+    }

@@ -1,0 +1,108 @@
+"""The Ray Data pipeline over a `FeedPlan`, and batches on the device.
+
+B batch, T time, H, W, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tune_ego.feed.windows import FeedPlan
+
+BLOCKS = 2000
+"""At most this many reader tasks in a run: each costs Ray some milliseconds."""
+AHEAD = 16
+"""Batches that are read ahead of the trainer."""
+_PAUSE = 0.01  # seconds
+READER_CPUS = 0.25
+"""What one reader task reserves of a CPU."""
+
+
+class ClipBatch(NamedTuple):
+    """One forward pass; images are uint8 and are scaled on the device."""
+
+    rgb_BTHWC: Tensor | None
+    flow_BTHW2: Tensor | None
+    gaze_BT2: Tensor
+    """x, y in [0, 1] of the crop (or outside it), float32; NaN where not valid."""
+    gaze_valid_BT: Tensor
+    label_B: Tensor
+    clip_B: Tensor
+    """Index in the list of clips the batch was read from."""
+    present_B: Tensor
+    """False for the padding of the last validation batch."""
+
+    def clips(self) -> dict[str, Tensor]:
+        """The model's input: [B, C, T, H, W] float32 in [-1, 1] for each stream."""
+        images = {"rgb": self.rgb_BTHWC, "flow": self.flow_BTHW2}
+        return {
+            name: (image.permute(0, 4, 1, 2, 3).float() / 127.5 - 1) for name, image in images.items() if image is not None
+        }
+
+
+def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:
+    def tensor(name: str) -> Tensor:
+        value = torch.tensor(batch[name])  # a copy: what comes from the object store is read-only
+        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+
+    return ClipBatch(
+        tensor("rgb") if "rgb" in batch else None,
+        tensor("flow") if "flow" in batch else None,
+        *(tensor(name) for name in ("gaze", "gaze_valid", "label", "clip", "present")),
+    )
+
+
+def on_device(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -> Iterator[ClipBatch]:
+    return (to_device(batch, device) for batch in batches)
+
+
+def _pause() -> type:
+    """A callback that makes Ray Data's executor sleep between its steps.
+
+    It is a thread of the training process, and once enough is read ahead its loop spins without a pause: it held the
+    interpreter's lock often enough to slow training on two cores to a third.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pause(ExecutionCallback):  # type: ignore[misc]
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(_PAUSE)
+
+    return Pause
+
+
+def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """The plan's items from `first_item` on, read by Ray Data tasks: one pipeline until the end of the run.
+
+    Ray keeps the order whatever the number of readers; `batch_bytes` bounds what is read ahead.
+    """
+    import ray.data
+
+    count = plan.items - first_item
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=AHEAD * batch_bytes * max(1, -(-count // BLOCKS))
+    )
+    # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
+    context.target_max_block_size = batch_bytes
+    context.custom_execution_callback_classes = [_pause()]
+
+    def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        batch = plan.read(int(rows["item"][0]))
+        return {name: value[None] for name, value in batch.items()}
+
+    # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
+    dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=min(count, BLOCKS))
+    pool = ray.data.TaskPoolStrategy(size=readers)
+    dataset = dataset.map_batches(read, batch_size=1, num_cpus=READER_CPUS, compute=pool)
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+        yield {name: value[0] for name, value in batch.items()}

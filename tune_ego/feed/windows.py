@@ -1,0 +1,252 @@
+"""Which clip, frames, crop and flip a sample has, and reading it. No Ray and no torch here.
+
+Both are pure functions: of a training set of N clips, sample n is the (n mod N)-th clip of a permutation seeded by
+(seed, n div N), and its window, crop and flip are drawn by a generator seeded by (seed, n).
+
+B batch, T time, H, W, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tune_ego import storage
+from tune_ego.config import WINDOW_FRAMES, Config, DataConfig
+from tune_ego.dataset.flow import split_components
+from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, open_shards
+from tune_ego.errors import UserError
+
+_ORDER, _DRAW = 0, 1  # independent random streams of one seed
+EVALUATION_STEP = 8
+"""Frames between two evaluation windows (Lu)."""
+
+
+class Window(NamedTuple):
+    clip: int
+    """Index in the list of clips."""
+    start: int
+    top: int
+    left: int
+    flip: bool
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, clips: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(clips)
+
+
+def training_window(clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int) -> Window:
+    """Sample number `sample` of the run's order; `image_size` is (width, height)."""
+    epoch, place = divmod(sample, len(clips))
+    clip = int(_permutation(seed, epoch, len(clips))[place])
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_DRAW, sample)))
+    start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
+    top = int(random.integers(image_size[1] - crop + 1))
+    left = int(random.integers(image_size[0] - crop + 1))
+    return Window(clip, start, top, left, bool(random.integers(2)))
+
+
+def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int) -> Window:
+    return Window(clip, start, (image_size[1] - crop) // 2, (image_size[0] - crop) // 2, False)
+
+
+def dense_starts(frames: int) -> list[int]:
+    """Evaluation windows of a clip: at 0, 8, 16, ... and one that ends with it (Lu)."""
+    last = max(frames - WINDOW_FRAMES, 0)
+    starts = list(range(0, last + 1, EVALUATION_STEP))
+    return starts if starts[-1] == last else [*starts, last]
+
+
+def spread_starts(frames: int, count: int) -> list[int]:
+    """`count` evenly spaced windows; one is in the middle. Short clips may have fewer places than that."""
+    last = max(frames - WINDOW_FRAMES, 0)
+    return sorted({round(last * (2 * index + 1) / (2 * count)) for index in range(count)})
+
+
+class WindowReader:
+    """Reads windows of a list of clips: the frames of the window and little more."""
+
+    def __init__(self, clips: list[Clip], streams: tuple[str, ...], image_size: tuple[int, int], crop: int) -> None:
+        """`image_size` is (width, height) of the shards' images, `crop` the side of the square taken from them."""
+        self.clips, self.streams, self.image_size, self.crop = clips, streams, image_size, crop
+        self._columns = [*streams, "gaze_x", "gaze_y", "gaze_valid"]
+
+    def read(self, window: Window) -> dict[str, np.ndarray]:
+        """`rgb` [T, H, W, 3] and/or `flow` [T, H, W, 2] uint8, `gaze` [T, 2] in crop coordinates, `gaze_valid` [T]."""
+        clip = self.clips[window.clip]
+        frame = np.minimum(window.start + np.arange(WINDOW_FRAMES), clip.frames - 1)  # short clips repeat the last one
+        table, first = self._rows(clip, frame)
+        rows = frame - first
+        sample = {name: self._images(table, name, rows, window, clip) for name in self.streams}
+        gaze = np.stack([table[name].to_numpy()[rows] for name in ("gaze_x", "gaze_y")], axis=-1)
+        gaze = (gaze * self.image_size - (window.left, window.top)) / self.crop
+        if window.flip:
+            gaze[:, 0] = 1 - gaze[:, 0]
+            for name in self.streams:
+                sample[name] = sample[name][:, :, ::-1]
+            if "flow" in sample:
+                sample["flow"] = np.stack([255 - sample["flow"][..., 0], sample["flow"][..., 1]], axis=-1)
+        return {**sample, "gaze": gaze.astype(np.float32), "gaze_valid": table["gaze_valid"].to_numpy()[rows]}
+
+    def _rows(self, clip: Clip, frame: np.ndarray) -> tuple[pa.Table, int]:
+        """(the row groups that hold the frames, clip frame of their first row)."""
+        groups = range(int(frame[0]) // FRAMES_PER_ROW_GROUP, int(frame[-1]) // FRAMES_PER_ROW_GROUP + 1)
+        try:
+            file = _open_shard(clip.shard)
+            table = file.read_row_groups([clip.row_group + group for group in groups], self._columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{clip.shard}: {clip.name} cannot be read ({error}); run prepare again") from error
+        return table, groups[0] * FRAMES_PER_ROW_GROUP
+
+    def _images(self, table: pa.Table, name: str, rows: np.ndarray, window: Window, clip: Clip) -> np.ndarray:
+        column = table[name]
+        flag = cv2.IMREAD_COLOR_RGB if name == "rgb" else cv2.IMREAD_GRAYSCALE
+        images = []
+        for row in rows:
+            data = np.frombuffer(column[int(row)].as_buffer(), np.uint8)
+            image = cv2.imdecode(data, flag)
+            if image is None:
+                raise UserError(f"{clip.shard}: a damaged {name} image in {clip.name}; run prepare again")
+            if name == "flow":
+                image = split_components(image)
+            images.append(image[window.top : window.top + self.crop, window.left : window.left + self.crop])
+        return np.stack(images)
+
+    def read_batch(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
+        """Windows stacked, with `label`, `clip` and `present`; None is padding (and comes out as zeros)."""
+        samples = [None if window is None else self.read(window) for window in windows]
+        template = next(sample for sample in samples if sample is not None)
+        batch = {
+            name: np.stack([np.zeros_like(value) if sample is None else sample[name] for sample in samples])
+            for name, value in template.items()
+        }
+        indices = [0 if window is None else window.clip for window in windows]
+        batch["clip"] = np.array(indices, np.int64)
+        batch["label"] = np.array([self.clips[index].label for index in indices], np.int64)
+        batch["present"] = np.array([window is not None for window in windows])
+        return batch
+
+
+@lru_cache(maxsize=64)
+def _open_shard(uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.resolve(uri)
+    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+
+
+def check_fits(shards: Shards, config: Config) -> None:
+    """Raise `UserError` where a configuration asks for more than the data set has."""
+    if config.data.crop > min(shards.image_size):
+        width, height = shards.image_size
+        raise UserError(f"data.crop = {config.data.crop} does not fit into the shards' {width} x {height} images")
+    shards.train(config.data)
+    shards.validation(config.data)
+
+
+@dataclass(frozen=True)
+class FeedPlan:
+    """What one worker reads during a run: a sequence of items, each one forward pass of training or validation.
+
+    Iteration i (from 0) has `accumulate` training items; after every `validate_every`-th iteration and after the last
+    come the validation items. Items are numbered from the run's start, so a resumed run begins at an item.
+    """
+
+    root: str
+    data: DataConfig
+    streams: tuple[str, ...]
+    seed: int
+    iterations: int
+    micro_batch: int
+    accumulate: int
+    validate_every: int
+    validation_windows: int
+    workers: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, root: str, config: Config, workers: int, rank: int) -> FeedPlan:
+        train = config.train
+        return cls(
+            *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
+            *(train.accumulate, train.validate_every, train.validation_windows, workers, rank),
+        )
+
+    def validates_after(self, iterations: int) -> bool:
+        """Whether a validation follows when `iterations` are done."""
+        return iterations % self.validate_every == 0 or iterations == self.iterations
+
+    @property
+    def validation_items(self) -> int:
+        """Items of one validation; the same for every worker."""
+        return -(-len(_sources(self).validation_windows) // (self.workers * self.micro_batch))
+
+    def first_item(self, iterations: int) -> int:
+        """The item that follows when `iterations` are done and validated."""
+        return iterations * self.accumulate + iterations // self.validate_every * self.validation_items
+
+    @property
+    def items(self) -> int:
+        extra = 0 if self.iterations % self.validate_every == 0 else self.validation_items
+        return self.first_item(self.iterations) + extra
+
+    def windows(self, item: int) -> tuple[bool, list[Window | None]]:
+        """(is it training, this worker's windows) of an item."""
+        cycle = self.validate_every * self.accumulate + self.validation_items
+        rounds, place = divmod(item, cycle)
+        training_items = min(self.validate_every, self.iterations - rounds * self.validate_every) * self.accumulate
+        sources = _sources(self)
+        if place < training_items:
+            share = rounds * self.validate_every * self.accumulate + place
+            first = (share * self.workers + self.rank) * self.micro_batch
+            samples = range(first, first + self.micro_batch)
+            size = sources.image_size
+            return True, [training_window(sources.train.clips, self.seed, n, size, self.data.crop) for n in samples]
+        first = ((place - training_items) * self.workers + self.rank) * self.micro_batch
+        chosen = sources.validation_windows[first : first + self.micro_batch]
+        return False, [*chosen, *[None] * (self.micro_batch - len(chosen))]
+
+    @property
+    def validation_labels(self) -> list[int]:
+        return [clip.label for clip in _sources(self).validation.clips]
+
+    def read(self, item: int) -> dict[str, np.ndarray]:
+        training, windows = self.windows(item)
+        sources = _sources(self)
+        if not any(windows):  # another worker's clips only: read one, and count it out
+            batch = sources.validation.read_batch([sources.validation_windows[0]] * self.micro_batch)
+            return {**batch, "present": np.zeros(self.micro_batch, bool)}
+        return (sources.train if training else sources.validation).read_batch(windows)
+
+
+class _Sources(NamedTuple):
+    train: WindowReader
+    validation: WindowReader
+    validation_windows: list[Window]
+    image_size: tuple[int, int]
+
+
+@lru_cache(maxsize=4)
+def _sources(plan: FeedPlan) -> _Sources:
+    shards = open_shards(plan.root)
+    size = shards.image_size
+    train, validation = (
+        WindowReader(clips, plan.streams, size, plan.data.crop) for clips in (shards.train(plan.data), shards.validation(plan.data))
+    )
+    windows = [
+        centre_window(index, start, size, plan.data.crop)
+        for index, clip in enumerate(validation.clips)
+        for start in spread_starts(clip.frames, plan.validation_windows)
+    ]
+    return _Sources(train, validation, windows, size)
+
+
+def read_items(plan: FeedPlan, items: Any) -> Any:
+    """The batches of a range of items, one after another, in this process."""
+    cv2.setNumThreads(1)
+    return (plan.read(int(item)) for item in items)

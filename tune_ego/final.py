@@ -1,0 +1,86 @@
+"""`train`: one run of a given configuration, followed on screen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tune_ego import experiment, storage
+from tune_ego.cluster import ray_session
+from tune_ego.config import Config, load_config
+from tune_ego.console import percent, say
+from tune_ego.errors import UserError
+from tune_ego.experiment import METRIC
+
+_LOOK_EVERY = 1.0  # seconds
+
+
+def train_final(config: Config, data: str, run: str, address: str | None) -> str:
+    """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
+
+    Returns the URI of the weights. Raises `UserError` where the folder holds another run.
+    """
+    import ray
+
+    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker
+
+    run, data = storage.absolute(run), storage.absolute(data)
+    check_run(config, data)
+    _check_same_run(config, run)
+    model = storage.join(run, experiment.MODEL_FILE)
+    if storage.exists(model):
+        say(f"{run} is finished already: {model}")
+        return model
+    with ray_session(address):
+        resources = ray.cluster_resources()
+        fitting_runs(config, resources)
+        with _followed(run):
+            fit(Job(config, data, run, gpus_per_worker(config, resources), final=True))
+    say(f"Weights: {model}")
+    return model
+
+
+def _check_same_run(config: Config, run: str) -> None:
+    uri = storage.join(run, experiment.CONFIG_FILE)
+    if storage.exists(uri):
+        if load_config(uri) != config:
+            raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
+        metrics = experiment.read_metrics(run)
+        say(f"{run} goes on{' after iteration ' + str(metrics[-1]['iteration']) if metrics else ''}")
+    elif storage.list_names(run):
+        raise UserError(f"{run}: the folder is not empty and holds no run; choose another --name")
+
+
+@contextmanager
+def _followed(run: str) -> Iterator[None]:
+    """Print a run's validations while the body runs: they are read from its files, wherever its workers are."""
+    ended = threading.Event()
+    shown = len(_validations(run))
+
+    def follow() -> None:
+        nonlocal shown
+        while True:
+            last = ended.wait(_LOOK_EVERY)
+            for line in _validations(run)[shown:]:
+                shown += 1
+                say(
+                    f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate "
+                    f"{line['learning_rate']:.2g}, validation mean class accuracy {percent(line[METRIC])}, "
+                    f"{line['clips_per_second']:.1f} clips/s"
+                )
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _validations(run: str) -> list[dict[str, Any]]:
+    return [line for line in experiment.read_metrics(run) if METRIC in line]

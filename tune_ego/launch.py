@@ -1,0 +1,197 @@
+"""Training under Ray Train: the worker function of trials and final runs, and starting it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tune_ego import experiment, storage
+from tune_ego.checkpoint import FILE_NAME, Origin, read_checkpoint, to_bytes
+from tune_ego.config import Config, dump_config
+from tune_ego.dataset.shards import Shards, open_shards
+from tune_ego.errors import UserError
+from tune_ego.experiment import METRIC
+from tune_ego.feed.batches import READER_CPUS, on_device, ray_batches
+from tune_ego.feed.windows import FeedPlan, check_fits
+from tune_ego.train import NonFiniteLoss, Trainer, train
+
+TRIAL_CPUS = 0.1
+"""What Ray reserves for a trial's own actor, which only starts and watches its workers."""
+_METRICS_EVERY = 2.0
+"""Seconds between two writes of metrics.jsonl, validations aside."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as it travels to its workers."""
+
+    config: Config
+    data: str
+    """The shards."""
+    run: str
+    """The run's folder or URI."""
+    gpus: float
+    """GPUs of a worker."""
+    final: bool
+    """Write `final/model.pt` at the end."""
+
+
+def origin_of(shards: Shards) -> Origin:
+    return Origin(shards.actions, shards.image_size, shards.info["settings"]["flow"])
+
+
+def gpus_per_worker(config: Config, cluster: dict[str, float]) -> float:
+    if config.compute.gpus_per_worker != "auto":
+        return config.compute.gpus_per_worker
+    return 1.0 if cluster.get("GPU", 0) >= 1 else 0.0
+
+
+def fitting_runs(config: Config, cluster: dict[str, float]) -> int:
+    """How many runs of this configuration the cluster holds at a time; raises `UserError` where not even one."""
+    compute = config.compute
+    needs = {
+        "CPU": compute.workers * (compute.cpus_per_worker + compute.readers * READER_CPUS) + TRIAL_CPUS,
+        "GPU": compute.workers * gpus_per_worker(config, cluster),
+    }
+    for kind, need in needs.items():
+        if need > cluster.get(kind, 0):
+            raise UserError(
+                f"{compute.workers} worker(s) ask for {need:g} {kind}s and the cluster has {cluster.get(kind, 0):g}; "
+                f"change compute.workers, compute.{kind.lower()}s_per_worker or the cluster"
+            )
+    return min(math.floor(cluster[kind] / need) for kind, need in needs.items() if need)
+
+
+def fit(job: Job, callbacks: list[Any] | None = None) -> None:
+    """Run a job to its end on a Ray cluster, from its last checkpoint where it has one.
+
+    Raises `UserError` with the reason where it failed for good.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    _raise_failure(job.run)
+    compute = job.config.compute
+    resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
+    folder, _, name = job.run.rpartition("/")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            callbacks=callbacks,
+            failure_config=FailureConfig(max_failures=compute.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=METRIC),  # and the latest
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise UserError(f"{job.run}: {_root_cause(error)}") from error
+    _raise_failure(job.run)
+
+
+def _raise_failure(run: str) -> None:
+    reason = experiment.read_failure(run)
+    if reason is not None:
+        raise UserError(reason)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost message: Ray wraps a worker's traceback in its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What every training process runs, in trials and final runs alike."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    job: Job = settings["job"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    sys.setswitchinterval(1e-3)  # Ray Data's executor is a thread of this process; the default makes training wait for it
+    if not job.gpus:
+        torch.set_num_threads(math.ceil(job.config.compute.cpus_per_worker))
+    shards = open_shards(job.data)
+    reporter = _Reporter(job, rank)
+    try:
+        trainer = Trainer(job.config, origin_of(shards), get_device(), rank)
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                trainer.load(read_checkpoint(folder), checkpoint.path)
+        reporter.begin(trainer.iteration)
+        plan = FeedPlan.of(job.data, job.config, workers, rank)
+        first = plan.first_item(trainer.iteration)
+        if trainer.iteration < plan.iterations:
+            batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
+            train(trainer, plan, on_device(batches, trainer.device), reporter)
+    except (NonFiniteLoss, UserError) as error:
+        # Ray would try again; this would fail again. The driver finds the reason in the run's folder.
+        storage.write_json(storage.join(job.run, experiment.FAILURE_FILE), {"reason": str(error)})
+        return
+    if job.final and rank == 0:
+        storage.write_bytes(storage.join(job.run, experiment.MODEL_FILE), to_bytes(trainer.model.state_dict()))
+
+
+def _batch_bytes(config: Config) -> int:
+    channels = sum({"rgb": 3, "flow": 2}[name] for name in config.stream_names)
+    return config.micro_batch * 16 * config.data.crop**2 * channels
+
+
+class _Reporter:
+    """Writes the run's files on rank 0 and tells Ray Train about validations on every rank."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.job, self.rank = job, rank
+        self.lines: list[dict[str, Any]] = []
+        self.written = 0.0
+
+    def begin(self, iteration: int) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from."""
+        if self.rank == 0:
+            self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
+            storage.write_text(storage.join(self.job.run, experiment.CONFIG_FILE), dump_config(self.job.config))
+
+    def __call__(self, metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+        if self.rank == 0:
+            self.lines.append(metrics)
+            if checkpoint is not None or time.monotonic() - self.written > _METRICS_EVERY:
+                experiment.write_metrics(self.job.run, self.lines)
+                self.written = time.monotonic()
+        if checkpoint is not None:
+            self._report_to_ray(metrics, checkpoint)
+
+    def _report_to_ray(self, metrics: dict[str, Any], content: dict[str, Any]) -> None:
+        import ray.train
+        import ray.util
+
+        # A stopped trial leaves its placement group behind; the driver removes it by this id.
+        metrics = {**metrics, "placement_group": ray.util.get_current_placement_group().id.hex()}
+        name = experiment.checkpoint_name(metrics["iteration"])
+        if self.rank:
+            ray.train.report(metrics, checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory(prefix="tune_ego-") as folder:
+            (Path(folder) / FILE_NAME).write_bytes(to_bytes(content))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+
+def check_run(config: Config, data: str) -> None:
+    """Raise `UserError` for what can be seen before a cluster is started."""
+    check_fits(open_shards(data), config)
+    for modality in config.stream_names:
+        source = getattr(config.init_from, modality)
+        if source is not None and not storage.exists(source):
+            raise UserError(f"init_from.{modality}: {source} does not exist")

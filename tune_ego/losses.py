@@ -1,0 +1,62 @@
+"""The gaze target and the losses (Lu, Liao, Li, ICCV Workshops 2019).
+
+B batch, T time (frames of the window, or T' slices of the map), H, W the map's rows and columns, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tune_ego.model.two_stream import StreamOutput
+
+
+def gaze_target(
+    gaze_BT2: Tensor, valid_BT: Tensor, map_size: tuple[int, int, int] = (2, 7, 7), sigma: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian map around the mean gaze point of each slice of the window.
+
+    `gaze_BT2` holds x, y in crop coordinates ([0, 1] of the crop; it may lie outside), `valid_BT` which frames have
+    gaze; `sigma` is in cells. Returns the target [B, T', H, W] in (0, 1] and which slices have one, [B, T'].
+    """
+    slices, height, width = map_size
+    batch, frames = valid_BT.shape
+    if frames % slices:
+        raise ValueError(f"{frames} frames do not divide into {slices} slices")
+    valid = valid_BT.reshape(batch, slices, frames // slices)
+    point = torch.where(valid_BT[..., None], gaze_BT2, 0.0).reshape(batch, slices, frames // slices, 2)
+    count = valid.sum(dim=2)
+    mean = point.sum(dim=2) / count.clamp(min=1)[..., None]
+    column = torch.arange(width, device=mean.device, dtype=mean.dtype)
+    row = torch.arange(height, device=mean.device, dtype=mean.dtype)
+    across = (column - mean[..., 0:1] * width).square()
+    down = (row - mean[..., 1:2] * height).square()
+    return torch.exp(-(down[..., :, None] + across[..., None, :]) / (2 * sigma**2)), count > 0
+
+
+def gaze_loss(attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> Tensor:
+    """Mean squared error between attention and target over the slices that have gaze; 0 where none has."""
+    _, slices, height, width = attention_BTHW.shape
+    target_BTHW, valid_BT = gaze_target(gaze_BT2.to(attention_BTHW.dtype), valid_BT, (slices, height, width), sigma)
+    error_BT = (attention_BTHW - target_BTHW).square().mean(dim=(2, 3))
+    return torch.where(valid_BT, error_BT, 0.0).sum() / valid_BT.sum().clamp(min=1)
+
+
+class Losses(NamedTuple):
+    total: Tensor
+    action: Tensor
+    gaze: Tensor
+
+
+def stream_losses(
+    output: StreamOutput, label_B: Tensor, gaze_BT2: Tensor, valid_BT: Tensor, gaze_weight: float, gaze_sigma: float
+) -> Losses:
+    """Losses of one stream: cross-entropy of its scores plus the weighted gaze loss of its attention."""
+    action = F.cross_entropy(output.logits_BK.float(), label_B)
+    if output.attention_BTHW is None:
+        return Losses(action, action, torch.zeros_like(action))
+    gaze = gaze_loss(output.attention_BTHW, gaze_BT2, valid_BT, gaze_sigma)
+    return Losses(action + gaze_weight * gaze, action, gaze)

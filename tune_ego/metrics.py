@@ -1,0 +1,64 @@
+"""Class scores per clip, and the accuracies made from them. N clips, K classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ClipScores:
+    """Softmax scores of each stream, summed over the windows of each clip.
+
+    Every worker adds its own windows; `reduce` sums over workers, so the result does not depend on their number.
+    """
+
+    def __init__(self, modalities: tuple[str, ...], clips: int, classes: int, device: torch.device) -> None:
+        self._sums = {name: torch.zeros(clips, classes, dtype=torch.float64, device=device) for name in modalities}
+        self._windows = torch.zeros(clips, dtype=torch.float64, device=device)
+
+    def add(self, clip_B: Tensor, logits: dict[str, Tensor], present_B: Tensor) -> None:
+        """Add windows: their clips' indices, each stream's logits [B, K], and which rows are no padding."""
+        weight_B = present_B.double()
+        self._windows.index_add_(0, clip_B, weight_B)
+        for name, logits_BK in logits.items():
+            scores_BK = logits_BK.double().softmax(dim=1) * weight_B[:, None]
+            self._sums[name].index_add_(0, clip_B, scores_BK)
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Mean scores [N, K] over the windows of all workers, per stream, and `fused`, the mean of two streams."""
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (*self._sums.values(), self._windows):
+                dist.all_reduce(tensor)
+        scores = {name: total / self._windows[:, None].clamp(min=1) for name, total in self._sums.items()}
+        if len(scores) == 2:
+            scores["fused"] = (scores["rgb"] + scores["flow"]) / 2
+        return scores
+
+
+def confusion(scores_NK: Tensor, label_N: Tensor) -> Tensor:
+    """[K, K] counts: rows are true classes, columns predicted ones."""
+    classes = scores_NK.shape[1]
+    pairs = label_N * classes + scores_NK.argmax(dim=1)
+    return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def micro_accuracy(confusion_KK: Tensor) -> float:
+    """Share of the clips that are right."""
+    return (confusion_KK.diagonal().sum() / confusion_KK.sum()).item()
+
+
+def mean_class_accuracy(confusion_KK: Tensor) -> float:
+    """Mean of per-class recall over the classes that have clips."""
+    clips_K = confusion_KK.sum(dim=1)
+    present = clips_K > 0
+    return (confusion_KK.diagonal()[present] / clips_K[present]).double().mean().item()
+
+
+def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str, float]]:
+    """`micro_accuracy` and `mean_class_accuracy`, fractions, for each entry of `scores`."""
+    result = {}
+    for name, scores_NK in scores.items():
+        counts = confusion(scores_NK, label_N)
+        result[name] = {"micro_accuracy": micro_accuracy(counts), "mean_class_accuracy": mean_class_accuracy(counts)}
+    return result

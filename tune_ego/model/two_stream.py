@@ -1,0 +1,75 @@
+"""A stream (I3D + STAM + classifier) and the pair of them.
+
+B batch, C channels, T time, H, W, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tune_ego.config import ModelConfig
+from tune_ego.model.i3d import Unit3D, trunk
+from tune_ego.model.stam import scale_attention, stam
+
+CHANNELS = {"rgb": 3, "flow": 2}
+
+
+class StreamOutput(NamedTuple):
+    logits_BK: Tensor
+    attention_BTHW: Tensor | None
+
+
+class Stream(nn.Module):
+    """I3D + STAM over one modality; parameter names are those of the published weights."""
+
+    def __init__(self, modality: str, num_classes: int, model: ModelConfig) -> None:
+        super().__init__()
+        self.modality = modality
+        trunk_activation = model.activation if model.activation_scope == "all" else "relu"
+        layers, channels = trunk(CHANNELS[modality], model.width, trunk_activation, model.bn_momentum)
+        self._trunk = tuple(layers)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        attention = stam(channels, model) if model.stam_depth else {}
+        self._attention = tuple(attention)
+        for name, layer in attention.items():
+            self.add_module(name, layer)
+        self.attention_scale = model.attention_scale
+        self.dropout = nn.Dropout(model.dropout)
+        self.logits = Unit3D(channels, num_classes, activation=None, batch_norm=False)
+
+    def forward(self, clip_BCTHW: Tensor) -> StreamOutput:
+        """Floats in [-1, 1] -> class scores and the attention map (None at `stam_depth` 0)."""
+        x = clip_BCTHW
+        for name in self._trunk:
+            x = getattr(self, name)(x)
+        attention_BTHW = None
+        if self._attention:
+            a = x
+            for name in self._attention:
+                a = getattr(self, name)(a)
+            attention_BTHW = scale_attention(a[:, 0], self.attention_scale)
+            x = x * attention_BTHW[:, None].to(x.dtype)
+        pooled = F.adaptive_avg_pool3d(x, 1)
+        logits_BK = self.logits(self.dropout(pooled)).flatten(1)
+        return StreamOutput(logits_BK, attention_BTHW)
+
+
+def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
+    """One stream with fresh weights; `modality` is "rgb" or "flow"."""
+    return Stream(modality, num_classes, model)
+
+
+class TwoStream(nn.ModuleDict):
+    """The streams that are trained, side by side; they share no parameter."""
+
+    def __init__(self, modalities: tuple[str, ...], num_classes: int, model: ModelConfig) -> None:
+        super().__init__({modality: build_stream(modality, num_classes, model) for modality in modalities})
+
+    def forward(self, clips: Mapping[str, Tensor]) -> dict[str, StreamOutput]:
+        """A clip [B, C, T, H, W] per modality, floats in [-1, 1] -> what each stream says."""
+        return {modality: stream(clips[modality]) for modality, stream in self.items()}

@@ -1,0 +1,82 @@
+"""Loading weights: published files and our own checkpoints into one stream."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_ego import storage
+from tune_ego.errors import UserError
+from tune_ego.model.two_stream import Stream
+
+
+class LoadedWeights(NamedTuple):
+    """Parameter names, as in the model."""
+
+    loaded: list[str]
+    left_out: list[str]
+    """In the file, not taken: a classifier of another number of classes, attention where the stream has none."""
+    fresh: list[str]
+    """In the stream, not in the file: they keep their initial values."""
+
+
+def load_tensors(uri: str | Path) -> Any:
+    """What `torch.save` wrote, tensors and plain containers only: a file that would run code is refused."""
+    try:
+        return torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(f"{uri}: not weights that can be loaded ({' '.join(str(error).split())[:160]})") from error
+
+
+def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
+    """Load a file of weights into `stream`.
+
+    Takes I3D Kinetics files, Lu's "-o" and "-a" files (each with or without DataParallel's `module.` prefix), and
+    `model.pt` or a checkpoint of ours. The classifier is left out where its number of classes differs, attention
+    where the stream has none; any other difference is a `UserError` that names parameter and both shapes.
+    """
+    content = load_tensors(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: not a state dict of tensors")
+    found = {name.removeprefix("module."): value for name, value in content.items()}
+    ours = f"{stream.modality}."
+    if any(name.startswith(("rgb.", "flow.")) for name in found):
+        found = {name.removeprefix(ours): value for name, value in found.items() if name.startswith(ours)}
+        if not found:
+            raise UserError(f"{path}: holds no {stream.modality} stream")
+    return _load(stream, found, str(path))
+
+
+def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
+    state = stream.state_dict()
+    left_out = []
+    for name in list(found):
+        attention = name.startswith("attention_") and name not in state
+        classes = name.startswith("logits.") and name in state and found[name].shape != state[name].shape
+        if attention or classes:
+            left_out.append(name)
+            del found[name]
+    unknown = sorted(found.keys() - state.keys())
+    absent = [name for name in state if name not in found and not name.endswith("num_batches_tracked")]
+    fresh = [name for name in absent if name.startswith(("attention_", "logits."))]
+    if unknown or len(fresh) != len(absent):
+        missing = sorted(set(absent) - set(fresh))
+        raise UserError(f"{path}: not weights of this model: {_first('unknown', unknown)}{_first('absent', missing)}")
+    for name, value in found.items():
+        if value.shape != state[name].shape:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(state[name].shape)} in the {stream.modality} stream"
+            raise UserError(f"{path}: {name} is {shapes}")
+    stream.load_state_dict(found, strict=False)
+    return LoadedWeights(sorted(found), left_out, fresh)
+
+
+def _first(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} (first {names[0]}) " if names else ""

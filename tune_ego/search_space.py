@@ -1,0 +1,266 @@
+"""Search spaces: YAML -> validated -> what Ray Tune samples -> a full configuration.
+
+    base: {train: {iterations: 600}}            # differs from Config's defaults, the same for every trial
+    space:
+      optimizer.name: {choice: [sgd, ranger]}
+      optimizer.lr:                             # a list: the first branch whose `when` holds
+        - {when: {optimizer.name: sgd}, loguniform: [1e-2, 0.3]}
+        - {when: {optimizer.name: ranger}, loguniform: [1e-4, 1e-2]}
+      model.stam_depth: {grid: [1, 3]}          # every value, for each of the samples
+      loss.gaze_weight: 0.1                     # fixed
+    samples: 8
+    asha: {grace: 100, reduction: 3}
+
+Forms: choice, grid, uniform, loguniform, randint (upper end left out), value (in a branch), or a plain value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tune_ego import storage
+from tune_ego.config import Config, build_config, check_key, override, parse_yaml
+from tune_ego.errors import UserError
+
+FORMS = ("choice", "grid", "uniform", "loguniform", "randint")
+_CHECKED_COMBINATIONS = 2000
+_TOP_LEVEL = ("base", "space", "samples", "asha")
+
+
+class Domain(NamedTuple):
+    """Where a key's value comes from."""
+
+    form: str
+    """One of `FORMS`, or `value`."""
+    values: tuple[Any, ...]
+    """The values of a choice, grid or value; the two ends of a range."""
+
+
+class Branch(NamedTuple):
+    when: dict[str, tuple[Any, ...]]
+    """Key -> values it may have; all must hold. Empty: always."""
+    domain: Domain
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A validated search space."""
+
+    source: str
+    text: str
+    base: dict[str, Any]
+    branches: dict[str, list[Branch]]
+    samples: int
+    grace: int
+    """Iterations before ASHA may stop a trial."""
+    reduction: int
+    """ASHA keeps one in so many trials at each rung."""
+
+    def param_space(self) -> dict[str, Any]:
+        """What Ray Tune samples: a domain per branch, so that any searcher and seed treats branches alike."""
+        from ray import tune
+
+        make = {"choice": tune.choice, "grid": tune.grid_search}
+        space = {}
+        for name, domain in self.sampled():
+            if domain.form in make:
+                space[name] = make[domain.form](list(domain.values))
+            else:
+                space[name] = getattr(tune, domain.form)(*domain.values)
+        return space
+
+    def config(self, sampled: dict[str, Any]) -> Config:
+        """The full configuration of one draw from `param_space`."""
+        return build_config(override(self.base, self.overrides(sampled)), self.source)
+
+    def overrides(self, sampled: dict[str, Any]) -> dict[str, Any]:
+        """Dotted key -> value of one draw: the branches that hold."""
+        chosen: dict[str, Any] = {}
+        for key, branches in self.branches.items():
+            for index, branch in enumerate(branches):
+                if all(self._value(name, chosen) in allowed for name, allowed in branch.when.items()):
+                    domain = branch.domain
+                    value = domain.values[0] if domain.form == "value" else sampled[f"{key}@{index}"]
+                    chosen[key] = tuple(value) if isinstance(value, list) else value
+                    break
+        return chosen
+
+    def _value(self, key: str, chosen: dict[str, Any]) -> Any:
+        if key in chosen:
+            return chosen[key]
+        node: Any = build_config(self.base, self.source).model_dump()
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    def sampled(self) -> Iterator[tuple[str, Domain]]:
+        """The names under which Ray Tune draws, with their domains."""
+        for key, branches in self.branches.items():
+            for index, branch in enumerate(branches):
+                if branch.domain.form != "value":
+                    yield f"{key}@{index}", branch.domain
+
+    @property
+    def searched_keys(self) -> list[str]:
+        """Keys whose value differs between trials."""
+        return [key for key, branches in self.branches.items() if len(branches) > 1 or branches[0].domain.form != "value"]
+
+    @property
+    def trials(self) -> int:
+        return self.samples * math.prod(len(domain.values) for _, domain in self.sampled() if domain.form == "grid")
+
+
+def find_space(name: str) -> str:
+    """The path of a search space: as given, or one of the shipped ones by its name (with or without .yaml)."""
+    if storage.exists(name):
+        return name
+    package = Path(__file__).parent
+    folders = [package / "search_spaces", package.parent / "search_spaces"]  # in a wheel; in a checkout
+    shipped = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    found = shipped.get(name.removesuffix(".yaml"))
+    if found is None:
+        raise UserError(f"{name}: no such file, nor a shipped search space ({', '.join(sorted(shipped))})")
+    return str(found)
+
+
+def load_space(name: str, changes: dict[str, Any] | None = None) -> SearchSpace:
+    """Read and check a search space; `changes` (dotted keys) replace what its base says.
+
+    Raises `UserError` naming file, key and what is allowed.
+    """
+    path = find_space(name)
+    try:
+        text = storage.read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return parse_space(text, path, changes)
+
+
+def parse_space(text: str, source: str, changes: dict[str, Any] | None = None) -> SearchSpace:
+    content = parse_yaml(text, source)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{source}: expected the keys {', '.join(_TOP_LEVEL)}")
+    for key in content:
+        if key not in _TOP_LEVEL:
+            raise UserError(f"{source}: unknown key {key!r}; allowed: {', '.join(_TOP_LEVEL)}")
+    base = _mapping(content.get("base") or {}, source, "base")
+    for key in changes or {}:
+        check_key(key, "--set")
+    base = override(base, changes or {})
+    entries = _mapping(content.get("space") or {}, source, "space")
+    fixed_twice = [key for key in changes or {} if key in entries]
+    if fixed_twice:
+        raise UserError(f"--set {fixed_twice[0]}: {source} searches this key; change it there")
+    branches: dict[str, list[Branch]] = {}
+    for key, entry in entries.items():
+        check_key(key, source)
+        later = [name for name in entries if name not in branches]
+        branches[key] = _branches(entry, f"{source}: space.{key}", later)
+    config = build_config(base, f"{source}: base")
+    asha = _mapping(content.get("asha") or {}, source, "asha")
+    for key in asha:
+        if key not in ("grace", "reduction"):
+            raise UserError(f"{source}: unknown key 'asha.{key}'; allowed: grace, reduction")
+    space = SearchSpace(
+        source=source,
+        text=text,
+        base=base,
+        branches=branches,
+        samples=_count(content.get("samples", 1), 1, f"{source}: samples"),
+        grace=_count(asha.get("grace", config.train.validate_every), 1, f"{source}: asha.grace"),
+        reduction=_count(asha.get("reduction", 3), 2, f"{source}: asha.reduction"),
+    )
+    _check_configurations(space)
+    if space.grace > config.train.iterations:
+        raise UserError(f"{source}: asha.grace {space.grace} is over base.train.iterations {config.train.iterations}")
+    return space
+
+
+def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {key}: expected keys and values, found {value!r}")
+    return value
+
+
+def _count(value: Any, least: int, place: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{place}: expected a whole number of at least {least}, found {value!r}")
+    return value
+
+
+def _branches(entry: Any, place: str, later: list[str]) -> list[Branch]:
+    if not (isinstance(entry, list) and any(isinstance(item, dict) for item in entry)):
+        return [Branch({}, _domain(entry, place))]
+    branches = []
+    for number, item in enumerate(entry, start=1):
+        if not isinstance(item, dict) or len({*item} - {"when"}) != 1:
+            raise UserError(f"{place}: branch {number}: expected 'when' and one of {', '.join((*FORMS, 'value'))}")
+        when = {}
+        for name, allowed in _mapping(item.get("when", {}), place, "when").items():
+            check_key(name, place)
+            if name in later:
+                raise UserError(f"{place}: 'when' needs {name}, which must stand above it in the space")
+            when[name] = tuple(allowed) if isinstance(allowed, list) else (allowed,)
+        form, value = next((form, value) for form, value in item.items() if form != "when")
+        domain = Domain("value", (_plain(value, place),)) if form == "value" else _domain({form: value}, place)
+        if when and domain.form == "grid":
+            raise UserError(f"{place}: branch {number}: a grid has no 'when' (it would repeat other trials); use choice")
+        branches.append(Branch(when, domain))
+    return branches
+
+
+def _domain(entry: Any, place: str) -> Domain:
+    if not isinstance(entry, dict):
+        return Domain("value", (_plain(entry, place),))
+    if len(entry) != 1 or next(iter(entry)) not in FORMS:
+        found = ", ".join(map(repr, entry))
+        raise UserError(f"{place}: unknown form {found or 'without a name'}; allowed: {', '.join(FORMS)}, or a plain value")
+    form, values = next(iter(entry.items()))
+    if not isinstance(values, list):
+        raise UserError(f"{place}: {form}: expected a list, found {values!r}")
+    if form in ("choice", "grid"):
+        if not values:
+            raise UserError(f"{place}: {form}: the list is empty")
+        return Domain(form, tuple(_plain(value, place) for value in values))
+    return Domain(form, _range(form, values, place))
+
+
+def _range(form: str, values: list[Any], place: str) -> tuple[float, float]:
+    kinds = (int,) if form == "randint" else (int, float)
+    if len(values) != 2 or not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
+        raise UserError(f"{place}: {form}: expected [low, high] as {'whole ' if form == 'randint' else ''}numbers, found {values!r}")
+    low, high = values
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"{place}: {form}: the range {values!r} is empty")
+    if form == "loguniform" and low <= 0:
+        raise UserError(f"{place}: loguniform: the lower end must be above 0, found {low!r}")
+    return low, high
+
+
+def _plain(value: Any, place: str) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float, bool)) for item in items):
+        raise UserError(f"{place}: expected a number, a word, or a list of them, found {value!r}")
+    return value
+
+
+def _check_configurations(space: SearchSpace) -> None:
+    """Build the configurations that the space can give: all of them, or a spread of 2,000, ranges by their ends."""
+    sampled = list(space.sampled())
+    options = [(*d.values[:1], d.values[1] - 1) if d.form == "randint" else d.values for _, d in sampled]
+    names = [name for name, _ in sampled]
+    if math.prod(map(len, options)) <= _CHECKED_COMBINATIONS:
+        draws: Iterator[tuple[Any, ...]] = itertools.product(*options)
+    else:
+        random = np.random.default_rng(0)
+        orders = [random.permutation(_CHECKED_COMBINATIONS) for _ in options]
+        draws = (tuple(values[order[n] % len(values)] for values, order in zip(options, orders)) for n in range(_CHECKED_COMBINATIONS))
+    for draw in draws:
+        space.config(dict(zip(names, draw)))

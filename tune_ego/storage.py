@@ -1,0 +1,85 @@
+"""Files at a local path or an object-store URI (`s3://`, `gs://`), through pyarrow's file systems."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from tune_ego.errors import UserError
+
+
+def absolute(uri: str | Path) -> str:
+    """The same place, independent of the working directory; URIs are returned without a trailing slash."""
+    text = str(uri)
+    if "://" in text:
+        return text.rstrip("/")
+    return str(Path(text).expanduser().resolve())
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """(file system, path on it) of a local path or URI."""
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(absolute(uri))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{uri}: not a path or URI that can be opened ({error})") from error
+    return filesystem, path
+
+
+def exists(uri: str | Path) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def list_names(uri: str | Path) -> list[str]:
+    """Names directly below a folder, sorted; an absent folder has none."""
+    filesystem, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def read_text(uri: str | Path) -> str:
+    return read_bytes(uri).decode()
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Write a whole file so that no reader ever sees half of it."""
+    filesystem, path = resolve(uri)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:  # an object appears only when it is complete
+            stream.write(data)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        Path(partial).write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def write_text(uri: str | Path, text: str) -> None:
+    write_bytes(uri, text.encode())
+
+
+def read_json(uri: str | Path) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str | Path, value: Any) -> None:
+    write_text(uri, json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,183 @@
+"""The training loop, the same for trials and final runs. It knows no Ray.
+
+It takes an iterator of batches in the order of a `FeedPlan` and a `report` callable, so it can be run, tested and
+profiled anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tune_ego.checkpoint import Origin, load_model_state, pack
+from tune_ego.config import Config
+from tune_ego.feed.batches import ClipBatch
+from tune_ego.feed.windows import FeedPlan
+from tune_ego.losses import stream_losses
+from tune_ego.metrics import ClipScores, accuracies
+from tune_ego.model import TwoStream, load_weights
+from tune_ego.optim import Schedule, build_optimizer
+
+METRIC = "val_mean_class_accuracy"
+Report = Callable[[dict[str, Any], dict[str, Any] | None], None]
+"""Takes metrics, and after a validation a checkpoint's content too. Every worker calls it equally often."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss left the finite numbers; going on, or trying again, would not help."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The 16-bit type of mixed precision, None for float32 throughout."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+class Trainer:
+    """Model, optimizer, schedule and loss scaler of a run, and the steps on them."""
+
+    def __init__(self, config: Config, origin: Origin, device: torch.device, rank: int = 0) -> None:
+        self.config, self.origin, self.device, self.rank = config, origin, device, rank
+        torch.manual_seed(config.seed)
+        self.model = TwoStream(config.stream_names, len(origin.actions), config.model)
+        for modality in config.stream_names:
+            source = getattr(config.init_from, modality)
+            if source is not None:
+                load_weights(self.model[modality], source)  # type: ignore[arg-type]
+        self.model.to(device)
+        self.parallel: nn.Module = self.model
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.dtype = autocast_dtype(config.train.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.optimizer = build_optimizer(config, self.model.parameters())
+        self.schedule = Schedule(config, self.optimizer)
+        self.iteration = 0
+        self.best: dict[str, Any] = {}
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def load(self, content: dict[str, Any], source: str) -> None:
+        """Go on from a checkpoint."""
+        load_model_state(self.model, content["model"], source)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.iteration, self.best = content["iteration"], content["best"]
+
+    def checkpoint(self) -> dict[str, Any]:
+        return pack(
+            *(self.config, self.origin, self.iteration, self.best),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            schedule=self.schedule.state_dict(),
+            scaler=self.scaler.state_dict(),
+        )
+
+    def _forward(self, batch: ClipBatch) -> Any:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.parallel(batch.clips())
+
+    def step(self, batches: Iterator[ClipBatch]) -> Tensor:
+        """One iteration; returns the mean losses (total, action, gaze), summed over the streams."""
+        self._seed()
+        self.parallel.train()
+        loss_config = self.config.loss
+        passes = self.config.train.accumulate
+        losses = torch.zeros(3, device=self.device)
+        for place in range(passes):
+            batch = next(batches)
+            if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+                self.parallel.require_backward_grad_sync = place == passes - 1
+            outputs = self._forward(batch)
+            gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
+            by_stream = [torch.stack(stream_losses(output, *gaze)) for output in outputs.values()]
+            summed = torch.stack(by_stream).sum(dim=0)
+            if not torch.isfinite(summed).all():
+                raise NonFiniteLoss(self._blame(dict(zip(outputs, by_stream))))
+            self.scaler.scale(summed[0] / passes).backward()
+            losses += summed.detach() / passes
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scaler.get_scale() >= scale:  # it falls when the gradients overflowed and the step was skipped
+            self.schedule.after_iteration()
+        self.iteration += 1
+        return losses
+
+    def _seed(self) -> None:
+        """Dropout's random numbers depend on (seed, iteration, rank) alone, so a resumed run draws the same."""
+        sequence = np.random.SeedSequence(self.config.seed, spawn_key=(self.iteration, self.rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _blame(self, by_stream: dict[str, Tensor]) -> str:
+        faults = [
+            f"{kind} loss of the {modality} stream is {values[index].item()}"
+            for modality, values in by_stream.items()
+            for index, kind in ((1, "action"), (2, "gaze"))
+            if not torch.isfinite(values[index])
+        ]
+        return f"iteration {self.iteration + 1}: {', '.join(faults)}; a lower optimizer.lr may help"
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
+        """Accuracies on the validation clips, over all workers; steps the schedule and notes the best."""
+        self.parallel.eval()
+        labels = torch.tensor(plan.validation_labels, device=self.device)
+        scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
+        for _ in range(plan.validation_items):
+            batch = next(batches)
+            outputs = self._model_outputs(batch)
+            scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
+        found = accuracies(scores.reduce(), labels)
+        main = found.get("fused", found[self.config.stream_names[0]])
+        metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
+        metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
+        if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
+            self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
+        self.schedule.after_validation(main["mean_class_accuracy"])
+        return metrics
+
+    def _model_outputs(self, batch: ClipBatch) -> Any:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model(batch.clips())
+
+
+def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report: Report) -> None:
+    """Train from the trainer's iteration to the plan's last one; `batches` begins at that iteration's first item."""
+    config = trainer.config
+    losses: list[Tensor] = []
+    since = time.monotonic()
+    while trainer.iteration < plan.iterations:
+        losses.append(trainer.step(batches))
+        done = trainer.iteration
+        validates = plan.validates_after(done)
+        if done % config.train.log_every and not validates:
+            continue
+        total, action, gaze = torch.stack(losses).mean(dim=0).tolist()
+        seconds = time.monotonic() - since
+        metrics = {
+            "iteration": done,
+            "train_loss": total,
+            "action_loss": action,
+            "gaze_loss": gaze,
+            "learning_rate": trainer.learning_rate,
+            "clips_per_second": len(losses) * config.train.batch_size / seconds,
+        }
+        if validates:
+            metrics |= trainer.validate(batches, plan)
+        report(metrics, trainer.checkpoint() if validates else None)
+        losses, since = [], time.monotonic()

@@ -1,0 +1,227 @@
+"""`tune` and `resume`: a search with Ray Tune, each trial of which is a Ray Train run."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from tune_ego import __version__, experiment, storage
+from tune_ego.cluster import ray_session
+from tune_ego.config import dump_config
+from tune_ego.console import percent, print_table, say
+from tune_ego.dataset.shards import open_shards
+from tune_ego.errors import UserError
+from tune_ego.experiment import METRIC, Experiment
+from tune_ego.launch import TRIAL_CPUS, Job, check_run, fit, fitting_runs, gpus_per_worker
+from tune_ego.search_space import SearchSpace, load_space
+
+_SCHEDULER_FILE = "asha.pkl"
+_RELEASE_AFTER = 3.0
+"""Seconds between a trial's end and the removal of its placement group: Ray Train may do it itself."""
+
+
+def start_search(
+    space_name: str, data: str, root: str, changes: dict[str, Any], seed: int, concurrent: int | None, address: str | None
+) -> Experiment:
+    """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken."""
+    space = load_space(space_name, changes)
+    data = storage.absolute(data)
+    check_run(space.config(_first_draw(space)), data)
+    if storage.list_names(root):
+        hint = f"; to go on with it: tune-ego resume {root}" if storage.exists(storage.join(root, "experiment.json")) else ""
+        raise UserError(f"{root}: the name is already used{hint}")
+    spec = {
+        "space": space.text,
+        "space_source": space.source,
+        "overrides": changes,
+        "data": data,
+        "data_settings": open_shards(data).info["settings"],
+        "seed": seed,
+        "concurrent": concurrent,
+        "trials": space.trials,
+        "version": __version__,
+        "ray": ray.__version__,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+    }
+    with ray_session(address):
+        at_a_time = _concurrency(space, concurrent)
+        storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
+        say(f"{space.trials} trials of up to {_budget(space)} iterations, {at_a_time} at a time, in {root}")
+        tuner = tune.Tuner(
+            _trainable(space, data, root),
+            param_space=space.param_space(),
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=space.samples,
+                search_alg=BasicVariantGenerator(random_state=seed, max_concurrent=at_a_time),
+                scheduler=_scheduler(space, root),
+                reuse_actors=False,
+            ),
+            run_config=tune.RunConfig(name="tune", storage_path=root, verbose=0, callbacks=[_Watcher(root)]),
+        )
+        return _finish(tuner, root)
+
+
+def resume_search(root: str, address: str | None) -> Experiment:
+    """Go on with a search: unfinished trials from their last checkpoint, finished ones left alone."""
+    root = storage.absolute(root)
+    found = experiment.read_experiment(root)
+    if found.spec["version"] != __version__:
+        say(f"Note: this search was started by tune_ego {found.spec['version']}, and this is {__version__}")
+    space = found.space
+    with ray_session(address):
+        _concurrency(space, found.spec["concurrent"])
+        for trial in found.trials:
+            at = f"from iteration {trial.validations[-1]['iteration']}" if trial.validations else "from the start"
+            say(f"  {trial.id}: {trial.state}{', goes on ' + at if trial.state in ('running', 'pending') else ''}")
+        path = storage.join(root, "tune")
+        trainable = _trainable(space, found.spec["data"], root)
+        if not tune.Tuner.can_restore(path):
+            raise UserError(f"{root}: the search was killed before its first trial; delete the folder and start it anew")
+        return _finish(tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True), root)
+
+
+def _first_draw(space: SearchSpace) -> dict[str, Any]:
+    return {name: domain.values[0] for name, domain in space.sampled()}
+
+
+def _budget(space: SearchSpace) -> int:
+    return space.config(_first_draw(space)).train.iterations
+
+
+def _concurrency(space: SearchSpace, wanted: int | None) -> int:
+    """Trials at a time on the cluster as it is now."""
+    fits = fitting_runs(space.config(_first_draw(space)), ray.cluster_resources())
+    return min(fits, wanted or fits, space.trials)
+
+
+def _trainable(space: SearchSpace, data: str, root: str) -> Callable[..., None]:
+    def trial(sampled: dict[str, Any]) -> None:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        config = space.config(sampled)
+        run = experiment.run_folder(root, tune.get_context().get_trial_id())
+        storage.write_text(storage.join(run, experiment.CONFIG_FILE), dump_config(config))
+        gpus = gpus_per_worker(config, ray.cluster_resources())
+        fit(Job(config, data, run, gpus, final=False), [TuneReportCallback()])
+
+    return tune.with_resources(trial, {"CPU": TRIAL_CPUS})
+
+
+def _scheduler(space: SearchSpace, root: str) -> AsyncHyperBandScheduler:
+    # Above the budget: ASHA would end trials that reach max_t by killing them.
+    return _SavedASHA(
+        storage.join(root, _SCHEDULER_FILE),
+        time_attr="iteration",
+        max_t=_budget(space) + 1,
+        grace_period=space.grace,
+        reduction_factor=space.reduction,
+        stop_last_trials=False,
+    )
+
+
+class _SavedASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA whose rungs survive the driver: Ray restores a search with empty ones."""
+
+    def __init__(self, uri: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._uri = uri
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        done = super().set_search_properties(metric, mode, **spec)
+        if storage.exists(self._uri):
+            with tempfile.TemporaryDirectory(prefix="tune_ego-") as folder:
+                path = Path(folder) / _SCHEDULER_FILE
+                path.write_bytes(storage.read_bytes(self._uri))
+                self.restore(str(path))
+        return bool(done)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(tune_controller, trial, result)
+        with tempfile.TemporaryDirectory(prefix="tune_ego-") as folder:
+            path = Path(folder) / _SCHEDULER_FILE
+            self.save(str(path))
+            storage.write_bytes(self._uri, path.read_bytes())
+        return str(action)
+
+
+class _Watcher(tune.Callback):  # type: ignore[misc]
+    """Keeps `trials.json`, tells the user what happens, and removes what stopped trials leave behind."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.states: dict[str, dict[str, Any]] = {}
+        self.groups: dict[str, str] = {}
+        self.release_at: dict[str, float] = {}
+
+    def setup(self, **info: Any) -> None:
+        uri = storage.join(self.root, experiment.TRIALS_FILE)
+        if storage.exists(uri):
+            self.states = storage.read_json(uri)
+
+    def _note(self, trial: Any, state: str, reason: str = "") -> None:
+        self.states[trial.trial_id] = {"state": state, "reason": reason}
+        storage.write_json(storage.join(self.root, experiment.TRIALS_FILE), self.states)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note(trial, "running")
+        say(f"  {trial.trial_id}: starts")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if METRIC in result:
+            self.groups[trial.trial_id] = result["placement_group"]
+            best = percent(result[METRIC])
+            say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        budget = experiment.load_config(storage.join(experiment.run_folder(self.root, trial.trial_id), experiment.CONFIG_FILE))
+        stopped = (trial.last_result or {}).get("iteration", 0) < budget.train.iterations
+        self._note(trial, "stopped" if stopped else "finished")
+        say(f"  {trial.trial_id}: {'stopped by ASHA' if stopped else 'finished'}")
+        self._ended(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = str(trial.get_pickled_error() or "died").strip().splitlines()
+        reason = experiment.read_failure(experiment.run_folder(self.root, trial.trial_id)) or error[-1]
+        self._note(trial, "failed", reason)
+        say(f"  {trial.trial_id}: failed: {reason}")
+        self._ended(trial)
+
+    def _ended(self, trial: Any) -> None:
+        self.release_at[trial.trial_id] = time.monotonic() + _RELEASE_AFTER
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for trial_id, moment in list(self.release_at.items()):
+            if time.monotonic() >= moment:
+                del self.release_at[trial_id]
+                self._release(trial_id)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        for trial_id in list(self.groups):
+            self._release(trial_id)
+
+    def _release(self, trial_id: str) -> None:
+        group = self.groups.pop(trial_id, None)
+        if group is not None:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def _finish(tuner: tune.Tuner, root: str) -> Experiment:
+    tuner.fit()
+    done = experiment.read_experiment(root)
+    columns, rows = experiment.trial_table(done)
+    print_table(f"\nTrials of {root}", columns, rows)
+    return done
