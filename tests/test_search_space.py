@@ -18,7 +18,7 @@ def draw(space: SearchSpace, seed: int = 0) -> list[Config]:
 
     searcher = BasicVariantGenerator(random_state=seed)
     searcher.add_configurations(
-        {"e": Experiment("e", lambda config: None, config=space.param_space(), num_samples=space.samples)}
+        [Experiment("e", lambda config: None, config=space.param_space(), num_samples=space.samples)]
     )
     configs = []
     while (trial := searcher.next_trial()) is not None:
@@ -71,7 +71,7 @@ def test_table1_is_the_papers() -> None:
         ("space: {optimizer.lr: {uniform: [2, 1]}}", ["optimizer.lr", "empty"]),
         ("space: {optimizer.lr: {loguniform: [0, 1]}}", ["optimizer.lr", "above 0"]),
         ("space: {optimizer.lr: {uniform: [a, 1]}}", ["optimizer.lr", "numbers"]),
-        ("space: {model.stam_depth: {uniform: [1, 3]}}", ["model.stam_depth", "'uniform'"]),
+        ("space: {model.stam_depth: {uniform: [1, 3]}}", ["model.stam_depth", "integer", "1.0"]),
         ("space: {model.width: {uniform: [0.5, 2.0]}}", ["model.width", "less than or equal to 1"]),
         ("space: {seed: {randint: [0.5, 2]}}", ["seed", "whole numbers"]),
         ("space: {seed: {choice: [{eval: '1'}]}}", ["seed", "eval"]),

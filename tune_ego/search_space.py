@@ -241,7 +241,7 @@ def _range(form: str, values: list[Any], place: str) -> tuple[float, float]:
         raise UserError(f"{place}: {form}: the range {values!r} is empty")
     if form == "loguniform" and low <= 0:
         raise UserError(f"{place}: loguniform: the lower end must be above 0, found {low!r}")
-    return low, high
+    return (low, high) if form == "randint" else (float(low), float(high))
 
 
 def _plain(value: Any, place: str) -> Any:

@@ -162,15 +162,16 @@ def _check_line(line: SplitLine, seen: dict[str, SplitLine], names: dict[str, li
 
 
 def stratified_folds(actions: list[int], roles: list[tuple[str, ...]]) -> list[int]:
-    """Ten folds with every class spread evenly, within the training clips of each official split too.
+    """Ten folds with every class spread evenly, and its training clips of each official split too.
 
-    Clips are dealt out in an order that is shuffled (always the same way) inside each (class, roles) group.
+    Clips are dealt out in an order that is shuffled (always the same way) inside each (class, roles) group; every
+    class starts three folds on, or classes of equal size would all put their test clips into the same folds.
     """
     order = np.random.default_rng(0).permutation(len(actions))
     dealt = sorted(order, key=lambda index: (actions[index], roles[index]))
     folds = [0] * len(actions)
     for place, index in enumerate(dealt):
-        folds[index] = place % FOLDS
+        folds[index] = (place + 3 * actions[index]) % FOLDS
     return folds
 
 

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tune_ego.dataset import flow
+from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
+from tune_ego.dataset.gaze import read_gaze
+from tune_ego.dataset.prepare import plan, prepare, write_task
+from tune_ego.dataset.shards import open_shards
+from tune_ego.dataset.synthetic import synthesize
+from tune_ego.errors import UserError
+
+
+def copy(egtea: Path, to: Path) -> Path:
+    shutil.copytree(egtea, to)
+    return to
+
+
+def test_same_seed_same_labels_and_gaze(tmp_path: Path, egtea: Path) -> None:
+    synthesize(tmp_path / "again", verbs=2, nouns=2, clips=40, seconds=0.8, size=(96, 72), seed=3)
+    for pattern in ("action_annotation/*.txt", "gaze_data/**/*.txt"):
+        files = sorted(egtea.glob(pattern))
+        assert files
+        for file in files:
+            assert (tmp_path / "again" / file.relative_to(egtea)).read_bytes() == file.read_bytes()
+
+
+def test_synthetic_clips_are_h264_of_the_length_their_names_say(egtea: Path) -> None:
+    for clip in read_annotations(egtea).clips[:5]:
+        with av.open(str(find_clips(egtea)[clip.name.name])) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.average_rate) == ("h264", 24)
+            assert sum(1 for _ in container.decode(video=0)) == clip.name.last_frame - clip.name.first_frame
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"clips": 3}, {"verbs": 9}, {"size": (97, 72)}, {"seconds": 0.1}], ids=lambda value: next(iter(value))
+)
+def test_synthesize_refuses_what_it_cannot_make(tmp_path: Path, arguments: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(arguments))}"):
+        synthesize(tmp_path / "x", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists()
+
+
+def test_shards_hold_every_frame_label_and_gaze_point(egtea: Path, shards: str) -> None:
+    annotations = read_annotations(egtea)
+    table = {row["clip"]: row for row in open_shards(shards).table.to_pylist()}
+    assert table.keys() == {clip.name.name for clip in annotations.clips}
+    for clip in annotations.clips:
+        name, row = clip.name, table[clip.name.name]
+        assert row["frames"] == name.last_frame - name.first_frame
+        assert (row["action"], row["verb"], row["nouns"]) == (clip.action - 1, clip.verb - 1, [n - 1 for n in clip.nouns])
+        assert (row["split1"], row["split2"], row["split3"]) == clip.roles
+        assert (row["session"], row["subject"]) == (name.session, name.subject)
+        file = pq.ParquetFile(f"{shards}/{row['shard']}")
+        groups = range(row["row_group"], row["row_group"] + -(-row["frames"] // 16))
+        frames = file.read_row_groups(groups).to_pylist()
+        assert [frame["frame"] for frame in frames] == list(range(row["frames"]))
+        assert {frame["clip"] for frame in frames} == {name.name}
+        gaze = read_gaze(find_gaze(egtea)[name.session]).frames(name.first_frame, row["frames"])
+        assert [frame["gaze_valid"] for frame in frames] == gaze.valid.tolist()
+        assert row["gaze_frames"] == gaze.valid.sum()
+        assert [frame["gaze_event"] for frame in frames] == gaze.event.tolist()
+        expected = [x if valid else None for x, valid in zip(gaze.x.tolist(), gaze.valid)]
+        assert [frame["gaze_x"] for frame in frames] == expected
+
+
+def test_splits_and_folds_choose_whole_shards(shards: str) -> None:
+    columns = ["split1", "split2", "split3", "stratified_fold", "session_fold"]
+    seen: dict[str, tuple[object, ...]] = {}
+    for row in open_shards(shards).table.to_pylist():
+        key = tuple(row[column] for column in columns)
+        assert seen.setdefault(row["shard"], key) == key
+
+
+def test_flow_follows_the_motion_and_survives_storage() -> None:
+    random = np.random.default_rng(0)
+    before = np.kron(random.integers(0, 255, (18, 24)), np.ones((4, 4))).astype(np.uint8)
+    after = np.roll(before, (1, 3), axis=(0, 1))
+    field = flow.dis()(before, after)[12:-12, 12:-12]
+    assert np.abs(field.mean(axis=(0, 1)) - (3, 1)).max() < 0.3
+    levels = flow.split_components(flow.quantise(np.dstack([np.linspace(-30, 30, 12).reshape(3, 4)] * 2)))
+    pixels = levels.astype(float) * 40 / 255 - 20
+    assert np.allclose(pixels[..., 0], np.clip(np.linspace(-30, 30, 12).reshape(3, 4), -20, 20), atol=20 / 255 + 1e-6)
+
+
+def test_a_second_run_changes_nothing_and_a_killed_one_goes_on(egtea: Path, tmp_path: Path, ray_cluster: None) -> None:
+    out = tmp_path / "out"
+    prepare(str(egtea), str(out), image_size=(48, 36))
+    files = {path: path.read_bytes() for path in sorted(out.rglob("*.parquet"))}
+    times = {path: path.stat().st_mtime_ns for path in files if "frames" in str(path)}
+    victims = sorted(times)[::5]
+    for path in (out / "dataset.json", *victims):
+        path.unlink()
+    with pytest.raises(UserError, match="no finished data set"):
+        open_shards(str(out))
+    prepare(str(egtea), str(out), image_size=(48, 36))
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*.parquet"))} == files
+    assert all(path.stat().st_mtime_ns == times[path] for path in times.keys() - set(victims))
+    with pytest.raises(UserError, match=r"image_size: \[48, 36\] there, \[64, 48\] now"):
+        prepare(str(egtea), str(out), image_size=(64, 48))
+
+
+def test_a_clip_that_breaks_off_is_reported(egtea: Path, tmp_path: Path) -> None:
+    root = copy(egtea, tmp_path / "egtea")
+    videos = find_clips(root)
+    annotations = read_annotations(root)
+    task = plan(annotations, videos, find_gaze(root))[0]
+    bad = task.clips[0].name.name
+    videos[bad].write_bytes(videos[bad].read_bytes()[:600])
+    result = write_task(task, str(tmp_path / "out"), {"image_size": [48, 36], "frame_offset": 0})
+    assert [problem["clip"] for problem in result.problems] == [bad]
+    assert [record["clip"] for record in result.records] == [clip.name.name for clip in task.clips[1:]]
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "no mp4"), (b"", "Invalid data"), (b"nonsense" * 99, "Invalid data")])
+def test_unusable_clips_over_the_threshold_end_the_run(
+    egtea: Path, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    root = copy(egtea, tmp_path / "egtea")
+    for path in sorted(find_clips(root).values())[:3]:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    with pytest.raises(UserError, match=f"3 of 40 clips cannot be used.*{reason}.*--allow-missing"):
+        prepare(str(root), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_clips_are_counted_where_allowed(egtea: Path, tmp_path: Path, ray_cluster: None) -> None:
+    root = copy(egtea, tmp_path / "egtea")
+    absent = sorted(find_clips(root))[:3]
+    for name in absent:
+        find_clips(root)[name].unlink()
+    next(iter(find_gaze(root).values())).unlink()
+    info = prepare(str(root), str(tmp_path / "out"), image_size=(48, 36), allow_missing=True)
+    assert [problem["clip"] for problem in info["left_out"]] == absent
+    assert info["clips"] == 37
+    assert 0 < info["clips_without_gaze"] < 37
+
+
+def test_a_gaze_file_of_neither_layout_ends_the_run(egtea: Path, tmp_path: Path) -> None:
+    root = copy(egtea, tmp_path / "egtea")
+    path = next(iter(find_gaze(root).values()))
+    path.write_text("Time\tX\tY\n1\t2\t3\n")
+    with pytest.raises(UserError, match=rf"{path.name}: neither gaze layout"):
+        prepare(str(root), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_another_schema_version_are_refused(shards: str, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "shards")
+    path = tmp_path / "shards" / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        open_shards(str(tmp_path / "shards"))
+
+
+def test_a_foreign_folder_is_not_written_into(egtea: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        prepare(str(egtea), str(tmp_path))
+
+
