@@ -42,7 +42,9 @@ def test_help_answers_at_once_and_imports_no_heavy_package() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_reads_writes_and_costs(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_says_what_it_reads_writes_and_costs(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call(monkeypatch, command, "--help") == 0
     words = capsys.readouterr().out.lower()
     assert "read" in words or command == "synthesize"
@@ -66,7 +68,10 @@ def bad(tmp_path: Path, shards: str) -> dict[str, tuple[list[str], list[str]]]:
         "set without value": (["tune", "demo", *search, "--set", "data.crop"], ["KEY=VALUE"]),
         "crop": (["tune", "demo", *search], ["data.crop", "48 x 36"]),
         "used name": (["tune", "demo", *used, *small], ["used"]),
-        "no shards": (["tune", "demo", "--data", str(tmp_path), "--storage", str(tmp_path), "--name", "n"], ["dataset.json"]),
+        "no shards": (
+            ["tune", "demo", "--data", str(tmp_path), "--storage", str(tmp_path), "--name", "n"],
+            ["dataset.json"],
+        ),
         "no experiment": (["resume", str(tmp_path)], ["experiment.json"]),
         "no experiment to export": (["export", str(tmp_path)], ["experiment.json"]),
         "no annotations": (["prepare", str(tmp_path), str(tmp_path / "out")], ["action_annotation"]),
@@ -79,9 +84,22 @@ def bad(tmp_path: Path, shards: str) -> dict[str, tuple[list[str], list[str]]]:
 
 
 CASES = [
-    "space", "no such space", "set", "set without value", "crop", "used name", "no shards", "no experiment",
-    "no experiment to export", "no annotations", "size", "no configuration", "used run", "no checkpoint", "not a checkpoint",
-]  # fmt: skip
+    "space",
+    "no such space",
+    "set",
+    "set without value",
+    "crop",
+    "used name",
+    "no shards",
+    "no experiment",
+    "no experiment to export",
+    "no annotations",
+    "size",
+    "no configuration",
+    "used run",
+    "no checkpoint",
+    "not a checkpoint",
+]
 
 
 @pytest.mark.parametrize("case", CASES)

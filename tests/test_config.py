@@ -15,7 +15,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_dumped_configuration_reads_back(tmp_path: Path) -> None:
-    config = override_config(Config(), {"optimizer.name": "sgd", "train.precision": "off", "schedule.name": "multistep"}, "t")
+    config = override_config(
+        Config(), {"optimizer.name": "sgd", "train.precision": "off", "schedule.name": "multistep"}, "t"
+    )
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 

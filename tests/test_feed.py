@@ -50,6 +50,12 @@ def test_evaluation_windows() -> None:
     assert spread_starts(10, 3) == [0]
 
 
+def decoded(jpeg: bytes, flag: int) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flag)
+    assert image is not None
+    return image
+
+
 def test_a_window_is_the_frames_flow_and_gaze_of_its_place(shards: str) -> None:
     data = open_shards(shards)
     clips = data.test(1)
@@ -62,8 +68,8 @@ def test_a_window_is_the_frames_flow_and_gaze_of_its_place(shards: str) -> None:
     for flip in (False, True):
         sample = reader.read(Window(index, start, top=3, left=5, flip=flip))
         for t, row in enumerate(rows[start:]):
-            rgb = cv2.imdecode(np.frombuffer(row["rgb"], np.uint8), cv2.IMREAD_COLOR)[3:35, 5:37, ::-1]
-            flow = cv2.imdecode(np.frombuffer(row["flow"], np.uint8), cv2.IMREAD_GRAYSCALE)
+            rgb, flow = decoded(row["rgb"], cv2.IMREAD_COLOR), decoded(row["flow"], cv2.IMREAD_GRAYSCALE)
+            rgb = rgb[3:35, 5:37, ::-1]
             x, y = flow[:36][3:35, 5:37], flow[36:][3:35, 5:37]
             if flip:
                 rgb, x, y = rgb[:, ::-1], 255 - x[:, ::-1], y[:, ::-1]
@@ -103,7 +109,9 @@ def test_a_plan_interleaves_training_and_validation(shards: str) -> None:
 
 def test_workers_share_one_order(shards: str) -> None:
     alone = plan(shards, train__batch_size=8)
-    config = tiny_config(train__iterations=7, train__validate_every=3, train__accumulate=2, train__batch_size=8, compute__workers=2)
+    config = tiny_config(
+        train__iterations=7, train__validate_every=3, train__accumulate=2, train__batch_size=8, compute__workers=2
+    )
     pair = [FeedPlan.of(shards, config, 2, rank) for rank in range(2)]
     training = [[item for item in range(p.items) if p.windows(item)[0]] for p in (alone, *pair)]
     merged = [w for a, b in zip(training[1], training[2]) for w in pair[0].windows(a)[1] + pair[1].windows(b)[1]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ HEADER = "## [BeGaze]\r\n## Calibration Area:\t{area}\r\n##\r\n"
 COLUMNS_31 = "Time\tType\tTrial\tL POR X [px]\tL POR Y [px]\tFrame\tAux1\tL Event Info\r\n"
 
 
-def write_31(path: Path, samples: list[tuple[object, object, object, str]], area: str = "1280\t960", tail: str = "") -> Path:
+def write_31(
+    path: Path, samples: Sequence[tuple[object, object, int, str]], area: str = "1280\t960", tail: str = ""
+) -> Path:
     lines = [f"1\tSMP\t1\t{x}\t{y}\t{frame}\t\t{event}\r\n" for x, y, frame, event in samples]
     path.write_bytes((HEADER.format(area=area) + COLUMNS_31 + "".join(lines) + tail).encode())
     return path
@@ -23,7 +26,8 @@ def write_31(path: Path, samples: list[tuple[object, object, object, str]], area
 
 def literal(path: Path) -> dict[int, tuple[float, float] | None]:
     """The rules once more, sample by sample: session frame -> point, None without a usable sample."""
-    area, columns, points = (1280.0, 960.0), [""], {}
+    area, columns = (1280.0, 960.0), [""]
+    points: dict[int, list[tuple[float, float]]] = {}
     for line in path.read_bytes().decode("latin-1").replace("\r\n", "\n").split("\n"):
         if line.startswith("## Calibration Area:"):
             area = (float(line.split("\t")[1]), float(line.split("\t")[2]))
@@ -97,7 +101,9 @@ def test_calibration_area_is_read_from_the_header(tmp_path: Path) -> None:
 
 
 def test_messages_and_a_cut_off_last_line_are_passed_over(tmp_path: Path) -> None:
-    path = write_31(tmp_path / "a.txt", [(640, 480, 0, "Fixation")], tail="9\tMSG\t1\t# Message: hello\r\n9\tSMP\t1\t64")
+    path = write_31(
+        tmp_path / "a.txt", [(640, 480, 0, "Fixation")], tail="9\tMSG\t1\t# Message: hello\r\n9\tSMP\t1\t64"
+    )
     assert len(read_gaze(path)) == 1
 
 

@@ -79,7 +79,9 @@ def test_plateau_is_stepped_by_validations_only() -> None:
 
 
 def test_multistep_counts_iterations_and_resumes() -> None:
-    config = tiny_config(schedule__name="multistep", schedule__milestones=[2, 4], optimizer__name="sgd", optimizer__lr=1.0)
+    config = tiny_config(
+        schedule__name="multistep", schedule__milestones=[2, 4], optimizer__name="sgd", optimizer__lr=1.0
+    )
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     schedule = Schedule(config, optimizer)
     optimizer.step()

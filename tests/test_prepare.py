@@ -56,7 +56,11 @@ def test_shards_hold_every_frame_label_and_gaze_point(egtea: Path, shards: str) 
     for clip in annotations.clips:
         name, row = clip.name, table[clip.name.name]
         assert row["frames"] == name.last_frame - name.first_frame
-        assert (row["action"], row["verb"], row["nouns"]) == (clip.action - 1, clip.verb - 1, [n - 1 for n in clip.nouns])
+        assert (row["action"], row["verb"], row["nouns"]) == (
+            clip.action - 1,
+            clip.verb - 1,
+            [n - 1 for n in clip.nouns],
+        )
         assert (row["split1"], row["split2"], row["split3"]) == clip.roles
         assert (row["session"], row["subject"]) == (name.session, name.subject)
         file = pq.ParquetFile(f"{shards}/{row['shard']}")
@@ -120,7 +124,9 @@ def test_a_clip_that_breaks_off_is_reported(egtea: Path, tmp_path: Path) -> None
     assert [record["clip"] for record in result.records] == [clip.name.name for clip in task.clips[1:]]
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "no mp4"), (b"", "Invalid data"), (b"nonsense" * 99, "Invalid data")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "no mp4"), (b"", "Invalid data"), (b"nonsense" * 99, "Invalid data")]
+)
 def test_unusable_clips_over_the_threshold_end_the_run(
     egtea: Path, tmp_path: Path, content: bytes | None, reason: str
 ) -> None:
@@ -167,5 +173,3 @@ def test_a_foreign_folder_is_not_written_into(egtea: Path, tmp_path: Path) -> No
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         prepare(str(egtea), str(tmp_path))
-
-

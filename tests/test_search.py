@@ -35,17 +35,16 @@ SPACE = {
             {"when": {"optimizer.name": "sgd"}, "value": 0.05},
         ],
     },
-    "asha": {"grace": 2, "reduction": 2},
 }
 
 
-def write_space(folder: Path, **changes: Any) -> str:
+def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:
     base: dict[str, Any] = {}
     for key, value in {**TINY, **changes}.items():
         part, leaf = key.split(".")
         base.setdefault(part, {})[leaf] = value
     path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump({**SPACE, "base": base}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**SPACE, "base": base, "asha": {"grace": grace, "reduction": 2}}, sort_keys=False))
     return str(path)
 
 
@@ -60,7 +59,9 @@ def assert_nothing_is_left() -> None:
     raise AssertionError(f"left behind: {live}, CPUs free: {ray.available_resources().get('CPU')}")
 
 
-def test_tune_export_train_evaluate(tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_export_train_evaluate(
+    tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = start_search(write_space(tmp_path), shards, str(tmp_path / "search"), {}, 0, None, None)
     assert_nothing_is_left()
     assert len(found.trials) == 2
@@ -133,7 +134,9 @@ def wait_for(condition: Any, seconds: float, process: subprocess.Popen[bytes]) -
 def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> None:
     """kill -9 of the driver after the first trial ended and the second has a checkpoint; its own Ray cluster."""
     root = tmp_path / "search"
-    space = write_space(tmp_path, **{"train.iterations": 400, "train.validate_every": 10, "train.log_every": 10})
+    space = write_space(
+        tmp_path, grace=400, **{"train.iterations": 400, "train.validate_every": 10, "train.log_every": 10}
+    )
     command = "import sys; from tune_ego.cli import main; sys.argv = ['tune-ego', *sys.argv[1:]]; main()"
     arguments = ["tune", space, "--data", shards, "--storage", str(tmp_path), "--name", "search", "--concurrent", "1"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -158,7 +161,11 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
     assert 30 <= resumed_from < 400
 
     output = subprocess.run(
-        [sys.executable, "-c", command, "resume", str(root)], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", command, "resume", str(root)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     ).stdout
     assert f"{second.id}: running, goes on from iteration" in output
     assert f"{first.id}: starts" not in output
@@ -172,7 +179,9 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
     assert best.accuracy == max(line[METRIC] for trial in after.trials for line in trial.validations)
 
 
-def test_an_experiment_that_ended_is_resumed_without_repeating_anything(tmp_path: Path, shards: str, ray_cluster: None) -> None:
+def test_an_experiment_that_ended_is_resumed_without_repeating_anything(
+    tmp_path: Path, shards: str, ray_cluster: None
+) -> None:
     root = str(tmp_path / "search")
     found = start_search(write_space(tmp_path), shards, root, {}, 0, None, None)
     before = {trial.id: trial.metrics for trial in found.trials}

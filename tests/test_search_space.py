@@ -50,7 +50,9 @@ def test_a_branch_belongs_to_its_condition() -> None:
 
 def test_table1_is_the_papers() -> None:
     rows = {config.label: config for config in draw(load_space("table1"))}
-    seen = {label: (c.train.precision, c.optimizer.name, c.schedule.name, c.model.stam_depth) for label, c in rows.items()}
+    seen = {
+        label: (c.train.precision, c.optimizer.name, c.schedule.name, c.model.stam_depth) for label, c in rows.items()
+    }
     assert seen == {
         "lu_original": ("off", "sgd", "multistep", 1),
         "1_mixed_precision": ("auto", "sgd", "plateau", 1),

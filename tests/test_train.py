@@ -24,7 +24,9 @@ def origin(shards: str) -> Origin:
     return Origin(data.actions, data.image_size, "dis")
 
 
-def run(config: Config, shards: str, content: dict[str, Any] | None = None) -> tuple[Trainer, list[dict[str, Any]], list[Any]]:
+def run(
+    config: Config, shards: str, content: dict[str, Any] | None = None
+) -> tuple[Trainer, list[dict[str, Any]], list[Any]]:
     """(trainer at the end, metrics, checkpoints as they were when reported)."""
     trainer = Trainer(config, origin(shards), CPU)
     if content is not None:
@@ -98,7 +100,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(shards: str) -> None:
     plan = FeedPlan.of(shards, config, 1, 0)
     with pytest.raises(NonFiniteLoss, match=r"iteration 1: action loss of the flow stream is nan"):
         trainer.step(on_device(read_items(plan, range(plan.items)), CPU))
-    assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in trainer.model.named_parameters())
+    assert all(
+        torch.equal(value, before[name]) or value.isnan().any() for name, value in trainer.model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -25,7 +25,9 @@ class Origin(NamedTuple):
     flow: str
 
 
-def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: dict[str, Any]) -> dict[str, Any]:
+def pack(
+    config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: dict[str, Any]
+) -> dict[str, Any]:
     """The content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
 
     Random states need no place in it: each iteration seeds its own from (seed, iteration, rank).
@@ -76,5 +78,7 @@ def load_model_state(model: TwoStream, state: dict[str, Any], source: str) -> No
     for name in sorted(ours.keys() | state.keys()):
         shapes = [tuple(side[name].shape) if name in side else "absent" for side in (state, ours)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one")
+            raise UserError(
+                f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one"
+            )
     model.load_state_dict(state)

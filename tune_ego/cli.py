@@ -22,8 +22,12 @@ app = typer.Typer(
 Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")]
 Storage = Annotated[str, typer.Option("--storage", help="Folder or URI under which results go.")]
 Name = Annotated[str, typer.Option("--name", help="Name of the result below --storage.")]
-Address = Annotated[Optional[str], typer.Option("--address", help="Ray cluster to join, e.g. auto; else one is started here.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")]
+Address = Annotated[
+    Optional[str], typer.Option("--address", help="Ray cluster to join, e.g. auto; else one is started here.")
+]
+Set = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
 
@@ -70,7 +74,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option("--out", help="Folder for everything; must be empty or absent.")] = "tune-ego-demo",
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for everything; must be empty or absent.")
+    ] = "tune-ego-demo",
     seed: Seed = 0,
 ) -> None:
     """Run the whole path on synthetic clips.
@@ -100,7 +106,16 @@ def synthesize(
     """
     from tune_ego.dataset.synthetic import synthesize as run
 
-    run(out, verbs=verbs, nouns=nouns, clips=clips, seconds=seconds, size=_parse_size(size), distractors=distractors, seed=seed)
+    run(
+        out,
+        verbs=verbs,
+        nouns=nouns,
+        clips=clips,
+        seconds=seconds,
+        size=_parse_size(size),
+        distractors=distractors,
+        seed=seed,
+    )
 
 
 @app.command()
@@ -108,8 +123,12 @@ def prepare(
     egtea: Annotated[str, typer.Argument(help="Folder with cropped_clips/, action_annotation/ and gaze_data/.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI for the shards.")],
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
-    frame_offset: Annotated[int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")] = 0,
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on where over 5 % of the clips cannot be used.")] = False,
+    frame_offset: Annotated[
+        int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")
+    ] = 0,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on where over 5 % of the clips cannot be used.")
+    ] = False,
     address: Address = None,
 ) -> None:
     """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, DIS optical flow, gaze per frame, labels.
@@ -125,12 +144,16 @@ def prepare(
 
 @app.command()
 def tune(
-    space: Annotated[str, typer.Argument(help="Search space: a YAML file, or demo, optimizer, activation, stam_depth, table1, full.")],
+    space: Annotated[
+        str, typer.Argument(help="Search space: a YAML file, or demo, optimizer, activation, stam_depth, table1, full.")
+    ],
     data: Data,
     storage: Storage,
     name: Name,
     seed: Seed = 0,
-    concurrent: Annotated[Optional[int], typer.Option(min=1, help="Trials at a time; else as many as the cluster holds.")] = None,
+    concurrent: Annotated[
+        Optional[int], typer.Option(min=1, help="Trials at a time; else as many as the cluster holds.")
+    ] = None,
     changes: Set = None,
     address: Address = None,
 ) -> None:
@@ -196,7 +219,9 @@ def train(
     data: Data,
     storage: Storage,
     name: Name,
-    iterations: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps; else as the configuration says.")] = None,
+    iterations: Annotated[
+        Optional[int], typer.Option(min=1, help="Optimizer steps; else as the configuration says.")
+    ] = None,
     changes: Set = None,
     address: Address = None,
 ) -> None:
@@ -220,7 +245,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A run (its last checkpoint), a checkpoint's folder or its file.")],
     data: Data,
     split: Annotated[int, typer.Option(min=1, max=3, help="Official split whose test clips are used.")] = 1,
-    out: Annotated[Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")] = None,
+    out: Annotated[
+        Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")
+    ] = None,
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 

@@ -60,7 +60,13 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
         "chance": evaluation["chance"],
         "evaluation": evaluation,
         "trials": [
-            {"trial": t.id, "state": t.state, "iteration": t.iteration, METRIC: t.accuracy, "configuration": _searched(search, t)}
+            {
+                "trial": t.id,
+                "state": t.state,
+                "iteration": t.iteration,
+                METRIC: t.accuracy,
+                "configuration": _searched(search, t),
+            }
             for t in search.trials
         ],
         "best": {"trial": best.id, METRIC: best.accuracy, "configuration": _searched(search, best)},
@@ -83,7 +89,10 @@ def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
     rows = [
         ["chosen", chosen],
         ["its validation mean class accuracy", percent(best[METRIC])],
-        ["test mean class accuracy, fused", f"{percent(fused)}, {fused / summary['chance']:.1f} times chance ({percent(summary['chance'])})"],
+        [
+            "test mean class accuracy, fused",
+            f"{percent(fused)}, {fused / summary['chance']:.1f} times chance ({percent(summary['chance'])})",
+        ],
         ["seconds", ", ".join(f"{name} {value:g}" for name, value in summary["seconds"].items())],
         ["shards", str(root / "shards")],
         ["search", search.root],

@@ -80,7 +80,9 @@ def evaluate(checkpoint: str, data: str, split: int, out: str | None = None) -> 
 
 def _check_same_kind(origin: Origin, shards: Shards, source: str) -> None:
     if origin.actions != shards.actions:
-        raise UserError(f"{source}: trained on {len(origin.actions)} classes, not the {len(shards.actions)} of {shards.root}")
+        raise UserError(
+            f"{source}: trained on {len(origin.actions)} classes, not the {len(shards.actions)} of {shards.root}"
+        )
     if origin.image_size != shards.image_size:
         raise UserError(f"{source}: trained on {origin.image_size} images, {shards.root} has {shards.image_size}")
     flow = shards.info["settings"]["flow"]

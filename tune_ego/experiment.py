@@ -1,7 +1,7 @@
 """The files of runs and experiments, and reading them: no Ray and no torch here.
 
-    <storage>/<name>/                a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.pt, final/model.pt
-    <storage>/<name>/                an experiment: experiment.json, trials.json, runs/<trial>/ (runs as above), tune/ (Ray's)
+<storage>/<name>/   a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.pt, final/model.pt
+<storage>/<name>/   an experiment: experiment.json, trials.json, runs/<trial>/ (runs as above), tune/ (Ray's)
 """
 
 from __future__ import annotations
@@ -138,8 +138,12 @@ def trial_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
     keys = experiment.space.searched_keys
     columns = ["trial", "state", "iterations", "best val. mean class acc.", *keys]
     rows = []
-    for trial in sorted(experiment.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True):
+    for trial in sorted(
+        experiment.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True
+    ):
         accuracy = "-" if trial.accuracy is None else f"{100 * trial.accuracy:.1f} %"
         state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
-        rows.append([trial.id, state, str(trial.iteration), accuracy, *(config_value(trial.config, key) for key in keys)])
+        rows.append(
+            [trial.id, state, str(trial.iteration), accuracy, *(config_value(trial.config, key) for key in keys)]
+        )
     return columns, rows

@@ -26,7 +26,10 @@ def export_best(root: str, out: str) -> Trial:
         raise UserError(f"{best.run}: the trial's config.yaml is gone")
     content: dict[str, Any] = _final(best.config).model_dump(mode="json")
     content["provenance"] = _provenance(found, best)
-    header = f"# The best of {len(found.trials)} trials of {found.root}.\n# Train it: tune-ego train THIS --data SHARDS --storage DIR --name NAME\n"
+    header = (
+        f"# The best of {len(found.trials)} trials of {found.root}.\n"
+        "# Train it: tune-ego train THIS --data SHARDS --storage DIR --name NAME\n"
+    )
     storage.write_text(out, header + yaml.safe_dump(content, sort_keys=False))
     return best
 
@@ -37,7 +40,8 @@ def _final(config: Config) -> Config:
 
 
 def _provenance(found: Experiment, best: Trial) -> dict[str, Any]:
-    assert best.best is not None and best.config is not None
+    assert best.best is not None
+    assert best.config is not None
     return {
         "experiment": found.root,
         "trial": best.id,
@@ -45,7 +49,9 @@ def _provenance(found: Experiment, best: Trial) -> dict[str, Any]:
         "at_iteration": best.best["iteration"],
         "trial_iterations": best.config.train.iterations,
         "validation": f"{best.config.data.validation} fold {best.config.data.fold} of split {best.config.data.split}",
-        "trials": {state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}},
+        "trials": {
+            state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}
+        },
         "data": found.spec["data"],
         "search_seed": found.spec["seed"],
         "searched_with": f"tune_ego {found.spec['version']}, ray {found.spec['ray']}",

@@ -110,7 +110,9 @@ class SearchSpace:
     @property
     def searched_keys(self) -> list[str]:
         """Keys whose value differs between trials."""
-        return [key for key, branches in self.branches.items() if len(branches) > 1 or branches[0].domain.form != "value"]
+        return [
+            key for key, branches in self.branches.items() if len(branches) > 1 or branches[0].domain.form != "value"
+        ]
 
     @property
     def trials(self) -> int:
@@ -211,7 +213,9 @@ def _branches(entry: Any, place: str, later: list[str]) -> list[Branch]:
         form, value = next((form, value) for form, value in item.items() if form != "when")
         domain = Domain("value", (_plain(value, place),)) if form == "value" else _domain({form: value}, place)
         if when and domain.form == "grid":
-            raise UserError(f"{place}: branch {number}: a grid has no 'when' (it would repeat other trials); use choice")
+            raise UserError(
+                f"{place}: branch {number}: a grid has no 'when' (it would repeat other trials); use choice"
+            )
         branches.append(Branch(when, domain))
     return branches
 
@@ -221,7 +225,9 @@ def _domain(entry: Any, place: str) -> Domain:
         return Domain("value", (_plain(entry, place),))
     if len(entry) != 1 or next(iter(entry)) not in FORMS:
         found = ", ".join(map(repr, entry))
-        raise UserError(f"{place}: unknown form {found or 'without a name'}; allowed: {', '.join(FORMS)}, or a plain value")
+        raise UserError(
+            f"{place}: unknown form {found or 'without a name'}; allowed: {', '.join(FORMS)}, or a plain value"
+        )
     form, values = next(iter(entry.items()))
     if not isinstance(values, list):
         raise UserError(f"{place}: {form}: expected a list, found {values!r}")
@@ -235,7 +241,9 @@ def _domain(entry: Any, place: str) -> Domain:
 def _range(form: str, values: list[Any], place: str) -> tuple[float, float]:
     kinds = (int,) if form == "randint" else (int, float)
     if len(values) != 2 or not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
-        raise UserError(f"{place}: {form}: expected [low, high] as {'whole ' if form == 'randint' else ''}numbers, found {values!r}")
+        raise UserError(
+            f"{place}: {form}: expected [low, high] as {'whole ' if form == 'randint' else ''}numbers, found {values!r}"
+        )
     low, high = values
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{place}: {form}: the range {values!r} is empty")
@@ -261,6 +269,9 @@ def _check_configurations(space: SearchSpace) -> None:
     else:
         random = np.random.default_rng(0)
         orders = [random.permutation(_CHECKED_COMBINATIONS) for _ in options]
-        draws = (tuple(values[order[n] % len(values)] for values, order in zip(options, orders)) for n in range(_CHECKED_COMBINATIONS))
+        draws = (
+            tuple(values[order[n] % len(values)] for values, order in zip(options, orders))
+            for n in range(_CHECKED_COMBINATIONS)
+        )
     for draw in draws:
         space.config(dict(zip(names, draw)))

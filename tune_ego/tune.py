@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from tune_ego import __version__, experiment, storage
 from tune_ego.cluster import ray_session
-from tune_ego.config import dump_config
+from tune_ego.config import dump_config, load_config
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
@@ -32,14 +32,24 @@ _RELEASE_AFTER = 3.0
 
 
 def start_search(
-    space_name: str, data: str, root: str, changes: dict[str, Any], seed: int, concurrent: int | None, address: str | None
+    space_name: str,
+    data: str,
+    root: str,
+    changes: dict[str, Any],
+    seed: int,
+    concurrent: int | None,
+    address: str | None,
 ) -> Experiment:
     """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken."""
     space = load_space(space_name, changes)
     data = storage.absolute(data)
     check_run(space.config(_first_draw(space)), data)
     if storage.list_names(root):
-        hint = f"; to go on with it: tune-ego resume {root}" if storage.exists(storage.join(root, "experiment.json")) else ""
+        hint = (
+            f"; to go on with it: tune-ego resume {root}"
+            if storage.exists(storage.join(root, "experiment.json"))
+            else ""
+        )
         raise UserError(f"{root}: the name is already used{hint}")
     spec = {
         "space": space.text,
@@ -90,7 +100,9 @@ def resume_search(root: str, address: str | None) -> Experiment:
         path = storage.join(root, "tune")
         trainable = _trainable(space, found.spec["data"], root)
         if not tune.Tuner.can_restore(path):
-            raise UserError(f"{root}: the search was killed before its first trial; delete the folder and start it anew")
+            raise UserError(
+                f"{root}: the search was killed before its first trial; delete the folder and start it anew"
+            )
         return _finish(tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True), root)
 
 
@@ -180,14 +192,16 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self._note(trial, "running")
         say(f"  {trial.trial_id}: starts")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if METRIC in result:
             self.groups[trial.trial_id] = result["placement_group"]
             best = percent(result[METRIC])
             say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        budget = experiment.load_config(storage.join(experiment.run_folder(self.root, trial.trial_id), experiment.CONFIG_FILE))
+        budget = load_config(storage.join(experiment.run_folder(self.root, trial.trial_id), experiment.CONFIG_FILE))
         stopped = (trial.last_result or {}).get("iteration", 0) < budget.train.iterations
         self._note(trial, "stopped" if stopped else "finished")
         say(f"  {trial.trial_id}: {'stopped by ASHA' if stopped else 'finished'}")

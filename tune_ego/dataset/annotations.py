@@ -69,7 +69,9 @@ def read_split(path: str | Path) -> list[SplitLine]:
         if not fields:
             continue
         if not 4 <= len(fields) <= 6 or not all(field.isdecimal() for field in fields[1:]):
-            raise UserError(f"{path}:{number}: expected 'ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]', found {text!r}")
+            raise UserError(
+                f"{path}:{number}: expected 'ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]', found {text!r}"
+            )
         action, verb, *nouns = map(int, fields[1:])
         lines.append(SplitLine(fields[0], action, verb, tuple(nouns)))
     return lines

@@ -98,9 +98,13 @@ def _layout(raw: bytes, path: str | Path) -> tuple[int, tuple[float, float], lis
     if start is None:
         raise UserError(f"{path}: not a BeGaze export: no column line that starts with 'Time'")
     columns = raw[start : raw.find(b"\n", start)].decode("latin-1").strip().split("\t")
-    prefix = next((p for p, _ in _LAYOUTS if {f"{p} POR X [px]", f"{p} POR Y [px]", f"{p} Event Info"} <= {*columns}), None)
+    prefix = next(
+        (p for p, _ in _LAYOUTS if {f"{p} POR X [px]", f"{p} POR Y [px]", f"{p} Event Info"} <= {*columns}), None
+    )
     if prefix is None or "Frame" not in columns:
-        known = " or ".join(f"{name} ('{p} POR X [px]', '{p} POR Y [px]', '{p} Event Info', 'Frame')" for p, name in _LAYOUTS)
+        known = " or ".join(
+            f"{name} ('{p} POR X [px]', '{p} POR Y [px]', '{p} Event Info', 'Frame')" for p, name in _LAYOUTS
+        )
         raise UserError(f"{path}: neither gaze layout: expected the columns of {known}")
     names = [f"{prefix} POR X [px]", f"{prefix} POR Y [px]", "Frame", f"{prefix} Event Info"]
     return start, area, names

@@ -15,6 +15,7 @@ import numpy as np
 
 from tune_ego import __version__, storage
 from tune_ego.cluster import ray_session
+from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import clip_progress, print_table, say
 from tune_ego.dataset import flow, shards
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
@@ -64,7 +65,12 @@ def prepare(
     problems = _probe(annotations, videos)
     if not allow_missing:
         _check_threshold(problems, len(annotations.clips), egtea)
-    settings = {"image_size": list(image_size), "flow": "dis", "frame_offset": frame_offset, "jpeg_quality": JPEG_QUALITY}
+    settings = {
+        "image_size": list(image_size),
+        "flow": "dis",
+        "frame_offset": frame_offset,
+        "jpeg_quality": JPEG_QUALITY,
+    }
     out = storage.absolute(out)
     _claim(out, {**settings, "annotations": _fingerprint(annotations)})
     tasks = plan(annotations, videos, gaze)
@@ -253,9 +259,15 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
         storage.write_json(marker, settings)
         return
     before = storage.read_json(marker)
-    different = [f"{key}: {before.get(key)!r} there, {value!r} now" for key, value in settings.items() if before.get(key) != value]
+    different = [
+        f"{key}: {before.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]
     if different:
-        raise UserError(f"{out}: prepared with other settings ({'; '.join(different)}); choose another folder or delete it")
+        raise UserError(
+            f"{out}: prepared with other settings ({'; '.join(different)}); choose another folder or delete it"
+        )
 
 
 def _finish(
@@ -279,7 +291,7 @@ def _finish(
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
         "clips_without_gaze": sum(record["gaze_frames"] == 0 for record in records),
-        "clips_shorter_than_a_window": sum(record["frames"] < shards.WINDOW_FRAMES for record in records),
+        "clips_shorter_than_a_window": sum(record["frames"] < WINDOW_FRAMES for record in records),
         "left_out": problems,
     }
     storage.write_json(storage.join(out, "dataset.json"), info)

@@ -98,7 +98,9 @@ def row_groups(frames: int) -> int:
     return -(-frames // FRAMES_PER_ROW_GROUP)
 
 
-def write_shard(uri: str, tables: list[pa.Table], records: list[dict[str, Any]], problems: list[dict[str, str]]) -> None:
+def write_shard(
+    uri: str, tables: list[pa.Table], records: list[dict[str, Any]], problems: list[dict[str, str]]
+) -> None:
     """Write one shard in one piece; its clips' records and problems travel in the file's metadata."""
     metadata = {_CLIPS_KEY: json.dumps(records).encode(), _PROBLEMS_KEY: json.dumps(problems).encode()}
     sink = pa.BufferOutputStream()
@@ -203,7 +205,9 @@ def open_shards(root: str) -> Shards:
     try:
         info = storage.read_json(storage.join(root, "dataset.json"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare") from error
+        raise UserError(
+            f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare"
+        ) from error
     if info.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{root}: shards of schema version {info.get('schema_version')}; this tune_ego reads version "

@@ -77,7 +77,15 @@ def synthesize(
         members = [(clip, track) for clip, track in zip(planned, tracks) if clip.session == session]
         _write_gaze(root / "gaze_data" / "gaze_data", members, np.random.default_rng((seed, 2, session)))
     jobs = [
-        (root / "cropped_clips" / _session_name(clip.session) / f"{clip.name}.mp4", clip, track, nouns, size, distractors, (seed, 3, index))
+        (
+            root / "cropped_clips" / _session_name(clip.session) / f"{clip.name}.mp4",
+            clip,
+            track,
+            nouns,
+            size,
+            distractors,
+            (seed, 3, index),
+        )
         for index, (clip, track) in enumerate(zip(planned, tracks))
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, clip_progress(len(jobs)) as advance:
@@ -151,7 +159,10 @@ def _track(verb: int, frames: int, centre: np.ndarray, amplitude: float, random:
 def _shake(frames: int, random: np.random.Generator) -> np.ndarray:
     """[T, 2] smooth camera motion, fractions of the image."""
     times = np.arange(frames)[:, None]
-    waves = [random.uniform(0.004, 0.014, 2) * np.sin(times * random.uniform(0.1, 0.4, 2) + random.uniform(0, 6.3, 2)) for _ in range(3)]
+    waves = [
+        random.uniform(0.004, 0.014, 2) * np.sin(times * random.uniform(0.1, 0.4, 2) + random.uniform(0, 6.3, 2))
+        for _ in range(3)
+    ]
     return np.sum(waves, axis=0)
 
 
@@ -188,7 +199,9 @@ def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], i
         container.mux(stream.encode(None))
 
 
-def _distractor(clip: SyntheticClip, tracks: _Tracks, nouns: int, random: np.random.Generator) -> tuple[int, np.ndarray]:
+def _distractor(
+    clip: SyntheticClip, tracks: _Tracks, nouns: int, random: np.random.Generator
+) -> tuple[int, np.ndarray]:
     """(noun, path): another noun than the target's and another motion, well away from it."""
     noun = int((clip.noun + random.integers(1, max(nouns, 2))) % nouns)
     verb = int((clip.verb + random.integers(1, len(VERBS))) % len(VERBS))
@@ -223,7 +236,15 @@ def _draw_object(image: np.ndarray, noun: int, centre: np.ndarray, radius: float
     }
     for scale, colour in ((1.0, tuple(value // 3 for value in _COLOURS[noun])), (0.84, _COLOURS[noun])):
         if noun == 0:
-            cv2.circle(image, _fixed(centre).tolist(), int(_fixed(np.array(radius * scale))), colour, -1, cv2.LINE_AA, _SUBPIXEL)
+            cv2.circle(
+                image,
+                _fixed(centre).tolist(),
+                int(_fixed(np.array(radius * scale))),
+                colour,
+                -1,
+                cv2.LINE_AA,
+                _SUBPIXEL,
+            )
         else:
             points = _fixed(centre + radius * scale * np.array(shapes[noun]))
             cv2.fillPoly(image, [points], colour, cv2.LINE_AA, _SUBPIXEL)
@@ -233,7 +254,9 @@ def _draw_hand(image: np.ndarray, target: np.ndarray, radius: float) -> None:
     height, width = image.shape[:2]
     palm = target + (0, 0.9 * radius)
     wrist = np.array([0.5 * width + 0.3 * (palm[0] - 0.5 * width), height + radius])
-    cv2.line(image, _fixed(palm).tolist(), _fixed(wrist).tolist(), _SKIN, max(2, round(0.9 * radius)), cv2.LINE_AA, _SUBPIXEL)
+    cv2.line(
+        image, _fixed(palm).tolist(), _fixed(wrist).tolist(), _SKIN, max(2, round(0.9 * radius)), cv2.LINE_AA, _SUBPIXEL
+    )
     cv2.circle(image, _fixed(palm).tolist(), int(_fixed(np.array(0.75 * radius))), _SKIN, -1, cv2.LINE_AA, _SUBPIXEL)
 
 
@@ -265,7 +288,9 @@ def _write_gaze(folder: Path, members: list[tuple[SyntheticClip, _Tracks]], rand
     outside = random.random(len(frame)) < 0.03
     pixels[outside] += (1500, 0)
     session = members[0][0].session
-    lines = _gaze_lines_31(times, frame, pixels, event) if session % 2 == 0 else _gaze_lines_34(times, frame, pixels, event)
+    lines = (
+        _gaze_lines_31(times, frame, pixels, event) if session % 2 == 0 else _gaze_lines_34(times, frame, pixels, event)
+    )
     header = _HEADER.format(version="3.1.77" if session % 2 == 0 else "3.4.46", samples=len(frame))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{_session_name(session)}.txt").write_text(header + "\n".join(lines) + "\n", newline="\r\n")

@@ -42,7 +42,9 @@ class ClipBatch(NamedTuple):
         """The model's input: [B, C, T, H, W] float32 in [-1, 1] for each stream."""
         images = {"rgb": self.rgb_BTHWC, "flow": self.flow_BTHW2}
         return {
-            name: (image.permute(0, 4, 1, 2, 3).float() / 127.5 - 1) for name, image in images.items() if image is not None
+            name: (image.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+            for name, image in images.items()
+            if image is not None
         }
 
 

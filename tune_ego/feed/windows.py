@@ -236,7 +236,8 @@ def _sources(plan: FeedPlan) -> _Sources:
     shards = open_shards(plan.root)
     size = shards.image_size
     train, validation = (
-        WindowReader(clips, plan.streams, size, plan.data.crop) for clips in (shards.train(plan.data), shards.validation(plan.data))
+        WindowReader(clips, plan.streams, size, plan.data.crop)
+        for clips in (shards.train(plan.data), shards.validation(plan.data))
     )
     windows = [
         centre_window(index, start, size, plan.data.crop)

@@ -20,7 +20,9 @@ def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
     trunk_relu = model.activation == "relu" or model.activation_scope == "stam"
     for number in range(1, model.stam_depth + 1):
         non_negative = model.activation == "relu" or (number == 1 and trunk_relu)
-        block = inception(channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum)
+        block = inception(
+            channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum
+        )
         layers["attention_inc" if number == 1 else f"attention_inc_{number}"] = block
         channels = block.outputs
     layers["attention_pred"] = Unit3D(channels, 1, bn_momentum=model.bn_momentum)
