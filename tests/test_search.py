@@ -130,6 +130,10 @@ def wait_for(condition: Any, seconds: float, process: subprocess.Popen[bytes]) -
         time.sleep(0.1)
 
 
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "clips_per_second"} for line in lines]
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> None:
     """kill -9 of the driver after the first trial ended and the second has a checkpoint; its own Ray cluster."""
@@ -157,8 +161,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
     first, second = before.trials
     assert first.state == "finished" and second.state == "running"
     first_metrics = (Path(first.run) / "metrics.jsonl").read_bytes()
-    resumed_from = second.validations[-1]["iteration"]
-    assert 30 <= resumed_from < 400
+    assert 30 <= second.iteration < 400
 
     output = subprocess.run(
         [sys.executable, "-c", command, "resume", str(root)],
@@ -167,14 +170,14 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
         check=True,
         env=environment,
     ).stdout
-    assert f"{second.id}: running, goes on from iteration" in output
+    assert f"{second.id}: running, goes on from iteration-0" in output
     assert f"{first.id}: starts" not in output
     after = read_experiment(str(root))
     assert [trial.state for trial in after.trials] == ["finished", "finished"]
     assert (Path(first.run) / "metrics.jsonl").read_bytes() == first_metrics
     iterations = [line["iteration"] for line in after.trials[1].metrics]
     assert iterations == list(range(10, 401, 10))
-    assert after.trials[1].metrics[: len(second.validations)] == second.validations
+    assert timeless(after.trials[1].metrics)[: len(second.metrics)] == timeless(second.metrics)
     best = export_best(str(root), str(tmp_path / "best.yaml"))
     assert best.accuracy == max(line[METRIC] for trial in after.trials for line in trial.validations)
 

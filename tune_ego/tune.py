@@ -22,7 +22,7 @@ from tune_ego.config import dump_config, load_config
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
-from tune_ego.experiment import METRIC, Experiment
+from tune_ego.experiment import METRIC, Experiment, Trial
 from tune_ego.launch import TRIAL_CPUS, Job, check_run, fit, fitting_runs, gpus_per_worker
 from tune_ego.search_space import SearchSpace, load_space
 
@@ -95,8 +95,7 @@ def resume_search(root: str, address: str | None) -> Experiment:
     with ray_session(address):
         _concurrency(space, found.spec["concurrent"])
         for trial in found.trials:
-            at = f"from iteration {trial.validations[-1]['iteration']}" if trial.validations else "from the start"
-            say(f"  {trial.id}: {trial.state}{', goes on ' + at if trial.state in ('running', 'pending') else ''}")
+            say(f"  {trial.id}: {trial.state}{_going_on(trial)}")
         path = storage.join(root, "tune")
         trainable = _trainable(space, found.spec["data"], root)
         if not tune.Tuner.can_restore(path):
@@ -104,6 +103,13 @@ def resume_search(root: str, address: str | None) -> Experiment:
                 f"{root}: the search was killed before its first trial; delete the folder and start it anew"
             )
         return _finish(tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True), root)
+
+
+def _going_on(trial: Trial) -> str:
+    if trial.state not in ("running", "pending"):
+        return ""
+    saved = experiment.checkpoints(trial.run)
+    return f", goes on from {saved[-1].rpartition('/')[2]}" if saved else ", starts anew"
 
 
 def _first_draw(space: SearchSpace) -> dict[str, Any]:
