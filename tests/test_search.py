@@ -99,6 +99,21 @@ def test_tune_export_train_evaluate(
         assert 0 <= result[name]["mean_class_accuracy"] <= 1
 
 
+def test_stopped_trials_make_room_for_the_next(tmp_path: Path, shards: str, ray_cluster: None) -> None:
+    """Only the first of four learns, so ASHA stops others at the rungs."""
+    changes = {"train.iterations": 260, "train.validate_every": 64, "train.log_every": 64, "model.dropout": 0.0}
+    space = Path(write_space(tmp_path, grace=64, **changes))
+    text = yaml.safe_load(space.read_text())
+    text["space"] = {"optimizer.lr": {"grid": [0.01, 1e-12, 2e-12, 3e-12]}}
+    space.write_text(yaml.safe_dump(text, sort_keys=False))
+    found = start_search(str(space), shards, str(tmp_path / "search"), {}, 0, 1, None)
+    assert found.trials[0].state == "finished"
+    stopped = [trial for trial in found.trials if trial.state == "stopped"]
+    assert stopped
+    assert all(trial.iteration in (64, 128, 256) for trial in stopped)
+    assert_nothing_is_left()
+
+
 def test_two_workers_train_one_run(tmp_path: Path, shards: str, ray_cluster: None) -> None:
     config = tiny_config(compute__workers=2, compute__cpus_per_worker=0.5, train__iterations=2)
     run = str(tmp_path / "pair")

@@ -78,7 +78,7 @@ def start_search(
                 num_samples=space.samples,
                 search_alg=BasicVariantGenerator(random_state=seed, max_concurrent=at_a_time),
                 scheduler=_scheduler(space, root),
-                reuse_actors=True,  # a trial's process has imported torch already
+                reuse_actors=False,  # a stopped trial's process still waits for its run: the next trial would hang
             ),
             run_config=tune.RunConfig(name="tune", storage_path=root, verbose=0, callbacks=[_Watcher(root)]),
         )
