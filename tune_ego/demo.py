@@ -23,6 +23,12 @@ from tune_ego.tune import start_search
 IMAGE_SIZE = (96, 72)
 CLIPS = 420
 FINAL_ITERATIONS = 260
+FINAL_CHANGES = {
+    "train.iterations": FINAL_ITERATIONS,
+    "train.validate_every": 65,
+    "schedule.name": "multistep",  # so short a run ends better with smaller steps
+    "schedule.milestones": [195],
+}
 
 
 def run_demo(folder: str, seed: int) -> dict[str, Any]:
@@ -51,8 +57,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
             best = export.export_best(search.root, best_file)
             print_table("", ["", ""], [["trial", best.id], ["in", best_file]])
         with step("train", f"train: the final run, {FINAL_ITERATIONS} iterations"):
-            changes = {"train.iterations": FINAL_ITERATIONS, "train.validate_every": 65}
-            config = override_config(load_config(best_file), changes, best_file)
+            config = override_config(load_config(best_file), FINAL_CHANGES, best_file)
             train_final(config, shards, str(root / "final"), None)
     with step("evaluate", "evaluate: the test clips of split 1"):
         evaluation = evaluate(str(root / "final"), shards, 1)
