@@ -79,7 +79,10 @@ def bad(tmp_path: Path, shards: str) -> dict[str, tuple[list[str], list[str]]]:
         "no configuration": (["train", str(tmp_path / "no.yaml"), *search], ["no.yaml"]),
         "used run": (["train", str(tmp_path / "config.yaml"), *used], ["used"]),
         "no checkpoint": (["evaluate", str(tmp_path / "no"), "--data", shards], ["checkpoint"]),
-        "not a checkpoint": (["evaluate", str(tmp_path / "config.yaml"), "--data", shards], ["config.yaml"]),
+        "not a checkpoint": (
+            ["evaluate", str(tmp_path / "config.yaml"), "--data", shards],
+            ["config.yaml", "not weights"],
+        ),
     }
 
 
@@ -122,7 +125,9 @@ def test_more_than_the_cluster_has_is_refused(
 ) -> None:
     search = ["tune", "demo", "--data", shards, "--storage", str(tmp_path), "--name", "n", "--set", "data.crop=32"]
     assert call(monkeypatch, *search, "--set", "compute.gpus_per_worker=64") == 2
-    assert "64 GPUs and the cluster has 0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "64 GPUs each" in error
+    assert "0 GPUs on 1 node" in error
     assert call(monkeypatch, *search, "--set", "compute.cpus_per_worker=4096") == 2
     assert "CPUs" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -137,3 +142,12 @@ def test_shards_of_another_version_and_data_of_other_classes(
     search = ["tune", "demo", "--data", str(tmp_path / "old"), "--storage", str(tmp_path), "--name", "n"]
     assert call(monkeypatch, *search) == 2
     assert "schema version 0" in capsys.readouterr().err
+
+
+def test_an_empty_part_of_the_base_is_named(
+    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s.yaml").write_text("base:\n  train:\n")
+    search = ["tune", str(tmp_path / "s.yaml"), "--data", shards, "--storage", str(tmp_path), "--name", "n"]
+    assert call(monkeypatch, *search, "--set", "train.iterations=5") == 2
+    assert "train: expected keys and values" in capsys.readouterr().err

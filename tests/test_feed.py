@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -9,7 +11,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
-from tune_ego.errors import UserError
+from tune_ego.errors import UserError, user_error_in
 from tune_ego.feed.batches import ray_batches
 from tune_ego.feed.windows import (
     FeedPlan,
@@ -134,6 +136,29 @@ def test_what_does_not_fit_is_refused(shards: str) -> None:
         check_fits(open_shards(shards), tiny_config(data__crop=64))
     with pytest.raises(UserError, match=r"validation clips in by_session fold 9"):
         check_fits(open_shards(shards), tiny_config(data__validation="by_session", data__fold=9))
+
+
+def test_threads_may_share_a_reader(shards: str) -> None:
+    data = open_shards(shards)
+    clips = sorted(data.test(1), key=lambda clip: clip.shard)
+    reader = WindowReader(clips, ("rgb", "flow"), data.image_size, 32)
+    windows = [Window(index % len(clips), 0, 0, 0, False) for index in range(400)]
+    expected = [reader.read(window) for window in windows[: len(clips)]]
+    with ThreadPoolExecutor(8) as pool:
+        for window, sample in zip(windows, pool.map(reader.read, windows)):
+            assert np.array_equal(sample["rgb"], expected[window.clip]["rgb"])
+
+
+def test_a_mistake_inside_a_ray_task_is_still_the_users(shards: str, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "shards")
+    for path in (tmp_path / "shards" / "frames").rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(Exception, match="parquet") as caught:
+        list(ray_batches(plan(str(tmp_path / "shards")), 0, readers=1, batch_bytes=1 << 20))
+    mistake = user_error_in(caught.value)
+    assert mistake is not None
+    assert "run prepare again" in str(mistake)
+    assert "Traceback" not in str(mistake)
 
 
 def test_a_damaged_image_is_named(tmp_path: Path, shards: str) -> None:

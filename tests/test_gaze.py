@@ -100,6 +100,16 @@ def test_calibration_area_is_read_from_the_header(tmp_path: Path) -> None:
     assert (gaze.x[0], gaze.y[0]) == (0.5, 0.25)
 
 
+def test_quotes_and_damaged_numbers_swallow_nothing(tmp_path: Path) -> None:
+    samples = [(640, 480, frame, "Fixation") for frame in range(6)]
+    path = write_31(tmp_path / "a.txt", samples, tail="9\tSMP\t1\t64\t64\t99999999999999\t\tFixation\r\n")
+    path.write_bytes(path.read_bytes().replace(b"\t2\t\tFix", b'\t2\t"\tFix'))
+    assert read_gaze(path).valid.tolist() == [True] * 6
+    write_31(tmp_path / "b.txt", samples, area="0\t0")
+    with pytest.raises(UserError, match=r"b\.txt.*pixels"):
+        read_gaze(tmp_path / "b.txt")
+
+
 def test_messages_and_a_cut_off_last_line_are_passed_over(tmp_path: Path) -> None:
     path = write_31(
         tmp_path / "a.txt", [(640, 480, 0, "Fixation")], tail="9\tMSG\t1\t# Message: hello\r\n9\tSMP\t1\t64"

@@ -19,10 +19,12 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import TINY, tiny_config
 from tune_ego.config import load_config, override_config
+from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
+from tune_ego.launch import fitting_runs
 from tune_ego.model import build_stream, load_weights
 from tune_ego.tune import resume_search, start_search
 
@@ -36,6 +38,14 @@ SPACE = {
         ],
     },
 }
+
+
+def test_runs_are_placed_on_nodes_not_on_their_sum() -> None:
+    nodes = [{"CPU": 16.0, "GPU": 1.0}] * 8
+    assert fitting_runs(tiny_config(), 1.0, nodes) == 8
+    assert fitting_runs(tiny_config(compute__workers=2), 1.0, nodes) == 4
+    with pytest.raises(UserError, match=r"2 GPUs each.*8 GPUs on 8 node"):
+        fitting_runs(tiny_config(compute__gpus_per_worker=2.0), 2.0, nodes)
 
 
 def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:
@@ -92,6 +102,10 @@ def test_tune_export_train_evaluate(
     train_final(config, shards, run, None)
     assert "finished already" in capsys.readouterr().out
 
+    last = f"{run}/iteration-000004"
+    assert evaluate(last, shards, 2, str(tmp_path / "a.json")) == evaluate(f"{last}/checkpoint.pt", shards, 2) | {
+        "checkpoint": last
+    }
     result = evaluate(run, shards, 2)
     assert json.loads((tmp_path / "final" / "evaluation.json").read_text()) == result
     assert (result["split"], result["iteration"], result["clips"]) == (2, 4, 8)

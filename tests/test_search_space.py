@@ -82,6 +82,11 @@ def test_table1_is_the_papers() -> None:
         ("space: {seed: [{when: {label: a}, grid: [1]}]}", ["seed", "grid"]),
         ("space: {seed: [{when: {label: a}, value: 1}], label: {choice: [a]}}", ["seed", "label", "above"]),
         ("samples: 0", ["samples", "at least 1"]),
+        ("space: {optimizer.lr: [{when: {optimizer.name: sdg}, value: 0.1}]}", ["optimizer.lr", "never taken", "sdg"]),
+        ("space: {train.iterations: {grid: [40, 400]}}", ["train.iterations", "base"]),
+        ("space: {compute.workers: {grid: [1, 2]}}", ["compute.workers", "base"]),
+        ("space: {1: 2}", ["unknown key 1"]),
+        ("base: {train: 3}", ["train", "3"]),
         ("asha: {grace: 10, reduce: 2}", ["asha.reduce", "reduction"]),
         ("asha: {grace: 9000}", ["asha.grace", "3000"]),
         ("base: {train: {iterations: 10}}\nasha: {grace: 20}", ["asha.grace"]),
@@ -95,8 +100,8 @@ def test_mistakes_name_file_key_and_what_is_allowed(text: str, words: list[str])
 
 
 def test_set_changes_the_base_and_nothing_that_is_searched() -> None:
-    space = load_space("demo", {"train.iterations": 21})
-    assert {config.train.iterations for config in draw(space)} == {21}
+    space = load_space("demo", {"train.iterations": 50})
+    assert {config.train.iterations for config in draw(space)} == {50}
     with pytest.raises(UserError, match="searches this key"):
         load_space("demo", {"model.stam_depth": 1})
 

@@ -58,7 +58,7 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
     if storage.exists(storage.join(uri, FILE_NAME)):
         uri = storage.join(uri, FILE_NAME)
     content = load_tensors(uri)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
         raise UserError(f"{uri}: not a checkpoint of tune_ego (format {FORMAT})")
     return content
 

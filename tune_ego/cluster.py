@@ -24,13 +24,18 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
+def is_local(address: str | None) -> bool:
+    """Whether `ray_session` starts a cluster of its own, on this machine."""
+    return address is None and not os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
     """A Ray cluster for the body: the one at `address`, else one on this machine that ends with the body.
 
     Joins silently where this process is connected already.
     """
-    local = address is None and not os.environ.get("RAY_ADDRESS")
+    local = is_local(address)
     for key, value in {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}.items():
         os.environ.setdefault(key, value)
     import ray
@@ -44,7 +49,8 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
+        where = "Ray does not start here" if local else f"--address {address}: no Ray cluster answers there"
+        raise UserError(f"{where} ({error})") from error
     try:
         yield
     finally:

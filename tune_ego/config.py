@@ -30,7 +30,9 @@ Milestones = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=Fal
 
 
 class _Node(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Node):
@@ -262,6 +264,8 @@ def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
             result[leaf] = changes[key]
             continue
         node = result.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"{part}: expected keys and values, found {node!r}")
         if leaf == "name" and node.get("name", _default_name(part)) != changes[key]:
             node.clear()
         node[leaf] = changes[key]
@@ -293,7 +297,7 @@ def config_keys() -> list[str]:
 def check_key(key: str, source: str) -> None:
     keys = config_keys()
     if key not in keys:
-        part = key.rpartition(".")[0]
+        part = str(key).rpartition(".")[0]
         near = [known for known in keys if known.rpartition(".")[0] == part] or keys
         raise UserError(f"{source}: unknown key {key!r}; allowed: {', '.join(near)}")
 

@@ -15,8 +15,8 @@ from tune_ego.console import heading, percent, print_table
 from tune_ego.dataset.prepare import prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, Experiment, config_value
+from tune_ego.evaluate import evaluate, show
+from tune_ego.experiment import METRIC, Experiment, Trial, config_value, trial_table
 from tune_ego.final import train_final
 from tune_ego.tune import start_search
 
@@ -83,7 +83,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
     return summary
 
 
-def _searched(search: Experiment, trial: Any) -> dict[str, str]:
+def _searched(search: Experiment, trial: Trial) -> dict[str, str]:
     return {key: config_value(trial.config, key) for key in search.space.searched_keys}
 
 
@@ -91,6 +91,8 @@ def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
     best, fused = summary["best"], summary["evaluation"]["fused"]["mean_class_accuracy"]
     chosen = ", ".join(f"{key} {value}" for key, value in best["configuration"].items())
     heading("Summary")
+    print_table("Trials", *trial_table(search))
+    show(summary["evaluation"])
     rows = [
         ["chosen", chosen],
         ["its validation mean class accuracy", percent(best[METRIC])],

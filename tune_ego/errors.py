@@ -9,3 +9,13 @@ class UserError(ValueError):
     The command line prints it as one line and exits with 2. Any other exception is a bug of ours
     and keeps its traceback.
     """
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an exception that Ray wrapped, if there is one."""
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, UserError) and not isinstance(cause, UserError):
+            return UserError(str(error))
+        error = cause
+    return None

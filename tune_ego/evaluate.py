@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import Origin, read_checkpoint, rebuild
+from tune_ego.checkpoint import FILE_NAME, Origin, read_checkpoint, rebuild
 from tune_ego.console import clip_progress, percent, print_table
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import UserError
@@ -33,8 +33,13 @@ _BATCH = 8
 def find_checkpoint(uri: str) -> str:
     """The checkpoint meant by a file, a checkpoint's folder or a run's folder (its last one)."""
     uri = storage.absolute(uri)
-    inside = experiment.checkpoints(uri)
+    inside = [] if storage.is_file(uri) else experiment.checkpoints(uri)
     return inside[-1] if inside else uri
+
+
+def _run_of(checkpoint: str) -> str:
+    """The run's folder of a checkpoint's folder or file."""
+    return checkpoint.removesuffix(f"/{FILE_NAME}").rpartition("/")[0]
 
 
 def evaluate(checkpoint: str, data: str, split: int, out: str | None = None) -> dict[str, Any]:
@@ -72,8 +77,7 @@ def evaluate(checkpoint: str, data: str, split: int, out: str | None = None) -> 
         "checkpoint": source,
         **accuracies(scores.reduce(), labels),
     }
-    run = source.rpartition("/")[0]
-    storage.write_json(out or storage.join(run, "evaluation.json"), result)
+    storage.write_json(out or storage.join(_run_of(source), "evaluation.json"), result)
     show(result)
     return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tune_ego import storage
 from tune_ego.config import Config, load_config
@@ -19,6 +19,7 @@ METRIC = "val_mean_class_accuracy"
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"
 CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
 MODEL_FILE = "final/model.pt"
@@ -36,10 +37,21 @@ def write_metrics(run: str, lines: list[dict[str, Any]]) -> None:
     storage.write_text(storage.join(run, METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_failure(run: str) -> str | None:
-    """Why a run failed in a way that trying again would not mend."""
+class Failure(NamedTuple):
+    """Why a run failed in a way that Ray should not try again."""
+
+    reason: str
+    final: bool
+    """Nothing outside the run can mend it: its loss left the finite numbers."""
+
+
+def read_failure(run: str) -> Failure | None:
     uri = storage.join(run, FAILURE_FILE)
-    return storage.read_json(uri)["reason"] if storage.exists(uri) else None
+    return Failure(**storage.read_json(uri)) if storage.exists(uri) else None
+
+
+def write_failure(run: str, failure: Failure) -> None:
+    storage.write_json(storage.join(run, FAILURE_FILE), failure._asdict())
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -118,7 +130,7 @@ def read_experiment(root: str) -> Experiment:
         run = run_folder(root, trial)
         config_uri = storage.join(run, CONFIG_FILE)
         config = load_config(config_uri) if storage.exists(config_uri) else None
-        reason = read_failure(run) or record.get("reason", "")
+        reason = record["reason"]
         trials.append(Trial(trial, record["state"], run, config, read_metrics(run), reason))
     return Experiment(storage.absolute(root), storage.read_json(uri), trials)
 

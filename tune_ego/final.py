@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tune_ego import experiment, storage
+from tune_ego import __version__, experiment, storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import percent, say
@@ -22,34 +22,37 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
 
     Returns the URI of the weights. Raises `UserError` where the folder holds another run.
     """
-    import ray
-
-    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker
+    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_absolute_paths
 
     run, data = storage.absolute(run), storage.absolute(data)
+    config = with_absolute_paths(config)
     check_run(config, data)
-    _check_same_run(config, run)
+    _check_same_run(config, data, run)
     model = storage.join(run, experiment.MODEL_FILE)
     if storage.exists(model):
         say(f"{run} is finished already: {model}")
         return model
     with ray_session(address):
-        resources = ray.cluster_resources()
-        fitting_runs(config, resources)
+        gpus = gpus_per_worker(config, live_nodes())
+        fitting_runs(config, gpus, live_nodes())
+        storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
         with _followed(run):
-            fit(Job(config, data, run, gpus_per_worker(config, resources), final=True))
+            fit(Job(config, data, run, gpus, final=True))
     say(f"Weights: {model}")
     return model
 
 
-def _check_same_run(config: Config, run: str) -> None:
+def _check_same_run(config: Config, data: str, run: str) -> None:
     uri = storage.join(run, experiment.CONFIG_FILE)
     if storage.exists(uri):
         if load_config(uri) != config:
             raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
+        started_on = storage.read_json(storage.join(run, experiment.RUN_FILE))["data"]
+        if started_on != data:
+            raise UserError(f"{run}: this run was started on the shards {started_on}, not {data}")
         metrics = experiment.read_metrics(run)
         say(f"{run} goes on{' after iteration ' + str(metrics[-1]['iteration']) if metrics else ''}")
-    elif storage.list_names(run):
+    elif set(storage.list_names(run)) - {experiment.RUN_FILE}:
         raise UserError(f"{run}: the folder is not empty and holds no run; choose another --name")
 
 

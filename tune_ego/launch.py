@@ -12,12 +12,14 @@ from typing import Any
 
 from tune_ego import experiment, storage
 from tune_ego.checkpoint import FILE_NAME, Origin, read_checkpoint, to_bytes
-from tune_ego.config import Config, dump_config
+from tune_ego.config import Config, dump_config, override_config
+from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
-from tune_ego.errors import UserError
+from tune_ego.errors import UserError, user_error_in
 from tune_ego.experiment import METRIC
 from tune_ego.feed.batches import READER_CPUS, on_device, ray_batches
 from tune_ego.feed.windows import FeedPlan, check_fits
+from tune_ego.model import build_stream, load_weights
 from tune_ego.train import NonFiniteLoss, Trainer, train
 
 TRIAL_CPUS = 0.1
@@ -45,26 +47,37 @@ def origin_of(shards: Shards) -> Origin:
     return Origin(shards.actions, shards.image_size, shards.info["settings"]["flow"])
 
 
-def gpus_per_worker(config: Config, cluster: dict[str, float]) -> float:
+def gpus_per_worker(config: Config, nodes: list[dict[str, float]]) -> float:
+    """What `compute.gpus_per_worker` means on a cluster of these nodes."""
     if config.compute.gpus_per_worker != "auto":
         return config.compute.gpus_per_worker
-    return 1.0 if cluster.get("GPU", 0) >= 1 else 0.0
+    return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
 
 
-def fitting_runs(config: Config, cluster: dict[str, float]) -> int:
-    """How many runs of this configuration the cluster holds at a time; raises `UserError` where not even one."""
+def live_nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]]) -> int:
+    """How many runs of this configuration the nodes hold at a time; raises `UserError` where not even one."""
     compute = config.compute
-    needs = {
-        "CPU": compute.workers * (compute.cpus_per_worker + compute.readers * READER_CPUS) + TRIAL_CPUS,
-        "GPU": compute.workers * gpus_per_worker(config, cluster),
-    }
-    for kind, need in needs.items():
-        if need > cluster.get(kind, 0):
-            raise UserError(
-                f"{compute.workers} worker(s) ask for {need:g} {kind}s and the cluster has {cluster.get(kind, 0):g}; "
-                f"change compute.workers, compute.{kind.lower()}s_per_worker or the cluster"
-            )
-    return min(math.floor(cluster[kind] / need) for kind, need in needs.items() if need)
+    needs = {"CPU": compute.cpus_per_worker + compute.readers * READER_CPUS, "GPU": gpus}
+    spare = {"CPU": TRIAL_CPUS, "GPU": 0.0}
+    places = sum(
+        min(math.floor(max(0.0, node.get(kind, 0) - spare[kind]) / need) for kind, need in needs.items() if need)
+        for node in nodes
+    )
+    if places < compute.workers:
+        totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
+        raise UserError(
+            f"{compute.workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {TRIAL_CPUS:g} CPUs "
+            f"beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on {len(nodes)} node(s); "
+            "change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
+        )
+    return places // compute.workers
 
 
 def fit(job: Job, callbacks: list[Any] | None = None) -> None:
@@ -76,7 +89,11 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    _raise_failure(job.run)
+    failure = experiment.read_failure(job.run)
+    if failure is not None and failure.final:
+        raise UserError(failure.reason)
+    storage.remove(storage.join(job.run, experiment.FAILURE_FILE))  # the user may have put it right
+    storage.write_text(storage.join(job.run, experiment.CONFIG_FILE), dump_config(job.config))
     compute = job.config.compute
     resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
     folder, _, name = job.run.rpartition("/")
@@ -96,13 +113,9 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise UserError(f"{job.run}: {_root_cause(error)}") from error
-    _raise_failure(job.run)
-
-
-def _raise_failure(run: str) -> None:
-    reason = experiment.read_failure(run)
-    if reason is not None:
-        raise UserError(reason)
+    failure = experiment.read_failure(job.run)
+    if failure is not None:
+        raise UserError(failure.reason)
 
 
 def _root_cause(error: BaseException) -> str:
@@ -139,9 +152,14 @@ def _worker(settings: dict[str, Any]) -> None:
         if trainer.iteration < plan.iterations:
             batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
             train(trainer, plan, on_device(batches, trainer.device), reporter)
-    except (NonFiniteLoss, UserError) as error:
-        # Ray would try again; this would fail again. The driver finds the reason in the run's folder.
-        storage.write_json(storage.join(job.run, experiment.FAILURE_FILE), {"reason": str(error)})
+    except Exception as error:
+        mistake = user_error_in(error)
+        if mistake is None and not isinstance(error, NonFiniteLoss):
+            raise
+        # Ray would try again, and this would fail again. The driver finds the reason in the run's folder.
+        reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
+        if reason:
+            experiment.write_failure(job.run, experiment.Failure(reason, final))
         return
     if job.final and rank == 0:
         storage.write_bytes(storage.join(job.run, experiment.MODEL_FILE), to_bytes(trainer.model.state_dict()))
@@ -164,7 +182,6 @@ class _Reporter:
         """Forget what was logged after the checkpoint that the run goes on from."""
         if self.rank == 0:
             self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
-            storage.write_text(storage.join(self.job.run, experiment.CONFIG_FILE), dump_config(self.job.config))
 
     def __call__(self, metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
         if self.rank == 0:
@@ -191,9 +208,23 @@ class _Reporter:
 
 
 def check_run(config: Config, data: str) -> None:
-    """Raise `UserError` for what can be seen before a cluster is started."""
-    check_fits(open_shards(data), config)
-    for modality in config.stream_names:
-        source = getattr(config.init_from, modality)
-        if source is not None and not storage.exists(source):
-            raise UserError(f"init_from.{modality}: {source} does not exist")
+    """Raise `UserError` for what can be seen before a cluster is started; tells what `init_from` gives."""
+    shards = open_shards(data)
+    check_fits(shards, config)
+    for modality, source in initial_weights(config).items():
+        stream = build_stream(modality, len(shards.actions), config.model)
+        found = load_weights(stream, source)
+        counts = f"{len(found.loaded)} loaded, {len(found.left_out)} left out, {len(found.fresh)} fresh"
+        say(f"{modality} starts from {source}: {counts}")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same for workers, which have another working directory."""
+    paths = {f"init_from.{modality}": storage.absolute(path) for modality, path in initial_weights(config).items()}
+    return override_config(config, paths, "init_from") if paths else config
+
+
+def initial_weights(config: Config) -> dict[str, str]:
+    """Stream -> file of weights that it starts from."""
+    files = {modality: getattr(config.init_from, modality) for modality in config.stream_names}
+    return {modality: path for modality, path in files.items() if path is not None}

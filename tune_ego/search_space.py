@@ -81,16 +81,38 @@ class SearchSpace:
         return build_config(override(self.base, self.overrides(sampled)), self.source)
 
     def overrides(self, sampled: dict[str, Any]) -> dict[str, Any]:
-        """Dotted key -> value of one draw: the branches that hold."""
+        """Dotted key -> value of one draw."""
+        return self._choose(sampled)[0]
+
+    def branch_of(self, sampled: dict[str, Any]) -> dict[str, int]:
+        """Dotted key -> the branch that one draw takes."""
+        return self._choose(sampled)[1]
+
+    def _choose(self, sampled: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         chosen: dict[str, Any] = {}
+        taken: dict[str, int] = {}
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
                 if all(self._value(name, chosen) in allowed for name, allowed in branch.when.items()):
                     domain = branch.domain
                     value = domain.values[0] if domain.form == "value" else sampled[f"{key}@{index}"]
                     chosen[key] = tuple(value) if isinstance(value, list) else value
+                    taken[key] = index
                     break
-        return chosen
+        return chosen, taken
+
+    def draws(self) -> Iterator[dict[str, Any]]:
+        """Draws that cover the space: all combinations, or 2,000 spread over them; a range gives its two ends."""
+        sampled = list(self.sampled())
+        options = [(d.values[0], d.values[1] - 1) if d.form == "randint" else d.values for _, d in sampled]
+        names = [name for name, _ in sampled]
+        if math.prod(map(len, options)) <= _CHECKED_COMBINATIONS:
+            yield from (dict(zip(names, draw)) for draw in itertools.product(*options))
+            return
+        random = np.random.default_rng(0)
+        orders = [random.permutation(_CHECKED_COMBINATIONS) for _ in options]
+        for n in range(_CHECKED_COMBINATIONS):
+            yield {name: values[order[n] % len(values)] for name, values, order in zip(names, options, orders)}
 
     def _value(self, key: str, chosen: dict[str, Any]) -> Any:
         if key in chosen:
@@ -121,7 +143,7 @@ class SearchSpace:
 
 def find_space(name: str) -> str:
     """The path of a search space: as given, or one of the shipped ones by its name (with or without .yaml)."""
-    if storage.exists(name):
+    if storage.is_file(name):
         return name
     package = Path(__file__).parent
     folders = [package / "search_spaces", package.parent / "search_spaces"]  # in a wheel; in a checkout
@@ -163,6 +185,8 @@ def parse_space(text: str, source: str, changes: dict[str, Any] | None = None) -
     branches: dict[str, list[Branch]] = {}
     for key, entry in entries.items():
         check_key(key, source)
+        if key == "train.iterations" or key.startswith("compute."):
+            raise UserError(f"{source}: {key} is the same for all trials of a search; set it in base")
         later = [name for name in entries if name not in branches]
         branches[key] = _branches(entry, f"{source}: space.{key}", later)
     config = build_config(base, f"{source}: base")
@@ -245,6 +269,8 @@ def _range(form: str, values: list[Any], place: str) -> tuple[float, float]:
             f"{place}: {form}: expected [low, high] as {'whole ' if form == 'randint' else ''}numbers, found {values!r}"
         )
     low, high = values
+    if max(abs(low), abs(high)) > 1e300:
+        raise UserError(f"{place}: {form}: the range {values!r:.80} is not finite")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{place}: {form}: the range {values!r} is empty")
     if form == "loguniform" and low <= 0:
@@ -260,18 +286,12 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _check_configurations(space: SearchSpace) -> None:
-    """Build the configurations that the space can give: all of them, or a spread of 2,000, ranges by their ends."""
-    sampled = list(space.sampled())
-    options = [(*d.values[:1], d.values[1] - 1) if d.form == "randint" else d.values for _, d in sampled]
-    names = [name for name, _ in sampled]
-    if math.prod(map(len, options)) <= _CHECKED_COMBINATIONS:
-        draws: Iterator[tuple[Any, ...]] = itertools.product(*options)
-    else:
-        random = np.random.default_rng(0)
-        orders = [random.permutation(_CHECKED_COMBINATIONS) for _ in options]
-        draws = (
-            tuple(values[order[n] % len(values)] for values, order in zip(options, orders))
-            for n in range(_CHECKED_COMBINATIONS)
-        )
-    for draw in draws:
-        space.config(dict(zip(names, draw)))
+    """Build what the space can give; a branch that is never taken is a condition that was mistyped."""
+    taken: set[tuple[str, int]] = set()
+    for sampled in space.draws():
+        taken |= space.branch_of(sampled).items()
+        space.config(sampled)
+    for key, branches in space.branches.items():
+        for index, branch in enumerate(branches):
+            if branch.when and (key, index) not in taken:
+                raise UserError(f"{space.source}: space.{key}: branch {index + 1} is never taken (when: {branch.when})")

@@ -40,6 +40,18 @@ def exists(uri: str | Path) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def is_file(uri: str | Path) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
+
+
+def remove(uri: str | Path) -> None:
+    """Delete a file, where it is there."""
+    if is_file(uri):
+        filesystem, path = resolve(uri)
+        filesystem.delete_file(path)
+
+
 def list_names(uri: str | Path) -> list[str]:
     """Names directly below a folder, sorted; an absent folder has none."""
     filesystem, path = resolve(uri)
@@ -78,7 +90,10 @@ def write_text(uri: str | Path, text: str) -> None:
 
 
 def read_json(uri: str | Path) -> Any:
-    return json.loads(read_bytes(uri))
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri}: damaged: not JSON ({error})") from error
 
 
 def write_json(uri: str | Path, value: Any) -> None:

@@ -56,7 +56,8 @@ class Trainer:
                 load_weights(self.model[modality], source)  # type: ignore[arg-type]
         self.model.to(device)
         self.parallel: nn.Module = self.model
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.distributed:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.dtype = autocast_dtype(config.train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -74,7 +75,8 @@ class Trainer:
         load_model_state(self.model, content["model"], source)
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
-        self.scaler.load_state_dict(content["scaler"])
+        if self.scaler.is_enabled() and content["scaler"]:  # it is empty where the run began without fp16
+            self.scaler.load_state_dict(content["scaler"])
         self.iteration, self.best = content["iteration"], content["best"]
 
     def checkpoint(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Trainer:
             gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
             by_stream = [torch.stack(stream_losses(output, *gaze)) for output in outputs.values()]
             summed = torch.stack(by_stream).sum(dim=0)
-            if not torch.isfinite(summed).all():
+            if not self._finite_everywhere(summed):
                 raise NonFiniteLoss(self._blame(dict(zip(outputs, by_stream))))
             self.scaler.scale(summed[0] / passes).backward()
             losses += summed.detach() / passes
@@ -117,6 +119,13 @@ class Trainer:
             self.schedule.after_iteration()
         self.iteration += 1
         return losses
+
+    def _finite_everywhere(self, losses: Tensor) -> bool:
+        """Whether the losses of all workers are finite: they stop together, or none of them."""
+        finite = torch.isfinite(losses).all().float()
+        if self.distributed:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
 
     def _seed(self) -> None:
         """Dropout's random numbers depend on (seed, iteration, rank) alone, so a resumed run draws the same."""
@@ -130,12 +139,17 @@ class Trainer:
             for index, kind in ((1, "action"), (2, "gaze"))
             if not torch.isfinite(values[index])
         ]
+        if not faults:
+            return ""  # another worker's
         return f"iteration {self.iteration + 1}: {', '.join(faults)}; a lower optimizer.lr may help"
 
     @torch.no_grad()
     def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
         """Accuracies on the validation clips, over all workers; steps the schedule and notes the best."""
         self.parallel.eval()
+        if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         labels = torch.tensor(plan.validation_labels, device=self.device)
         scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
         for _ in range(plan.validation_items):
@@ -167,7 +181,11 @@ def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report
         validates = plan.validates_after(done)
         if done % config.train.log_every and not validates:
             continue
-        total, action, gaze = torch.stack(losses).mean(dim=0).tolist()
+        mean = torch.stack(losses).mean(dim=0)
+        if trainer.distributed:
+            dist.all_reduce(mean, dist.ReduceOp.SUM)
+            mean /= dist.get_world_size()
+        total, action, gaze = mean.tolist()
         seconds = time.monotonic() - since
         metrics = {
             "iteration": done,

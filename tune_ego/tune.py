@@ -17,13 +17,23 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from tune_ego import __version__, experiment, storage
-from tune_ego.cluster import ray_session
-from tune_ego.config import dump_config, load_config
+from tune_ego.cluster import is_local, ray_session
+from tune_ego.config import Config, load_config
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.experiment import METRIC, Experiment, Trial
-from tune_ego.launch import TRIAL_CPUS, Job, check_run, fit, fitting_runs, gpus_per_worker
+from tune_ego.launch import (
+    TRIAL_CPUS,
+    Job,
+    check_run,
+    fit,
+    fitting_runs,
+    gpus_per_worker,
+    initial_weights,
+    live_nodes,
+    with_absolute_paths,
+)
 from tune_ego.search_space import SearchSpace, load_space
 
 _SCHEDULER_FILE = "asha.pkl"
@@ -42,8 +52,11 @@ def start_search(
 ) -> Experiment:
     """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken."""
     space = load_space(space_name, changes)
+    if "seed" not in {**space.base, **space.branches}:
+        changes = {**changes, "seed": seed}
+        space = load_space(space_name, changes)
     data = storage.absolute(data)
-    check_run(space.config(_first_draw(space)), data)
+    _check_runs(space, data)
     if storage.list_names(root):
         hint = (
             f"; to go on with it: tune-ego resume {root}"
@@ -58,7 +71,6 @@ def start_search(
         "data": data,
         "data_settings": open_shards(data).info["settings"],
         "seed": seed,
-        "concurrent": concurrent,
         "trials": space.trials,
         "version": __version__,
         "ray": ray.__version__,
@@ -66,11 +78,16 @@ def start_search(
         "command": " ".join(sys.argv),
     }
     with ray_session(address):
-        at_a_time = _concurrency(space, concurrent)
+        config = _any_config(space)
+        gpus = gpus_per_worker(config, live_nodes())
+        fits = fitting_runs(config, gpus, live_nodes())
+        # What is asked for may exceed what fits now: a cluster that scales starts nodes for the trials that wait.
+        at_a_time = min(concurrent or fits, fits if is_local(address) else space.trials, space.trials)
+        spec["gpus_per_worker"] = gpus
         storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
-        say(f"{space.trials} trials of up to {_budget(space)} iterations, {at_a_time} at a time, in {root}")
+        say(f"{space.trials} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
         tuner = tune.Tuner(
-            _trainable(space, data, root),
+            _trainable(space, data, root, gpus),
             param_space=space.param_space(),
             tune_config=tune.TuneConfig(
                 metric=METRIC,
@@ -92,12 +109,15 @@ def resume_search(root: str, address: str | None) -> Experiment:
     if found.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {found.spec['version']}, and this is {__version__}")
     space = found.space
+    if open_shards(found.spec["data"]).info["settings"] != found.spec["data_settings"]:
+        raise UserError(f"{found.spec['data']}: not the shards this search was started on: their settings differ")
+    gpus = found.spec["gpus_per_worker"]
     with ray_session(address):
-        _concurrency(space, found.spec["concurrent"])
+        fitting_runs(_any_config(space), gpus, live_nodes())
         for trial in found.trials:
             say(f"  {trial.id}: {trial.state}{_going_on(trial)}")
         path = storage.join(root, "tune")
-        trainable = _trainable(space, found.spec["data"], root)
+        trainable = _trainable(space, found.spec["data"], root, gpus)
         if not tune.Tuner.can_restore(path):
             raise UserError(
                 f"{root}: the search was killed before its first trial; delete the folder and start it anew"
@@ -112,28 +132,28 @@ def _going_on(trial: Trial) -> str:
     return f", goes on from {saved[-1].rpartition('/')[2]}" if saved else ", starts anew"
 
 
-def _first_draw(space: SearchSpace) -> dict[str, Any]:
-    return {name: domain.values[0] for name, domain in space.sampled()}
+def _any_config(space: SearchSpace) -> Config:
+    """One of the space's configurations; budget and resources are the same in all."""
+    return space.config(next(space.draws()))
 
 
-def _budget(space: SearchSpace) -> int:
-    return space.config(_first_draw(space)).train.iterations
+def _check_runs(space: SearchSpace, data: str) -> None:
+    """Check every choice of data and starting weights against the shards."""
+    checked = set()
+    for sampled in space.draws():
+        config = space.config(sampled)
+        key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
+        if repr(key) not in checked:
+            checked.add(repr(key))
+            check_run(config, data)
 
 
-def _concurrency(space: SearchSpace, wanted: int | None) -> int:
-    """Trials at a time on the cluster as it is now."""
-    fits = fitting_runs(space.config(_first_draw(space)), ray.cluster_resources())
-    return min(fits, wanted or fits, space.trials)
-
-
-def _trainable(space: SearchSpace, data: str, root: str) -> Callable[..., None]:
+def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callable[..., None]:
     def trial(sampled: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        config = space.config(sampled)
+        config = with_absolute_paths(space.config(sampled))
         run = experiment.run_folder(root, tune.get_context().get_trial_id())
-        storage.write_text(storage.join(run, experiment.CONFIG_FILE), dump_config(config))
-        gpus = gpus_per_worker(config, ray.cluster_resources())
         fit(Job(config, data, run, gpus, final=False), [TuneReportCallback()])
 
     return tune.with_resources(trial, {"CPU": TRIAL_CPUS})
@@ -144,7 +164,7 @@ def _scheduler(space: SearchSpace, root: str) -> AsyncHyperBandScheduler:
     return _SavedASHA(
         storage.join(root, _SCHEDULER_FILE),
         time_attr="iteration",
-        max_t=_budget(space) + 1,
+        max_t=_any_config(space).train.iterations + 1,
         grace_period=space.grace,
         reduction_factor=space.reduction,
         stop_last_trials=False,
@@ -207,15 +227,19 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
             say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        budget = load_config(storage.join(experiment.run_folder(self.root, trial.trial_id), experiment.CONFIG_FILE))
-        stopped = (trial.last_result or {}).get("iteration", 0) < budget.train.iterations
+        # Not `trial.last_result`: a trial that was resumed at its end has none.
+        run = experiment.run_folder(self.root, trial.trial_id)
+        lines = experiment.read_metrics(run)
+        budget = load_config(storage.join(run, experiment.CONFIG_FILE)).train.iterations
+        stopped = not lines or lines[-1]["iteration"] < budget
         self._note(trial, "stopped" if stopped else "finished")
         say(f"  {trial.trial_id}: {'stopped by ASHA' if stopped else 'finished'}")
         self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = str(trial.get_pickled_error() or "died").strip().splitlines()
-        reason = experiment.read_failure(experiment.run_folder(self.root, trial.trial_id)) or error[-1]
+        failure = experiment.read_failure(experiment.run_folder(self.root, trial.trial_id))
+        reason = failure.reason if failure else error[-1]
         self._note(trial, "failed", reason)
         say(f"  {trial.trial_id}: failed: {reason}")
         self._ended(trial)
@@ -244,4 +268,6 @@ def _finish(tuner: tune.Tuner, root: str) -> Experiment:
     done = experiment.read_experiment(root)
     columns, rows = experiment.trial_table(done)
     print_table(f"\nTrials of {root}", columns, rows)
+    if done.trials and all(trial.state == "failed" for trial in done.trials):
+        raise UserError(f"{root}: every trial failed, the first for: {done.trials[0].reason}")
     return done

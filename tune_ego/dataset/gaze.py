@@ -7,6 +7,7 @@ BeGaze 3.1 (sessions `OP*`): left-eye point, `Frame` an integer. BeGaze 3.4 (ses
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ FPS = 24
 USABLE_EVENTS = ("Fixation", "Saccade")
 _LAYOUTS = (("B", "BeGaze 3.4"), ("L", "BeGaze 3.1"))  # column prefix; the binocular point where there is one
 _CALIBRATION_AREA = (1280.0, 960.0)
+_MOST_FRAMES = 24 * 3600 * FPS  # a day: a frame beyond it is a damaged number
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_gaze(path: str | Path) -> Gaze:
         io.BytesIO(raw[start:]),
         read_options=pacsv.ReadOptions(encoding="latin-1"),
         # Lines with another number of fields are messages, or a last line that was cut off.
-        parse_options=pacsv.ParseOptions(delimiter="\t", invalid_row_handler=lambda row: "skip"),
+        parse_options=pacsv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=lambda row: "skip"),
         convert_options=pacsv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
     )
     x, y = (_numbers(table[name]) / size for name, size in zip(names[:2], area))
@@ -94,7 +96,7 @@ def _read(path: str | Path, size: int) -> bytes:
 
 def _layout(raw: bytes, path: str | Path) -> tuple[int, tuple[float, float], list[str]]:
     """(offset of the column line, calibration area in pixels, names of the x, y, frame and event columns)."""
-    start, area = _header(raw)
+    start, area = _header(raw, path)
     if start is None:
         raise UserError(f"{path}: not a BeGaze export: no column line that starts with 'Time'")
     columns = raw[start : raw.find(b"\n", start)].decode("latin-1").strip().split("\t")
@@ -110,7 +112,7 @@ def _layout(raw: bytes, path: str | Path) -> tuple[int, tuple[float, float], lis
     return start, area, names
 
 
-def _header(raw: bytes) -> tuple[int | None, tuple[float, float]]:
+def _header(raw: bytes, path: str | Path) -> tuple[int | None, tuple[float, float]]:
     """(offset of the column line, calibration area in pixels)."""
     area, offset = _CALIBRATION_AREA, 0
     while offset < len(raw):
@@ -118,8 +120,10 @@ def _header(raw: bytes) -> tuple[int | None, tuple[float, float]]:
         end = len(raw) if end < 0 else end
         line = raw[offset:end].decode("latin-1").strip()
         if line.startswith("## Calibration Area:"):
-            width, height = line.split(":", 1)[1].split()[:2]
-            area = (float(width), float(height))
+            numbers = re.fullmatch(r"\s*([1-9]\d*)\s+([1-9]\d*)\s*", line.split(":", 1)[1])
+            if numbers is None:
+                raise UserError(f"{path}: {line!r} holds no width and height in pixels")
+            area = (float(numbers[1]), float(numbers[2]))
         elif line.startswith("Time"):
             return offset, area
         elif line and not line.startswith("##"):
@@ -144,7 +148,7 @@ def _frames(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _per_frame(x: np.ndarray, y: np.ndarray, frame: np.ndarray, event: np.ndarray) -> Gaze:
-    known = frame >= 0
+    known = (frame >= 0) & (frame < _MOST_FRAMES)
     x, y, frame, event = x[known], y[known], frame[known], event[known]
     if not len(frame):
         return no_gaze(0)

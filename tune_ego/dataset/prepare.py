@@ -20,12 +20,13 @@ from tune_ego.console import clip_progress, print_table, say
 from tune_ego.dataset import flow, shards
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
-from tune_ego.errors import UserError
+from tune_ego.errors import UserError, user_error_in
 
 FRAMES_PER_SHARD = 2000
 """About 40 MB at 320 x 240."""
 JPEG_QUALITY = 90
 MISSING_LIMIT = 0.05
+_SMALLEST, _LARGEST = 32, 4096  # pixels; below, DIS has nothing to match
 
 
 class ShardTask(NamedTuple):
@@ -56,6 +57,8 @@ def prepare(
     `image_size` is (width, height). Returns what `dataset.json` holds. Raises `UserError` for broken
     annotations or gaze files, and where more than 5 % of the clips are absent or unreadable.
     """
+    if not all(_SMALLEST <= side <= _LARGEST for side in image_size):
+        raise UserError(f"--image-size {image_size[0]}x{image_size[1]}: both sides go from {_SMALLEST} to {_LARGEST}")
     annotations = read_annotations(egtea)
     sessions = {clip.name.session for clip in annotations.clips}
     videos = find_clips(egtea)
@@ -130,6 +133,7 @@ def _run(tasks: list[ShardTask], out: str, settings: dict[str, Any]) -> Iterator
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         task = waiting[int(row["id"])]
@@ -137,8 +141,11 @@ def _run(tasks: list[ShardTask], out: str, settings: dict[str, Any]) -> Iterator
 
     # Always one task a shard: the number of workers changes nothing in what is written.
     dataset = ray.data.range(len(waiting), override_num_blocks=len(waiting)).map(work, num_cpus=1)
-    for row in dataset.iter_rows():
-        yield row["clips"], ShardResult(*json.loads(row["result"]))
+    try:
+        for row in dataset.iter_rows():
+            yield row["clips"], ShardResult(*json.loads(row["result"]))
+    except Exception as error:
+        raise user_error_in(error) or error from None
 
 
 def _finished(task: ShardTask, out: str) -> ShardResult | None:
@@ -146,7 +153,10 @@ def _finished(task: ShardTask, out: str) -> ShardResult | None:
     uri = storage.join(out, task.shard)
     if not storage.exists(uri):
         return None
-    result = ShardResult(*shards.read_shard_records(uri))
+    records, problems, gaze_sizes = shards.read_shard_records(uri)
+    result = ShardResult(records, problems)
+    if gaze_sizes != _gaze_sizes(task):
+        return None
     present = {clip.name.name for clip, video in zip(task.clips, task.videos) if video is not None}
     return None if any(problem["clip"] in present for problem in result.problems) else result
 
@@ -169,8 +179,13 @@ def write_task(task: ShardTask, out: str, settings: dict[str, Any]) -> ShardResu
         tables.append(shards.frame_table(name, rgb, fields, gaze))
         result.records.append(shards.clip_record(clip, len(rgb), gaze, task.shard, row_group))
         row_group += shards.row_groups(len(rgb))
-    shards.write_shard(storage.join(out, task.shard), tables, *result)
+    shards.write_shard(storage.join(out, task.shard), tables, *result, _gaze_sizes(task))
     return result
+
+
+def _gaze_sizes(task: ShardTask) -> dict[str, int]:
+    """Gaze file -> bytes: a shard is made anew where they changed, or were added."""
+    return {Path(path).name: Path(path).stat().st_size for path in task.gaze if path is not None}
 
 
 @lru_cache(maxsize=8)

@@ -26,7 +26,7 @@ from tune_ego.errors import UserError
 
 SCHEMA_VERSION = 1
 FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
-_CLIPS_KEY, _PROBLEMS_KEY = b"tune_ego.clips", b"tune_ego.problems"
+_CLIPS_KEY, _PROBLEMS_KEY, _GAZE_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.gaze"
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
 FRAME_SCHEMA = pa.schema(
@@ -99,10 +99,15 @@ def row_groups(frames: int) -> int:
 
 
 def write_shard(
-    uri: str, tables: list[pa.Table], records: list[dict[str, Any]], problems: list[dict[str, str]]
+    uri: str,
+    tables: list[pa.Table],
+    records: list[dict[str, Any]],
+    problems: list[dict[str, str]],
+    gaze_sizes: dict[str, int],
 ) -> None:
-    """Write one shard in one piece; its clips' records and problems travel in the file's metadata."""
-    metadata = {_CLIPS_KEY: json.dumps(records).encode(), _PROBLEMS_KEY: json.dumps(problems).encode()}
+    """Write one shard in one piece; its clips' records, problems and gaze files travel in the file's metadata."""
+    values = {_CLIPS_KEY: records, _PROBLEMS_KEY: problems, _GAZE_KEY: gaze_sizes}
+    metadata = {key: json.dumps(value).encode() for key, value in values.items()}
     sink = pa.BufferOutputStream()
     # JPEGs do not compress further, and statistics of them would only fill the footer.
     with pq.ParquetWriter(
@@ -117,12 +122,13 @@ def write_shard(
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(clip records, problems) of a finished shard; raises `UserError` for a damaged one."""
+def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, int]]:
+    """(clip records, problems, sizes of gaze files) of a finished shard; raises `UserError` for a damaged one."""
     filesystem, path = storage.resolve(uri)
     try:
         metadata = pq.read_schema(path, filesystem=filesystem).metadata
-        return json.loads(metadata[_CLIPS_KEY]), json.loads(metadata[_PROBLEMS_KEY])
+        records, problems, gaze = (json.loads(metadata[key]) for key in (_CLIPS_KEY, _PROBLEMS_KEY, _GAZE_KEY))
+        return records, problems, gaze
     except (pa.ArrowInvalid, KeyError, TypeError, OSError) as error:
         raise UserError(f"{uri}: not a shard of tune_ego ({error}); delete it and run prepare again") from error
 

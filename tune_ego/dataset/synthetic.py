@@ -63,8 +63,8 @@ def synthesize(
         raise UserError(f"--verbs goes from 1 to {len(VERBS)}, --nouns from 1 to {len(NOUNS)}")
     if size[0] % 2 or size[1] % 2 or min(size) < 48:
         raise UserError(f"--size {size[0]}x{size[1]}: both sides must be even and at least 48 pixels")
-    if seconds * FPS < 6:
-        raise UserError(f"--seconds {seconds}: a clip needs at least a quarter of a second")
+    if not 6 <= seconds * FPS <= 24 * 3600:
+        raise UserError(f"--seconds {seconds}: a clip has from a quarter of a second to an hour")
     if clips < verbs * nouns * _TEST_EVERY:
         raise UserError(f"--clips {clips}: {verbs * nouns} classes need at least {verbs * nouns * _TEST_EVERY}")
     if root.exists() and any(root.iterdir()):

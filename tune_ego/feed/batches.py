@@ -97,6 +97,7 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
     context.target_max_block_size = batch_bytes
     context.custom_execution_callback_classes = [_pause()]
+    context.raise_original_map_exception = True
 
     def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
         batch = plan.read(int(rows["item"][0]))

@@ -8,6 +8,7 @@ B batch, T time, H, W, C channels.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ class WindowReader:
         """(the row groups that hold the frames, clip frame of their first row)."""
         groups = range(int(frame[0]) // FRAMES_PER_ROW_GROUP, int(frame[-1]) // FRAMES_PER_ROW_GROUP + 1)
         try:
-            file = _open_shard(clip.shard)
+            file = _open_shard(clip.shard, threading.get_ident())
             table = file.read_row_groups([clip.row_group + group for group in groups], self._columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{clip.shard}: {clip.name} cannot be read ({error}); run prepare again") from error
@@ -134,8 +135,9 @@ class WindowReader:
         return batch
 
 
-@lru_cache(maxsize=64)
-def _open_shard(uri: str) -> pq.ParquetFile:
+@lru_cache(maxsize=256)
+def _open_shard(uri: str, thread: int) -> pq.ParquetFile:
+    """A reader of one shard for one thread: they must not be shared between threads."""
     filesystem, path = storage.resolve(uri)
     return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
 
