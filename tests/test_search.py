@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 import yaml
+from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import TINY, tiny_config
@@ -59,9 +60,11 @@ def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:
 
 
 def assert_nothing_is_left() -> None:
-    """No live placement group, no actor of a run, and all CPUs free."""
-    for _ in range(40):
+    """No live placement group, no actor (Ray Data's two of the whole cluster aside), and all CPUs free."""
+    for _ in range(60):
         live = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        live += [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
+        live = [item for item in live if item not in ("_StatsActor", "_AutoscalingCoordinatorActor")]
         free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
         if not live and free:
             return
@@ -115,7 +118,7 @@ def test_tune_export_train_evaluate(
 
 def test_stopped_trials_make_room_for_the_next(tmp_path: Path, shards: str, ray_cluster: None) -> None:
     """Only the first of four learns, so ASHA stops others at the rungs."""
-    changes = {"train.iterations": 260, "train.validate_every": 64, "train.log_every": 64, "model.dropout": 0.0}
+    changes = {"train.iterations": 192, "train.validate_every": 64, "train.log_every": 64, "model.dropout": 0.0}
     space = Path(write_space(tmp_path, grace=64, **changes))
     text = yaml.safe_load(space.read_text())
     text["space"] = {"optimizer.lr": {"grid": [0.01, 1e-12, 2e-12, 3e-12]}}
@@ -124,7 +127,7 @@ def test_stopped_trials_make_room_for_the_next(tmp_path: Path, shards: str, ray_
     assert found.trials[0].state == "finished"
     stopped = [trial for trial in found.trials if trial.state == "stopped"]
     assert stopped
-    assert all(trial.iteration in (64, 128, 256) for trial in stopped)
+    assert all(64 <= trial.validations[-1]["iteration"] < 192 for trial in stopped)
     assert_nothing_is_left()
 
 

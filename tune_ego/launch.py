@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,6 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     Raises `UserError` with the reason where it failed for good.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     failure = experiment.read_failure(job.run)
@@ -97,7 +98,7 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     compute = job.config.compute
     resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
     folder, _, name = job.run.rpartition("/")
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
@@ -109,13 +110,35 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=METRIC),  # and the latest
         ),
     )
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise UserError(f"{job.run}: {_root_cause(error)}") from error
+    finally:
+        if in_main_thread:  # Ray's own handler would keep the run's controller alive
+            signal.signal(signal.SIGINT, interrupt)
     failure = experiment.read_failure(job.run)
     if failure is not None:
         raise UserError(failure.reason)
+
+
+def _trainer_class() -> Any:
+    """Ray's TorchTrainer without two helper processes of each run.
+
+    `PlacementGroupCleaner` is a detached actor that outlives a stopped trial (it asks the dashboard whether the trial
+    lives, and there may be none); the search removes placement groups itself. The data set manager splits data sets
+    between workers; here every worker reads its own.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+
+    return Trainer
 
 
 def _root_cause(error: BaseException) -> str:
