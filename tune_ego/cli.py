@@ -82,7 +82,7 @@ def demo(
     """Run the whole path on synthetic clips.
 
     Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/ and summary.json (80 MB).
-    Costs about 5 minutes and 6 GB of memory on two CPU cores.
+    Costs about 5 minutes and 4 GB of memory on two CPU cores.
     """
     from tune_ego.demo import run_demo
 
