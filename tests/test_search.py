@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
 
     wait_for(second_trial_has_a_checkpoint, 240, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = read_experiment(str(root))
     first, second = before.trials
     assert first.state == "finished" and second.state == "running"
