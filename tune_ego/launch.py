@@ -156,9 +156,8 @@ def _worker(settings: dict[str, Any]) -> None:
     job: Job = settings["job"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    sys.setswitchinterval(
-        1e-3
-    )  # Ray Data's executor is a thread of this process; the default makes training wait for it
+    # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
+    sys.setswitchinterval(1e-3)
     if not job.gpus:
         torch.set_num_threads(math.ceil(job.config.compute.cpus_per_worker))
     shards = open_shards(job.data)

@@ -55,6 +55,12 @@ def start_search(
     if "seed" not in {**space.base, **space.branches}:
         changes = {**changes, "seed": seed}
         space = load_space(space_name, changes)
+    # Here and now: workers, and a resumed search, have other working directories.
+    weights = with_absolute_paths(_any_config(space)).init_from.model_dump(exclude_none=True)
+    changes = changes | {
+        key: path for name, path in weights.items() if (key := f"init_from.{name}") not in space.branches
+    }
+    space = load_space(space_name, changes)
     data = storage.absolute(data)
     _check_runs(space, data)
     if storage.list_names(root):
@@ -145,6 +151,8 @@ def _check_runs(space: SearchSpace, data: str) -> None:
         key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
         if repr(key) not in checked:
             checked.add(repr(key))
+            if with_absolute_paths(config) != config:
+                raise UserError(f"{space.source}: init_from: paths that are searched must be absolute")
             check_run(config, data)
 
 
@@ -152,7 +160,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
     def trial(sampled: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        config = with_absolute_paths(space.config(sampled))
+        config = space.config(sampled)
         run = experiment.run_folder(root, tune.get_context().get_trial_id())
         fit(Job(config, data, run, gpus, final=False), [TuneReportCallback()])
 
