@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.conftest import TINY, tiny_config
 from tune_ego.config import load_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, read_experiment, read_metrics
+from tune_ego.experiment import METRIC, PLACEMENT_FILE, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
 from tune_ego.launch import fitting_runs
@@ -39,6 +40,9 @@ SPACE = {
         ],
     },
 }
+
+RAY_DATA_ACTORS = {"_StatsActor", "_AutoscalingCoordinatorActor"}
+"""One of each for the whole cluster."""
 
 
 def test_runs_are_placed_on_nodes_not_on_their_sum() -> None:
@@ -60,11 +64,11 @@ def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:
 
 
 def assert_nothing_is_left() -> None:
-    """No live placement group, no actor (Ray Data's two of the whole cluster aside), and all CPUs free."""
+    """No live placement group, no actor (`RAY_DATA_ACTORS` aside), and all CPUs free."""
     for _ in range(60):
         live = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        live += [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
-        live = [item for item in live if item not in ("_StatsActor", "_AutoscalingCoordinatorActor")]
+        alive = [actor for actor in actors().values() if actor["State"] != "DEAD"]
+        live += [actor for actor in alive if actor["ActorClassName"] not in RAY_DATA_ACTORS]
         free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
         if not live and free:
             return
@@ -150,6 +154,26 @@ def test_a_diverging_trial_fails_alone_and_is_not_tried_again(tmp_path: Path, sh
     assert states["sgd"].state == "failed"
     assert "loss of the" in states["sgd"].reason
     assert found.best.id == states["ranger"].id
+    assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_makes_room_for_the_next(tmp_path: Path, shards: str, ray_cluster: None) -> None:
+    root = tmp_path / "search"
+
+    def kill_the_first_trial() -> None:
+        while not list(root.glob(f"runs/*/{PLACEMENT_FILE}")):
+            time.sleep(0.05)
+        for actor in actors().values():
+            if actor["ActorClassName"] == "ImplicitFunc" and actor["State"] == "ALIVE":
+                os.kill(actor["Pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first_trial)
+    killer.start()
+    found = start_search(write_space(tmp_path), shards, str(root), {}, 0, 1, None)
+    killer.join()
+    assert [trial.state for trial in found.trials] == ["failed", "finished"]
+    assert found.trials[0].iteration < 6
     assert_nothing_is_left()
 
 

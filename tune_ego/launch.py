@@ -152,12 +152,15 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device
+    from ray.util import get_current_placement_group
 
     job: Job = settings["job"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
     sys.setswitchinterval(1e-3)
+    if rank == 0:  # a trial that is stopped or dies leaves it behind; the search's driver removes it by this id
+        experiment.write_placement_group(job.run, get_current_placement_group().id.hex())
     if not job.gpus:
         torch.set_num_threads(math.ceil(job.config.compute.cpus_per_worker))
     shards = open_shards(job.data)
@@ -216,10 +219,7 @@ class _Reporter:
 
     def _report_to_ray(self, metrics: dict[str, Any], content: dict[str, Any]) -> None:
         import ray.train
-        import ray.util
 
-        # A stopped trial leaves its placement group behind; the driver removes it by this id.
-        metrics = {**metrics, "placement_group": ray.util.get_current_placement_group().id.hex()}
         name = experiment.checkpoint_name(metrics["iteration"])
         if self.rank:
             ray.train.report(metrics, checkpoint_dir_name=name)

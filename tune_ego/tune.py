@@ -14,7 +14,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from tune_ego import __version__, experiment, storage
 from tune_ego.cluster import is_local, ray_session
@@ -210,7 +210,6 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
     def __init__(self, root: str) -> None:
         self.root = root
         self.states: dict[str, dict[str, Any]] = {}
-        self.groups: dict[str, str] = {}
         self.release_at: dict[str, float] = {}
 
     def setup(self, **info: Any) -> None:
@@ -230,7 +229,6 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if METRIC in result:
-            self.groups[trial.trial_id] = result["placement_group"]
             best = percent(result[METRIC])
             say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
 
@@ -262,12 +260,13 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
                 self._release(trial_id)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        for trial_id in list(self.groups):
-            self._release(trial_id)
+        for trial in trials:
+            self._release(trial.trial_id)
 
     def _release(self, trial_id: str) -> None:
-        group = self.groups.pop(trial_id, None)
-        if group is not None:
+        group = experiment.read_placement_group(experiment.run_folder(self.root, trial_id))
+        # The id of a resumed search's trial may be one of a cluster that is gone.
+        if group is not None and placement_group_table().get(group, {}).get("state", "REMOVED") != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
