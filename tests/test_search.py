@@ -20,7 +20,8 @@ from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import TINY, tiny_config
-from tune_ego.config import load_config, override_config
+from tune_ego.config import Config, load_config, override_config
+from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, PLACEMENT_FILE, read_experiment, read_metrics
@@ -122,15 +123,24 @@ def test_tune_export_train_evaluate(
 
 @pytest.mark.slow
 def test_stopped_trials_make_room_for_the_next(tmp_path: Path, shards: str, ray_cluster: None) -> None:
-    """Only the first of three learns, so ASHA stops the others at its one rung."""
-    changes = {"train.iterations": 400, "train.validate_every": 80, "train.log_every": 80, "model.dropout": 0.0}
-    space = Path(write_space(tmp_path, grace=320, **changes))
+    """Each trial always answers one class: the first a class of the validation clips, the others one of no clip."""
+    space = Path(write_space(tmp_path, grace=50, **{"train.iterations": 300, "train.validate_every": 50}))
     text = yaml.safe_load(space.read_text())
-    text["space"] = {"optimizer.lr": {"grid": [0.005, 1e-12, 2e-12]}}
+    text["base"]["streams"] = "rgb"
+    data = open_shards(shards)
+    present = {clip.label for clip in data.validation(Config().data)}
+    absent = min(set(range(len(data.actions))) - present)
+    answers = [tmp_path / name for name in ("a.pt", "b.pt", "c.pt")]
+    for path, label in zip(answers, (min(present), absent, absent)):
+        stream = build_stream("rgb", len(data.actions), tiny_config().model)
+        weights = stream.state_dict()
+        weights["logits.conv3d.bias"][label] = 1000
+        torch.save(weights, path)
+    text["space"] = {"init_from.rgb": {"grid": [str(path) for path in answers]}, "optimizer.lr": 1e-12}
     space.write_text(yaml.safe_dump(text, sort_keys=False))
     found = start_search(str(space), shards, str(tmp_path / "search"), {}, 0, 1, None)
     assert [trial.state for trial in found.trials] == ["finished", "stopped", "stopped"]
-    assert [trial.validations[-1]["iteration"] for trial in found.trials] == [400, 320, 320]
+    assert [trial.accuracy for trial in found.trials] == [pytest.approx(1 / len(present)), 0, 0]
     assert_nothing_is_left()
 
 
