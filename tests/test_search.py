@@ -24,7 +24,7 @@ from tune_ego.config import Config, load_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, PLACEMENT_FILE, read_experiment, read_metrics
+from tune_ego.experiment import METRIC, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
 from tune_ego.launch import fitting_runs
@@ -64,12 +64,19 @@ def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:
     return str(path)
 
 
+def live_placement_groups() -> list[dict[str, Any]]:
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def live_actors() -> list[dict[str, Any]]:
+    return [actor for actor in actors().values() if actor["State"] != "DEAD"]
+
+
 def assert_nothing_is_left() -> None:
     """No live placement group, no actor (`RAY_DATA_ACTORS` aside), and all CPUs free."""
     for _ in range(60):
-        live = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        alive = [actor for actor in actors().values() if actor["State"] != "DEAD"]
-        live += [actor for actor in alive if actor["ActorClassName"] not in RAY_DATA_ACTORS]
+        live = live_placement_groups()
+        live += [actor for actor in live_actors() if actor["ActorClassName"] not in RAY_DATA_ACTORS]
         free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
         if not live and free:
             return
@@ -172,10 +179,11 @@ def test_a_trial_whose_process_dies_makes_room_for_the_next(tmp_path: Path, shar
     root = tmp_path / "search"
 
     def kill_the_first_trial() -> None:
-        while not list(root.glob(f"runs/*/{PLACEMENT_FILE}")):
+        prefix = "tune_ego-"
+        while not any(group["name"].startswith(prefix) for group in live_placement_groups()):
             time.sleep(0.05)
-        for actor in actors().values():
-            if actor["ActorClassName"] == "ImplicitFunc" and actor["State"] == "ALIVE":
+        for actor in live_actors():
+            if actor["ActorClassName"].endswith("ImplicitFunc"):  # Tune's name for a trainable made from a function
                 os.kill(actor["Pid"], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_first_trial)

@@ -22,7 +22,6 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
-PLACEMENT_FILE = "placement_group"
 MODEL_FILE = "final/model.pt"
 
 
@@ -53,16 +52,6 @@ def read_failure(run: str) -> Failure | None:
 
 def write_failure(run: str, failure: Failure) -> None:
     storage.write_json(storage.join(run, FAILURE_FILE), failure._asdict())
-
-
-def read_placement_group(run: str) -> str | None:
-    """Ray's id (hex) of the resources that the run's workers hold, or held last."""
-    uri = storage.join(run, PLACEMENT_FILE)
-    return storage.read_text(uri) if storage.exists(uri) else None
-
-
-def write_placement_group(run: str, group: str) -> None:
-    storage.write_text(storage.join(run, PLACEMENT_FILE), group)
 
 
 def checkpoint_name(iteration: int) -> str:

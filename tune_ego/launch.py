@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,7 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     compute = job.config.compute
     resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
     folder, _, name = job.run.rpartition("/")
-    trainer = _trainer_class()(
+    trainer = _trainer_class(name)(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
@@ -124,19 +126,36 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
         raise UserError(failure.reason)
 
 
-def _trainer_class() -> Any:
-    """Ray's TorchTrainer without two helper processes of each run.
+def placement_group_prefix(run_name: str) -> str:
+    """How the names of all placement groups of a run begin."""
+    return f"tune_ego-{run_name}-"
 
-    `PlacementGroupCleaner` is a detached actor that outlives a stopped trial (it asks the dashboard whether the trial
-    lives, and there may be none); the search removes placement groups itself. The data set manager splits data sets
-    between workers; here every worker reads its own.
+
+def _trainer_class(run_name: str) -> Any:
+    """Ray's TorchTrainer with named placement groups, and without two helper processes of each run.
+
+    A trial that is stopped or dies leaves its placement group behind. Ray's `PlacementGroupCleaner` is a detached
+    actor that may outlive the search (it asks the dashboard whether the trial lives, and there may be none), so the
+    search removes placement groups itself, by their names. The data set manager splits data sets between workers;
+    here every worker reads its own.
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+    from ray.util.placement_group import placement_group
+
+    class NamedPlacementGroups(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            # In the run's controller: Ray gives no other way to name the group that it makes next.
+            from ray.train.v2._internal.execution.worker_group import worker_group
+
+            name = placement_group_prefix(run_name) + uuid.uuid4().hex
+            worker_group.placement_group = functools.partial(placement_group, name=name)
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             unused = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+            kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+            return [*kept, NamedPlacementGroups()]
 
     return Trainer
 
@@ -152,15 +171,12 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device
-    from ray.util import get_current_placement_group
 
     job: Job = settings["job"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
     sys.setswitchinterval(1e-3)
-    if rank == 0:  # a trial that is stopped or dies leaves it behind; the search's driver removes it by this id
-        experiment.write_placement_group(job.run, get_current_placement_group().id.hex())
     if not job.gpus:
         torch.set_num_threads(math.ceil(job.config.compute.cpus_per_worker))
     shards = open_shards(job.data)

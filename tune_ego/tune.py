@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray._private.state import actors
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -32,13 +33,18 @@ from tune_ego.launch import (
     gpus_per_worker,
     initial_weights,
     live_nodes,
+    placement_group_prefix,
     with_absolute_paths,
 )
 from tune_ego.search_space import SearchSpace, load_space
 
 _SCHEDULER_FILE = "asha.pkl"
+# Seconds.
 _RELEASE_AFTER = 3.0
-"""Seconds between a trial's end and the removal of its placement group: Ray Train may do it itself."""
+"""Between a trial's end and the first removal of its placement groups: Ray Train may do it itself."""
+_SWEEP_EVERY = 1.0
+_CONTROLLERS_END_WITHIN = 30.0
+_LAST_SWEEPS = 5
 
 
 def start_search(
@@ -210,7 +216,9 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
     def __init__(self, root: str) -> None:
         self.root = root
         self.states: dict[str, dict[str, Any]] = {}
-        self.release_at: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+        """Trial -> when, by the monotonic clock."""
+        self.next_sweep = 0.0
 
     def setup(self, **info: Any) -> None:
         uri = storage.join(self.root, experiment.TRIALS_FILE)
@@ -251,23 +259,36 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self._ended(trial)
 
     def _ended(self, trial: Any) -> None:
-        self.release_at[trial.trial_id] = time.monotonic() + _RELEASE_AFTER
+        self.ended[trial.trial_id] = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        for trial_id, moment in list(self.release_at.items()):
-            if time.monotonic() >= moment:
-                del self.release_at[trial_id]
-                self._release(trial_id)
+        now = time.monotonic()
+        if now >= self.next_sweep:
+            self.next_sweep = now + _SWEEP_EVERY
+            self._sweep(trial_id for trial_id, moment in self.ended.items() if now >= moment + _RELEASE_AFTER)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        for trial in trials:
-            self._release(trial.trial_id)
+        end = time.monotonic() + _CONTROLLERS_END_WITHIN
+        while _controllers() and time.monotonic() < end:
+            time.sleep(0.1)
+        for _ in range(_LAST_SWEEPS):  # what a controller asked for with its last breath may come late
+            self._sweep(trial.trial_id for trial in trials)
+            time.sleep(0.2)
 
-    def _release(self, trial_id: str) -> None:
-        group = experiment.read_placement_group(experiment.run_folder(self.root, trial_id))
-        # The id of a resumed search's trial may be one of a cluster that is gone.
-        if group is not None and placement_group_table().get(group, {}).get("state", "REMOVED") != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+    @staticmethod
+    def _sweep(trial_ids: Iterable[str]) -> None:
+        """Remove the placement groups of trials that have ended; a controller that still lives may make another."""
+        prefixes = tuple(placement_group_prefix(trial_id) for trial_id in trial_ids)
+        for group, record in placement_group_table().items() if prefixes else ():
+            if record["state"] != "REMOVED" and record["name"].startswith(prefixes):
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def _controllers() -> list[Any]:
+    """Ray Train's controllers of this search that live: they end some time after their trials."""
+    job = ray.get_runtime_context().get_job_id()
+    live = actors(job_id=ray.JobID.from_hex(job), actor_state_name="ALIVE").values()
+    return [actor for actor in live if actor["ActorClassName"].endswith("TrainController")]
 
 
 def _finish(tuner: tune.Tuner, root: str) -> Experiment:
