@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from tests import literal
 from tests.conftest import tiny_config
 from tune_ego.checkpoint import Origin, pack, read_checkpoint, rebuild, to_bytes
 from tune_ego.config import ModelConfig
 from tune_ego.errors import UserError
 from tune_ego.model import TwoStream, build_stream, load_weights
 from tune_ego.model.i3d import MaxPool3dSame, same_padding
+from tune_ego.model.stam import AttentionBlock, scale_attention
+from tune_ego.model.two_stream import CHANNELS
+from tune_ego.model.weights import load_tensors
 
 
 @pytest.mark.parametrize(
@@ -33,12 +40,68 @@ def test_parameter_counts(modality: str, depth: int, parameters: int) -> None:
     assert sum(p.numel() for p in stream.parameters()) == parameters
 
 
-def test_full_size_shapes() -> None:
-    stream = build_stream("flow", num_classes=106, model=ModelConfig()).eval()
-    with torch.inference_mode():
-        logits, attention = stream(torch.zeros(1, 2, 16, 224, 224))
+def test_forward_cost_and_shapes_at_full_size() -> None:
+    with torch.device("meta"):
+        stream = build_stream("rgb", num_classes=106, model=ModelConfig())
+        with FlopCounterMode(display=False) as counter:
+            logits, attention = stream(torch.zeros(1, 3, 16, 224, 224))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(56.15, abs=0.005)
     assert logits.shape == (1, 106)
     assert attention is not None and attention.shape == (1, 2, 7, 7)
+
+
+def randomised(stream: torch.nn.Module) -> torch.nn.Module:
+    """Weights and BatchNorm statistics that leave no factor of the formula at 0 or 1."""
+    generator = torch.Generator().manual_seed(5)
+    for name, value in stream.state_dict().items():
+        if name.endswith(("bn.weight", "running_var")):
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+        elif name.endswith(("bn.bias", "running_mean")):
+            value.copy_(torch.randn(value.shape, generator=generator) / 3)
+        elif name == "attention_pred.conv3d.weight":
+            value.abs_()  # else ReLU may leave nothing of the map
+        elif not name.endswith("num_batches_tracked"):
+            value.mul_(2)
+    return stream
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("modality", "size", "model"),
+    [
+        ("rgb", (16, 32, 32), {}),
+        ("flow", (16, 33, 47), {"stam_depth": 3}),
+        ("rgb", (11, 40, 35), {"stam_depth": 2, "attention_scale": "subtract_min"}),
+        ("flow", (7, 32, 32), {"stam_depth": 0}),
+        ("rgb", (16, 32, 45), {"activation": "swish"}),
+        ("flow", (9, 37, 32), {"activation": "mish", "activation_scope": "all", "stam_depth": 2}),
+        ("rgb", (16, 32, 32), {"activation": "gelu", "activation_scope": "all"}),
+        ("rgb", (16, 32, 32), {"activation": "leaky_relu", "activation_scope": "all"}),
+        ("flow", (16, 32, 32), {"activation": "elu", "activation_scope": "all"}),
+    ],
+)
+def test_a_stream_equals_its_formula(
+    modality: str, size: tuple[int, int, int], model: dict[str, Any], training: bool
+) -> None:
+    torch.manual_seed(0)
+    chosen = ModelConfig(width=0.06, dropout=0.0, **model)
+    stream = randomised(build_stream(modality, 5, chosen)).double().train(training)
+    clip = torch.rand(2, CHANNELS[modality], *size, dtype=torch.float64) * 2 - 1
+    expected = literal.stream(
+        {name: value.clone() for name, value in stream.state_dict().items()},
+        clip,
+        chosen.stam_depth,
+        chosen.attention_scale,
+        chosen.activation,
+        chosen.activation_scope,
+        training,
+    )
+    logits, attention = stream(clip)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-5, atol=1e-8)
+    assert (attention is None) == (chosen.stam_depth == 0)
+    if attention is not None:
+        assert expected[1] is not None and attention.std() > 0
+        torch.testing.assert_close(attention, expected[1], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [7, 8, 9, 10, 11])
@@ -49,13 +112,26 @@ def test_same_padding_gives_ceil_of_size_over_stride(size: int, kernel: int, str
     assert (size + front + back - kernel) // stride + 1 == -(-size // stride)
 
 
-@pytest.mark.parametrize("size", [(3, 7, 8), (2, 4, 5)])
-def test_pool_pads_with_zeros(size: tuple[int, int, int]) -> None:
-    x = -torch.rand(1, 2, *size) - 0.5
-    pooled = MaxPool3dSame((3, 3, 3), (1, 1, 1), non_negative=False)(x)
-    assert torch.equal(pooled, F.max_pool3d(F.pad(x, [1] * 6), 3, 1))
-    fast = MaxPool3dSame((3, 3, 3), (1, 1, 1), non_negative=True)(-x)
-    assert torch.equal(fast, F.max_pool3d(F.pad(-x, [1] * 6), 3, 1))
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [((3, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2))],
+)
+def test_pools_pad_with_zeros_at_every_size(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    for size in itertools.product(range(1, 5), range(1, 7), range(1, 7)):
+        for shift in (0.0, -2.0):  # below zero everywhere, the padding is what counts
+            x = (torch.randn(2, 3, *size) + shift).requires_grad_()
+            twin = x.detach().clone().requires_grad_()
+            pooled = MaxPool3dSame(kernel, stride, non_negative=False)(x)
+            expected = F.max_pool3d(literal.padded(twin, kernel, stride), kernel, stride)
+            assert torch.equal(pooled, expected)
+            weight = torch.randn(pooled.shape)
+            (pooled * weight).sum().backward()
+            (expected * weight).sum().backward()
+            torch.testing.assert_close(x.grad, twin.grad)
+        positive = torch.rand(1, 2, *size)
+        fast = MaxPool3dSame(kernel, stride, non_negative=True)(positive)
+        assert torch.equal(fast, literal.max_pool(positive, kernel, stride))
 
 
 @pytest.mark.parametrize("scope", ["stam", "all"])
@@ -66,6 +142,110 @@ def test_every_variant_trains(activation: str, scope: str) -> None:
     outputs = model({"rgb": torch.randn(2, 3, 16, 32, 32), "flow": torch.randn(2, 2, 16, 32, 32)})
     sum(output.logits_BK.square().sum() + output.attention_BTHW.sum() for output in outputs.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("span", [0.0, 1e-30, 1e-8, 6e-8, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("how", ["min_max", "subtract_min"])
+def test_attention_scaling_is_finite(how: str, span: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a = (torch.rand(3, 2, 7, 7) * span).to(dtype).requires_grad_()
+    scaled = scale_attention(a, how)
+    (scaled * torch.randn(scaled.shape) * 100).sum().backward()
+    assert scaled.isfinite().all() and a.grad is not None and a.grad.isfinite().all()
+    if how == "min_max":
+        assert scaled.min() == 0 and scaled.max() in (0, 1)
+        assert (scaled.max() == 1) == (a.detach().float().amax() - a.detach().float().amin() > 1e-12)
+
+
+def test_an_overflow_before_the_attention_scaling_stays_visible() -> None:
+    a = torch.rand(1, 2, 7, 7).half().requires_grad_()
+    (scale_attention(a, "min_max") * torch.inf).sum().backward()
+    assert a.grad is not None and not a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["min_max", "subtract_min"])
+def test_gradient_of_the_attention_scaling(how: str) -> None:
+    torch.manual_seed(0)
+    a = torch.rand(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: scale_attention(a, how), a)
+    equal = torch.full((1, 2, 3, 3), 0.3, dtype=torch.float64, requires_grad=True)
+    scale_attention(equal, how).square().sum().backward()
+    assert equal.grad is not None and (equal.grad == 0).all()
+    torch.testing.assert_close(scale_attention(a, how), literal.scale(a.detach(), how), rtol=1e-12, atol=0)
+
+
+def test_self_attention_equals_its_formula() -> None:
+    """Softmax over all positions of (q . k / sqrt(d) + one term per axis and offset), then the MLP."""
+    torch.manual_seed(0)
+    block = AttentionBlock(256, "gelu").double()
+    torch.nn.init.normal_(block.offset_terms)
+    x = torch.randn(1, 256, 2, 3, 10, dtype=torch.float64)  # an offset of 9 is cut off at 7
+    places = list(itertools.product(range(2), range(3), range(10)))
+    tokens = torch.stack([x[0, :, t, i, j] for t, i, j in places])
+    normed = block.attention_norm(tokens)
+    q, k, v = (block.qkv(normed)[:, at : at + 128] for at in (0, 128, 256))
+    attended = torch.zeros(len(places), 128, dtype=torch.float64)
+    for head in range(2):
+        of_head = slice(64 * head, 64 * head + 64)
+        for n, here in enumerate(places):
+            scores = []
+            for m, there in enumerate(places):
+                score = (q[n, of_head] * k[m, of_head]).sum() / 8
+                for axis in range(3):
+                    offset = max(-7, min(7, here[axis] - there[axis]))
+                    score = score + block.offset_terms[axis, offset + 7, head]
+                scores.append(score)
+            attended[n, of_head] = torch.stack(scores).softmax(dim=0) @ v[:, of_head]
+    tokens = tokens + block.attention_out(attended)
+    tokens = tokens + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(tokens))))
+    out = block(x)
+    for n, (t, i, j) in enumerate(places):
+        torch.testing.assert_close(out[0, :, t, i, j], tokens[n], rtol=1e-9, atol=1e-11)
+
+
+def test_self_attention_trains_at_every_depth_and_size() -> None:
+    model = ModelConfig(width=0.25, stam_block="attention", stam_depth=2, activation="gelu")
+    stream = build_stream("rgb", 5, model)
+    logits, attention = stream(torch.randn(2, 3, 16, 64, 96))
+    assert attention is not None and attention.shape == (2, 2, 2, 3)
+    (logits.square().sum() + attention.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in stream.parameters())
+
+
+def test_self_attention_has_about_the_parameters_of_the_inception_block() -> None:
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in build_stream("rgb", 106, ModelConfig(stam_block=block)).parameters())
+            for block in ("inception", "attention")
+        ]
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+def test_copy_init_copies_the_first_block_unless_a_file_has_the_others(tmp_path: Path) -> None:
+    model = ModelConfig(width=0.05, stam_depth=3, copy_init=True)
+
+    def blocks(stream: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+        return [
+            {key.partition(".")[2]: value for key, value in stream.state_dict().items() if key.startswith(f"{name}.")}
+            for name in ("attention_inc", "attention_inc_2", "attention_inc_3")
+        ]
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(value, other[key]) for key, value in one.items())
+
+    first, second, third = blocks(build_stream("rgb", 5, model))
+    assert same(first, second) and same(first, third)
+    first, second, _ = blocks(build_stream("rgb", 5, model.model_copy(update={"copy_init": False})))
+    assert not same(first, second)
+    torch.save(small(depth=2).state_dict(), tmp_path / "two.pt")
+    stream = build_stream("rgb", 5, model)
+    load_weights(stream, tmp_path / "two.pt")
+    loaded = load_tensors(tmp_path / "two.pt")
+    first, second, third = blocks(stream)
+    assert torch.equal(first["b0.conv3d.weight"], loaded["attention_inc.b0.conv3d.weight"])
+    assert torch.equal(second["b0.conv3d.weight"], loaded["attention_inc_2.b0.conv3d.weight"])
+    assert same(first, third) and not same(first, second)
 
 
 def small(modality: str = "rgb", classes: int = 5, depth: int = 1) -> torch.nn.Module:

@@ -10,11 +10,11 @@ import torch
 from tune_ego import __version__, storage
 from tune_ego.config import Config, build_config
 from tune_ego.errors import UserError
+from tune_ego.experiment import CHECKPOINT_FILE
 from tune_ego.model import TwoStream
 from tune_ego.model.weights import load_tensors
 
-FILE_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 class Origin(NamedTuple):
@@ -55,8 +55,8 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
     """A checkpoint's content, from its file or the folder it is in."""
     if not storage.exists(uri):
         raise UserError(f"{uri}: there is no checkpoint here")
-    if storage.exists(storage.join(uri, FILE_NAME)):
-        uri = storage.join(uri, FILE_NAME)
+    if storage.exists(storage.join(uri, CHECKPOINT_FILE)):
+        uri = storage.join(uri, CHECKPOINT_FILE)
     content = load_tensors(uri)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
         raise UserError(f"{uri}: not a checkpoint of tune_ego (format {FORMAT})")

@@ -189,12 +189,15 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
 
     Reads the experiment's files alone, writes nothing, takes a second.
     """
-    from tune_ego.console import print_table
+    from tune_ego.console import print_table, say
     from tune_ego.experiment import read_experiment, trial_table
 
     found = read_experiment(experiment)
     columns, rows = trial_table(found)
     print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", columns, rows)
+    for trial in found.trials:
+        if trial.warning:
+            say(f"{trial.id}: {trial.warning}")
 
 
 @app.command()
@@ -248,12 +251,20 @@ def evaluate(
     out: Annotated[
         Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")
     ] = None,
+    fusion_weight: Annotated[
+        Optional[float],
+        typer.Option(min=0, max=1, help="RGB's share of the fused scores; else as the configuration says."),
+    ] = None,
+    fusion_sweep: Annotated[bool, typer.Option("--fusion-sweep", help="Print the accuracy over all shares.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Print the published results beside.")] = False,
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
-    Reads a checkpoint and shards, prints micro and mean class accuracy, writes evaluation.json. Costs a forward pass
-    of every 8th frame's window: 2,000 clips are minutes on a GPU.
+    Reads a checkpoint and shards. Prints accuracies of action, verb and noun, the weakest classes, and how well the
+    attention agrees with the gaze; writes these, per-class recall and confusion matrices to evaluation.json. Costs a
+    forward pass of every 8th frame's window: 2,000 clips are minutes on a GPU.
     """
     from tune_ego.evaluate import evaluate as run
+    from tune_ego.evaluation_tables import show
 
-    run(checkpoint, data, split, out)
+    show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)

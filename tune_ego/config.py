@@ -49,11 +49,16 @@ class DataConfig(_Node):
 
 class ModelConfig(_Node):
     stam_depth: int = Field(1, ge=0, le=8)
-    """Inception blocks in the attention module: 0 = no attention, 1 = Lu, 3 = the paper's experiment 3."""
+    """Blocks in the attention module: 0 = no attention (Lu's "-o"), 1 = Lu's "-a", 3 = the paper's experiment 3."""
+    stam_block: Literal["inception", "attention"] = "inception"
+    """A block of STAM: Lu's inception block, or multi-head self-attention over the map's positions with relative
+    position terms (beyond the papers)."""
+    copy_init: bool = False
+    """STAM's blocks from the second on start as copies of the first, where a weights file does not hold them."""
     activation: Literal["relu", "swish", "mish", "gelu", "leaky_relu", "elu"] = "relu"
     """Activation function, where `activation_scope` says (the paper's third axis)."""
     activation_scope: Literal["stam", "all"] = "stam"
-    """`stam`: in the attention module's inception blocks only; `all`: in the I3D trunk too."""
+    """`stam`: in the attention module's blocks only; `all`: in the I3D trunk too."""
     attention_scale: Literal["min_max", "subtract_min"] = "min_max"
     """Scaling of the attention map per clip: as Lu writes it, or as the released code and weights have it."""
     width: float = Field(1.0, gt=0, le=1)
@@ -85,27 +90,38 @@ class RangerConfig(_Node):
     """How far the slow weights move towards the fast ones."""
 
 
-class PlateauConfig(_Node):
+class _ScheduleNode(_Node):
+    warmup: int = Field(0, ge=0)
+    """Iterations over which the learning rate rises linearly to `optimizer.lr` before anything else is done to it."""
+
+
+class PlateauConfig(_ScheduleNode):
     name: Literal["plateau"] = "plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     patience: int = Field(5, ge=0)
     """Validations without a better mean class accuracy before the rate falls (the paper)."""
 
 
-class MultiStepConfig(_Node):
+class MultiStepConfig(_ScheduleNode):
     name: Literal["multistep"] = "multistep"
     milestones: Milestones = (300, 1000)
     """Iterations after which the learning rate is multiplied by `gamma` (Lu's code)."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
-class ConstantConfig(_Node):
+class CosineConfig(_ScheduleNode):
+    name: Literal["cosine"] = "cosine"
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The learning rate at the run's end, as a fraction of `optimizer.lr`."""
+
+
+class ConstantConfig(_ScheduleNode):
     name: Literal["constant"] = "constant"
 
 
 class LossConfig(_Node):
     gaze_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the gaze loss beside the action loss (Lu)."""
+    """Weight of the gaze loss beside the action loss (Lu); 0 leaves the gaze out (Lu's "-v")."""
     gaze_sigma: Positive = 3.0
     """Standard deviation of the gaze target, cells of the attention map (Lu: 3 on 7 x 7)."""
 
@@ -142,12 +158,12 @@ class ComputeConfig(_Node):
 
 class InitConfig(_Node):
     rgb: str | None = None
-    """Weights file that the RGB stream starts from: a published state dict or a checkpoint of ours."""
+    """What the RGB stream starts from: a published file of weights, or a run, checkpoint or `model.pt` of ours."""
     flow: str | None = None
 
 
 Optimizer = Annotated[Union[SGDConfig, RangerConfig], Field(discriminator="name")]
-Schedule = Annotated[Union[PlateauConfig, MultiStepConfig, ConstantConfig], Field(discriminator="name")]
+Schedule = Annotated[Union[PlateauConfig, MultiStepConfig, CosineConfig, ConstantConfig], Field(discriminator="name")]
 
 
 class Config(_Node):
@@ -155,6 +171,8 @@ class Config(_Node):
     """A name for this configuration in tables."""
     seed: int = Field(0, ge=0)
     streams: Literal["rgb", "flow", "both"] = "both"
+    fusion_weight: Fraction = 0.5
+    """Weight of RGB's softmax scores in the fused ones; flow's is the rest (Lu: their mean)."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: Optimizer = RangerConfig()
@@ -180,6 +198,15 @@ class Config(_Node):
             raise ValueError(
                 f"train.batch_size = {self.train.batch_size} is not a multiple of compute.workers x "
                 f"train.accumulate = {passes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Config:
+        if self.schedule.warmup >= self.train.iterations:
+            raise ValueError(
+                f"schedule.warmup = {self.schedule.warmup} does not end within train.iterations = "
+                f"{self.train.iterations}"
             )
         return self
 

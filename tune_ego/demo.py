@@ -15,7 +15,8 @@ from tune_ego.console import heading, percent, print_table
 from tune_ego.dataset.prepare import prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.evaluate import evaluate, show
+from tune_ego.evaluate import evaluate
+from tune_ego.evaluation_tables import show
 from tune_ego.experiment import METRIC, Experiment, Trial, config_value, trial_table
 from tune_ego.final import train_final
 from tune_ego.tune import start_search

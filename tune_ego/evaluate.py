@@ -1,7 +1,7 @@
 """`evaluate`: the dense test protocol of Lu, Liao, Li (ICCV Workshops 2019).
 
 Windows at frames 0, 8, 16, ... and one that ends with the clip, centre crop, softmax scores averaged over a clip's
-windows; the two streams are fused by the mean of their scores.
+windows; the two streams are fused by the (weighted) mean of their scores. Attention is compared with gaze.
 """
 
 from __future__ import annotations
@@ -15,49 +15,81 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import FILE_NAME, Origin, read_checkpoint, rebuild
-from tune_ego.console import clip_progress, percent, print_table
-from tune_ego.dataset.shards import Shards, open_shards
+from tune_ego.checkpoint import Origin, read_checkpoint, rebuild
+from tune_ego.config import Config
+from tune_ego.console import clip_progress
+from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import to_device
 from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
-from tune_ego.metrics import ClipScores, accuracies
+from tune_ego.gaze_scores import GazeScores
+from tune_ego.metrics import (
+    ClipScores,
+    accuracies,
+    class_recall,
+    confusion,
+    fuse,
+    mean_class_accuracy,
+    micro_accuracy,
+)
+from tune_ego.model import TwoStream
 from tune_ego.train import autocast_dtype
 
 _BATCH = 8
 """Windows in a forward pass."""
-
-
-def find_checkpoint(uri: str) -> str:
-    """The checkpoint meant by a file, a checkpoint's folder or a run's folder (its last one)."""
-    uri = storage.absolute(uri)
-    inside = [] if storage.is_file(uri) else experiment.checkpoints(uri)
-    return inside[-1] if inside else uri
+_SWEEP_STEPS = 20
 
 
 def _run_of(checkpoint: str) -> str:
-    """The run's folder of a checkpoint's folder or file."""
-    return checkpoint.removesuffix(f"/{FILE_NAME}").rpartition("/")[0]
+    """The run's folder of a checkpoint's file."""
+    return checkpoint.removesuffix(f"/{experiment.CHECKPOINT_FILE}").rpartition("/")[0]
 
 
-def evaluate(checkpoint: str, data: str, split: int, out: str | None = None) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str, data: str, split: int, out: str | None = None, fusion_weight: float | None = None
+) -> dict[str, Any]:
     """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
 
-    Without `out` the file is written beside the checkpoint's run. Raises `UserError` where checkpoint and shards
-    do not belong together.
+    `fusion_weight` is RGB's share of the fused scores, else the configuration's. Without `out` the file is written
+    beside the checkpoint's run. Raises `UserError` where checkpoint and shards do not belong together.
     """
-    source = find_checkpoint(checkpoint)
+    source = experiment.find_checkpoint(checkpoint)
     content = read_checkpoint(source)
     config, origin, model = rebuild(content, source)
     shards = open_shards(storage.absolute(data))
     _check_same_kind(origin, shards, source)
+    clips = shards.test(split)
+    scores, attention = _run(model, config, clips, shards)
+    weight = config.fusion_weight if fusion_weight is None else fusion_weight
+    found = {name: scores_NK.cpu() for name, scores_NK in scores.reduce(weight).items()}
+    label_N = torch.tensor([clip.label for clip in clips])
+    result: dict[str, Any] = {
+        "split": split,
+        "clips": len(clips),
+        "chance": 1 / len(origin.actions),
+        "iteration": content["iteration"],
+        "checkpoint": source,
+        **action_results(found, label_N, shards),
+        "attention": attention,
+    }
+    if "fused" in result:
+        result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(found, label_N)}
+    storage.write_json(out or storage.join(_run_of(source), "evaluation.json"), result)
+    return result
+
+
+def _run(
+    model: TwoStream, config: Config, clips: list[Clip], shards: Shards
+) -> tuple[ClipScores, dict[str, dict[str, Any] | None]]:
+    """(class scores, agreement of each stream's attention with gaze) over all windows of the clips."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    clips = shards.test(split)
     reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
-    scores = ClipScores(config.stream_names, len(clips), len(origin.actions), device)
+    scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
+    gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     dtype = autocast_dtype(config.train.precision, device)
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
         done = 0
@@ -66,20 +98,43 @@ def evaluate(checkpoint: str, data: str, split: int, out: str | None = None) -> 
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(moved.clips())
             scores.add(moved.clip_B, {name: output.logits_BK for name, output in outputs.items()}, moved.present_B)
+            for name, output in outputs.items() if gaze else ():
+                shape = output.attention_BTHW.shape
+                gaze[name].add(output.attention_BTHW, moved.gaze_BT2, moved.gaze_valid_BT)
+            if gaze:
+                gaze["centre"].add_centre(shape, moved.gaze_BT2, moved.gaze_valid_BT, config.loss.gaze_sigma)
             advance(int(batch["clip"].max()) + 1 - done)
             done = int(batch["clip"].max()) + 1
-    labels = torch.tensor([clip.label for clip in clips], device=device)
-    result: dict[str, Any] = {
-        "split": split,
-        "clips": len(clips),
-        "chance": 1 / len(origin.actions),
-        "iteration": content["iteration"],
-        "checkpoint": source,
-        **accuracies(scores.reduce(), labels),
-    }
-    storage.write_json(out or storage.join(_run_of(source), "evaluation.json"), result)
-    show(result)
-    return result
+    return scores, {name: score.result() for name, score in gaze.items()}
+
+
+def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:
+    """Accuracies, per-class recall and the confusion matrix [true, predicted] of each entry of `scores` [N, K].
+
+    Verb and noun are those of the predicted action; of several nouns the first.
+    """
+    verb_K, noun_K = (torch.tensor(parts) for parts in shards.verbs_and_nouns())
+    result: dict[str, Any] = {}
+    for name, scores_NK in scores.items():
+        predicted_N = scores_NK.argmax(dim=1)
+        counts = confusion(scores_NK, label_N)
+        result[name] = {
+            "micro_accuracy": micro_accuracy(counts),
+            "mean_class_accuracy": mean_class_accuracy(counts),
+            "verb_accuracy": (verb_K[predicted_N] == verb_K[label_N]).double().mean().item(),
+            "noun_accuracy": (noun_K[predicted_N] == noun_K[label_N]).double().mean().item(),
+            "recall": class_recall(counts),
+            "confusion": counts.tolist(),
+        }
+    clips = torch.bincount(label_N, minlength=len(shards.actions)).tolist()
+    return {**result, "classes": [{"action": name, "clips": n} for name, n in zip(shards.actions, clips)]}
+
+
+def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, float]]:
+    """The accuracies of the fused scores [N, K] for RGB's weight from 0 to 1."""
+    weights = [step / _SWEEP_STEPS for step in range(_SWEEP_STEPS + 1)]
+    found = accuracies({str(weight): fuse(scores, weight) for weight in weights}, label_N)
+    return [{"rgb_weight": weight, **found[str(weight)]} for weight in weights]
 
 
 def _check_same_kind(origin: Origin, shards: Shards, source: str) -> None:
@@ -108,14 +163,3 @@ def _batches(reader: WindowReader) -> Iterator[dict[str, np.ndarray]]:
         while pending:
             yield pending.pop(0).result()
             pending += [pool.submit(reader.read_batch, piece) for piece in islice(pieces, 1)]
-
-
-def show(result: dict[str, Any]) -> None:
-    rows = [
-        [name, percent(result[name]["micro_accuracy"]), percent(result[name]["mean_class_accuracy"])]
-        for name in ("rgb", "flow", "fused")
-        if name in result
-    ]
-    rows.append(["chance", percent(result["chance"]), percent(result["chance"])])
-    title = f"Test of split {result['split']}: {result['clips']} clips, iteration {result['iteration']}"
-    print_table(title, ["", "micro accuracy", "mean class accuracy"], rows)

@@ -22,6 +22,7 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
+CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FILE = "final/model.pt"
 
 
@@ -54,6 +55,26 @@ def write_failure(run: str, failure: Failure) -> None:
     storage.write_json(storage.join(run, FAILURE_FILE), failure._asdict())
 
 
+_COLLAPSED = 1e-3
+
+
+def learning_rates(line: dict[str, Any]) -> dict[str, float]:
+    """Stream -> learning rate, from a line of metrics."""
+    prefix = "learning_rate_"
+    return {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+
+
+def collapsed_rate(config: Config, lines: list[dict[str, Any]]) -> str:
+    """Where a learning rate fell under a thousandth of its start before half the iterations; empty where none did."""
+    for line in lines:
+        early = config.schedule.warmup < line["iteration"] < config.train.iterations / 2
+        for stream, rate in learning_rates(line).items():
+            if early and rate < _COLLAPSED * config.optimizer.lr:
+                start = f"{config.optimizer.lr:.2g} to {rate:.2g} by iteration {line['iteration']}"
+                return f"the learning rate of the {stream} stream fell from {start} of {config.train.iterations}"
+    return ""
+
+
 def checkpoint_name(iteration: int) -> str:
     return f"iteration-{iteration:06d}"
 
@@ -61,6 +82,16 @@ def checkpoint_name(iteration: int) -> str:
 def checkpoints(run: str) -> list[str]:
     """URIs of a run's checkpoints, oldest first."""
     return [storage.join(run, name) for name in storage.list_names(run) if name.startswith("iteration-")]
+
+
+def find_checkpoint(uri: str) -> str:
+    """The file meant by a file, a checkpoint's folder or a run's folder (its last checkpoint); others stay as given."""
+    uri = storage.absolute(uri)
+    if storage.is_file(uri):
+        return uri
+    folder = (checkpoints(uri) or [uri])[-1]
+    file = storage.join(folder, CHECKPOINT_FILE)
+    return file if storage.exists(file) else uri
 
 
 @dataclass
@@ -83,6 +114,11 @@ class Trial:
     @property
     def iteration(self) -> int:
         return self.metrics[-1]["iteration"] if self.metrics else 0
+
+    @property
+    def warning(self) -> str:
+        """What should make its result be doubted; empty where nothing does."""
+        return collapsed_rate(self.config, self.metrics) if self.config else ""
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -22,10 +22,10 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
 
     Returns the URI of the weights. Raises `UserError` where the folder holds another run.
     """
-    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_absolute_paths
+    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_found_weights
 
     run, data = storage.absolute(run), storage.absolute(data)
-    config = with_absolute_paths(config)
+    config = with_found_weights(config)
     check_run(config, data)
     _check_same_run(config, data, run)
     model = storage.join(run, experiment.MODEL_FILE)
@@ -36,7 +36,7 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
         gpus = gpus_per_worker(config, live_nodes())
         fitting_runs(config, gpus, live_nodes())
         storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
-        with _followed(run):
+        with _followed(config, run):
             fit(Job(config, data, run, gpus, final=True))
     say(f"Weights: {model}")
     return model
@@ -57,22 +57,27 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 
 @contextmanager
-def _followed(run: str) -> Iterator[None]:
+def _followed(config: Config, run: str) -> Iterator[None]:
     """Print a run's validations while the body runs: they are read from its files, wherever its workers are."""
     ended = threading.Event()
     shown = len(_validations(run))
+    warned = False
 
     def follow() -> None:
-        nonlocal shown
+        nonlocal shown, warned
         while True:
             last = ended.wait(_LOOK_EVERY)
             for line in _validations(run)[shown:]:
                 shown += 1
+                rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(experiment.learning_rates(line).values()))
                 say(
-                    f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate "
-                    f"{line['learning_rate']:.2g}, validation mean class accuracy {percent(line[METRIC])}, "
-                    f"{line['clips_per_second']:.1f} clips/s"
+                    f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate {rates}, "
+                    f"validation mean class accuracy {percent(line[METRIC])}, {line['clips_per_second']:.1f} clips/s"
                 )
+                warning = experiment.collapsed_rate(config, [line])
+                if warning and not warned:
+                    warned = True
+                    say(f"  {warning}")
             if last:
                 return
 

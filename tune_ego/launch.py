@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import FILE_NAME, Origin, read_checkpoint, to_bytes
+from tune_ego.checkpoint import Origin, read_checkpoint, to_bytes
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
@@ -241,7 +241,7 @@ class _Reporter:
             ray.train.report(metrics, checkpoint_dir_name=name)
             return
         with tempfile.TemporaryDirectory(prefix="tune_ego-") as folder:
-            (Path(folder) / FILE_NAME).write_bytes(to_bytes(content))
+            (Path(folder) / experiment.CHECKPOINT_FILE).write_bytes(to_bytes(content))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
 
 
@@ -252,17 +252,21 @@ def check_run(config: Config, data: str) -> None:
     for modality, source in initial_weights(config).items():
         stream = build_stream(modality, len(shards.actions), config.model)
         found = load_weights(stream, source)
+        flow = origin_of(shards).flow
+        if modality == "flow" and found.flow_method not in (None, flow):
+            raise UserError(f"{source}: trained on {found.flow_method} flow, {data} has {flow}")
         counts = f"{len(found.loaded)} loaded, {len(found.left_out)} left out, {len(found.fresh)} fresh"
         say(f"{modality} starts from {source}: {counts}")
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The same for workers, which have another working directory."""
-    paths = {f"init_from.{modality}": storage.absolute(path) for modality, path in initial_weights(config).items()}
+def with_found_weights(config: Config) -> Config:
+    """`init_from` as the absolute paths of files: workers have another working directory, and a run goes on."""
+    weights = initial_weights(config).items()
+    paths = {f"init_from.{modality}": experiment.find_checkpoint(path) for modality, path in weights}
     return override_config(config, paths, "init_from") if paths else config
 
 
 def initial_weights(config: Config) -> dict[str, str]:
-    """Stream -> file of weights that it starts from."""
+    """Stream -> the weights that it starts from."""
     files = {modality: getattr(config.init_from, modality) for modality in config.stream_names}
     return {modality: path for modality, path in files.items() if path is not None}

@@ -25,15 +25,20 @@ class ClipScores:
             scores_BK = logits_BK.double().softmax(dim=1) * weight_B[:, None]
             self._sums[name].index_add_(0, clip_B, scores_BK)
 
-    def reduce(self) -> dict[str, Tensor]:
-        """Mean scores [N, K] over the windows of all workers, per stream, and `fused`, the mean of two streams."""
+    def reduce(self, fusion_weight: float) -> dict[str, Tensor]:
+        """Mean scores [N, K] over the windows of all workers, per stream, and `fused` where there are two."""
         if dist.is_available() and dist.is_initialized():
             for tensor in (*self._sums.values(), self._windows):
                 dist.all_reduce(tensor)
         scores = {name: total / self._windows[:, None].clamp(min=1) for name, total in self._sums.items()}
         if len(scores) == 2:
-            scores["fused"] = (scores["rgb"] + scores["flow"]) / 2
+            scores["fused"] = fuse(scores, fusion_weight)
         return scores
+
+
+def fuse(scores: dict[str, Tensor], rgb_weight: float) -> Tensor:
+    """The weighted mean of the two streams' softmax scores."""
+    return rgb_weight * scores["rgb"] + (1 - rgb_weight) * scores["flow"]
 
 
 def confusion(scores_NK: Tensor, label_N: Tensor) -> Tensor:
@@ -48,11 +53,16 @@ def micro_accuracy(confusion_KK: Tensor) -> float:
     return (confusion_KK.diagonal().sum() / confusion_KK.sum()).item()
 
 
+def class_recall(confusion_KK: Tensor) -> list[float | None]:
+    """The share of each class's clips that are right; None for a class without clips."""
+    pairs = zip(confusion_KK.diagonal().tolist(), confusion_KK.sum(dim=1).tolist())
+    return [right / clips if clips else None for right, clips in pairs]
+
+
 def mean_class_accuracy(confusion_KK: Tensor) -> float:
     """Mean of per-class recall over the classes that have clips."""
-    clips_K = confusion_KK.sum(dim=1)
-    present = clips_K > 0
-    return (confusion_KK.diagonal()[present] / clips_K[present]).double().mean().item()
+    present = [recall for recall in class_recall(confusion_KK) if recall is not None]
+    return sum(present) / len(present)
 
 
 def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str, float]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tune_ego.config import Config, MultiStepConfig, PlateauConfig, SGDConfig
+from tune_ego.config import Config, CosineConfig, MultiStepConfig, PlateauConfig, SGDConfig
+from tune_ego.config import Schedule as ScheduleConfig
 
 
 class Ranger(torch.optim.RAdam):
@@ -31,9 +33,10 @@ class Ranger(torch.optim.RAdam):
         if k < 1 or not 0 < alpha <= 1:
             raise ValueError(f"LookAhead needs k >= 1 and 0 < alpha <= 1, not k={k}, alpha={alpha}")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.defaults.update(k=k, alpha=alpha)  # for groups that are added later
         for group in self.param_groups:
-            group.update(k=k, alpha=alpha)
-        self.defaults.update(k=k, alpha=alpha)
+            group.setdefault("k", k)
+            group.setdefault("alpha", alpha)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -52,7 +55,7 @@ class Ranger(torch.optim.RAdam):
         return loss
 
     def _look_ahead(self, group: dict[str, Any]) -> None:
-        due = [p for p in group["params"] if p.grad is not None and self.state[p]["step"].item() % group["k"] == 0]
+        due = [p for p in group["params"] if p.grad is not None and int(self.state[p]["step"]) % group["k"] == 0]
         if due:
             slow = [self.state[p]["slow"] for p in due]
             torch._foreach_lerp_(slow, due, group["alpha"])
@@ -66,36 +69,97 @@ def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim
     return Ranger(parameters, **chosen.model_dump(exclude={"name"}))
 
 
+def schedule_factor(schedule: ScheduleConfig, steps: int, iterations: int) -> float:
+    """The learning rate of the step after `steps` steps of `iterations`, as a factor on `optimizer.lr`.
+
+    Without what validations do to it: `plateau` is warm-up alone here.
+    """
+    if steps < schedule.warmup:
+        return (steps + 1) / schedule.warmup
+    if isinstance(schedule, MultiStepConfig):
+        return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
+    if isinstance(schedule, CosineConfig):
+        done = min(1.0, (steps - schedule.warmup) / max(1, iterations - schedule.warmup))
+        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
 class Schedule:
-    """The learning rate over a run: told of every iteration and of every validation."""
+    """The learning rate over a run: told of every optimizer step taken and of every validation."""
 
     def __init__(self, config: Config, optimizer: torch.optim.Optimizer) -> None:
-        chosen = config.schedule
+        self._config, self._optimizer, self._steps = config, optimizer, 0
         self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        self._steps: torch.optim.lr_scheduler.MultiStepLR | None = None
-        if isinstance(chosen, PlateauConfig):
+        if isinstance(config.schedule, PlateauConfig):
+            # Its rate, from 1 on, is the factor that validations have brought the run's rate down to.
+            stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
             self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, mode="max", factor=chosen.factor, patience=chosen.patience
+                stand_in, mode="max", factor=config.schedule.factor, patience=config.schedule.patience
             )
-        elif isinstance(chosen, MultiStepConfig):
-            self._steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(chosen.milestones), chosen.gamma)
+        self._apply()
 
-    def after_iteration(self) -> None:
-        if self._steps is not None:
-            self._steps.step()
+    def _apply(self) -> None:
+        rate = self._config.optimizer.lr * schedule_factor(
+            self._config.schedule, self._steps, self._config.train.iterations
+        )
+        if self._plateau is not None:
+            rate *= self._plateau.optimizer.param_groups[0]["lr"]
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def after_step(self) -> None:
+        self._steps += 1
+        self._apply()
 
     def after_validation(self, mean_class_accuracy: float) -> None:
         if self._plateau is not None:
             self._plateau.step(mean_class_accuracy)
+            self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        inner = self._plateau or self._steps
-        if inner is None:
-            return {}
-        # Counter-typed milestones follow from the configuration, and plain types load with weights_only=True.
-        return {key: value for key, value in inner.state_dict().items() if key != "milestones"}
+        return {"steps": self._steps, "plateau": self._plateau.state_dict() if self._plateau else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        inner = self._plateau or self._steps
-        if inner is not None:
-            inner.load_state_dict(state)
+        self._steps = state["steps"]
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state["plateau"])
+            self._plateau.optimizer.param_groups[0]["lr"] = self._plateau.get_last_lr()[0]
+        self._apply()
+
+
+class StreamOptimizer:
+    """What moves the weights of one stream: its optimizer, schedule and loss scaler.
+
+    Each stream has its own, so that neither a plateau nor an overflow of one touches the other.
+    """
+
+    def __init__(self, config: Config, parameters: Iterable[Tensor], device: torch.device, *, scale_loss: bool) -> None:
+        self.optimizer = build_optimizer(config, parameters)
+        self.schedule = Schedule(config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Apply the accumulated gradients and forget them; where they overflowed, nothing moves but the loss scale."""
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scaler.get_scale() >= scale:  # it falls after an overflow
+            self.schedule.after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.scaler.is_enabled() and state["scaler"]:  # it is empty where the run began without fp16
+            self.scaler.load_state_dict(state["scaler"])

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from tune_ego.checkpoint import Origin, load_model_state, pack
 from tune_ego.config import Config
+from tune_ego.experiment import METRIC
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.losses import stream_losses
 from tune_ego.metrics import ClipScores, accuracies
-from tune_ego.model import TwoStream, load_weights
-from tune_ego.optim import Schedule, build_optimizer
+from tune_ego.model import StreamOutput, TwoStream, load_weights
+from tune_ego.model.two_stream import CHANNELS
+from tune_ego.optim import StreamOptimizer
 
-METRIC = "val_mean_class_accuracy"
+_WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
 Report = Callable[[dict[str, Any], dict[str, Any] | None], None]
 """Takes metrics, and after a validation a checkpoint's content too. Every worker calls it equally often."""
 
@@ -44,12 +46,14 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 class Trainer:
-    """Model, optimizer, schedule and loss scaler of a run, and the steps on them."""
+    """The model of a run, what moves each of its streams, and the steps on them.
+
+    Nothing passes between the streams, so two trained at once equal two trained apart, to the bit on a CPU.
+    """
 
     def __init__(self, config: Config, origin: Origin, device: torch.device, rank: int = 0) -> None:
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
-        torch.manual_seed(config.seed)
-        self.model = TwoStream(config.stream_names, len(origin.actions), config.model)
+        self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
             source = getattr(config.init_from, modality)
             if source is not None:
@@ -60,63 +64,51 @@ class Trainer:
         if self.distributed:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.dtype = autocast_dtype(config.train.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.optimizer = build_optimizer(config, self.model.parameters())
-        self.schedule = Schedule(config, self.optimizer)
+        self.optimizers = {
+            modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
+            for modality, stream in self.model.items()
+        }
         self.iteration = 0
         self.best: dict[str, Any] = {}
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def load(self, content: dict[str, Any], source: str) -> None:
         """Go on from a checkpoint."""
         load_model_state(self.model, content["model"], source)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
-        if self.scaler.is_enabled() and content["scaler"]:  # it is empty where the run began without fp16
-            self.scaler.load_state_dict(content["scaler"])
+        for modality, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][modality])
         self.iteration, self.best = content["iteration"], content["best"]
 
     def checkpoint(self) -> dict[str, Any]:
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            schedule=self.schedule.state_dict(),
-            scaler=self.scaler.state_dict(),
+            optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
         )
 
-    def _forward(self, batch: ClipBatch) -> Any:
+    def _forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.parallel(batch.clips())
+            return model(batch.clips(), seeds)
 
     def step(self, batches: Iterator[ClipBatch]) -> Tensor:
-        """One iteration; returns the mean losses (total, action, gaze), summed over the streams."""
-        self._seed()
+        """One iteration; returns the mean losses, [streams, (total, action, gaze)]."""
         self.parallel.train()
         loss_config = self.config.loss
         passes = self.config.train.accumulate
-        losses = torch.zeros(3, device=self.device)
+        losses = torch.zeros(len(self.model), 3, device=self.device)
         for place in range(passes):
             batch = next(batches)
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
                 self.parallel.require_backward_grad_sync = place == passes - 1
-            outputs = self._forward(batch)
+            outputs = self._forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, self.rank, place))
             gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
-            by_stream = [torch.stack(stream_losses(output, *gaze)) for output in outputs.values()]
-            summed = torch.stack(by_stream).sum(dim=0)
-            if not self._finite_everywhere(summed):
-                raise NonFiniteLoss(self._blame(dict(zip(outputs, by_stream))))
-            self.scaler.scale(summed[0] / passes).backward()
-            losses += summed.detach() / passes
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.scaler.get_scale() >= scale:  # it falls when the gradients overflowed and the step was skipped
-            self.schedule.after_iteration()
+            found = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
+            if not self._finite_everywhere(found):
+                raise NonFiniteLoss(self._blame(dict(zip(outputs, found))))
+            optimizers = self.optimizers.values()
+            torch.stack([o.scaler.scale(total / passes) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
+            losses += found.detach() / passes
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         self.iteration += 1
         return losses
 
@@ -127,10 +119,15 @@ class Trainer:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         return bool(finite)
 
-    def _seed(self) -> None:
-        """Dropout's random numbers depend on (seed, iteration, rank) alone, so a resumed run draws the same."""
-        sequence = np.random.SeedSequence(self.config.seed, spawn_key=(self.iteration, self.rank))
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    def _seeds(self, *place: int) -> dict[str, int]:
+        """A seed for each stream that depends on the run's seed, the stream and the place alone.
+
+        So a resumed run draws the same numbers, and a stream the same ones whether it trains alone or not.
+        """
+        return {
+            modality: int(np.random.SeedSequence(self.config.seed, spawn_key=(index, *place)).generate_state(1)[0])
+            for index, modality in enumerate(CHANNELS)
+        }
 
     def _blame(self, by_stream: dict[str, Tensor]) -> str:
         faults = [
@@ -145,7 +142,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
-        """Accuracies on the validation clips, over all workers; steps the schedule and notes the best."""
+        """Accuracies on the validation clips, over all workers; steps the schedules and notes the best."""
         self.parallel.eval()
         if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
             for buffer in self.model.buffers():
@@ -154,20 +151,26 @@ class Trainer:
         scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
         for _ in range(plan.validation_items):
             batch = next(batches)
-            outputs = self._model_outputs(batch)
+            outputs = self._forward(self.model, batch, None)
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
-        found = accuracies(scores.reduce(), labels)
+        found = accuracies(scores.reduce(self.config.fusion_weight), labels)
         main = found.get("fused", found[self.config.stream_names[0]])
         metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
         metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
         if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
             self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
-        self.schedule.after_validation(main["mean_class_accuracy"])
+        for modality, optimizer in self.optimizers.items():
+            optimizer.schedule.after_validation(found[modality]["mean_class_accuracy"])
         return metrics
 
-    def _model_outputs(self, batch: ClipBatch) -> Any:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model(batch.clips())
+    def training_metrics(self, losses: Tensor) -> dict[str, float]:
+        """Lines of the log from mean losses [streams, (total, action, gaze)]: per stream, and their sums."""
+        metrics: dict[str, float] = {}
+        for modality, (_, action, gaze) in zip(self.model, losses.tolist()):
+            metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
+            metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
+        total, action, gaze = losses.sum(dim=0).tolist()
+        return {"train_loss": total, "action_loss": action, "gaze_loss": gaze, **metrics}
 
 
 def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report: Report) -> None:
@@ -185,14 +188,10 @@ def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report
         if trainer.distributed:
             dist.all_reduce(mean, dist.ReduceOp.SUM)
             mean /= dist.get_world_size()
-        total, action, gaze = mean.tolist()
         seconds = time.monotonic() - since
         metrics = {
             "iteration": done,
-            "train_loss": total,
-            "action_loss": action,
-            "gaze_loss": gaze,
-            "learning_rate": trainer.learning_rate,
+            **trainer.training_metrics(mean),
             "clips_per_second": len(losses) * config.train.batch_size / seconds,
         }
         if validates:

@@ -34,7 +34,7 @@ from tune_ego.launch import (
     initial_weights,
     live_nodes,
     placement_group_prefix,
-    with_absolute_paths,
+    with_found_weights,
 )
 from tune_ego.search_space import SearchSpace, load_space
 
@@ -62,7 +62,7 @@ def start_search(
         changes = {**changes, "seed": seed}
         space = load_space(space_name, changes)
     # Here and now: workers, and a resumed search, have other working directories.
-    weights = with_absolute_paths(_any_config(space)).init_from.model_dump(exclude_none=True)
+    weights = with_found_weights(_any_config(space)).init_from.model_dump(exclude_none=True)
     changes = changes | {
         key: path for name, path in weights.items() if (key := f"init_from.{name}") not in space.branches
     }
@@ -157,8 +157,8 @@ def _check_runs(space: SearchSpace, data: str) -> None:
         key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
         if repr(key) not in checked:
             checked.add(repr(key))
-            if with_absolute_paths(config) != config:
-                raise UserError(f"{space.source}: init_from: paths that are searched must be absolute")
+            if with_found_weights(config) != config:
+                raise UserError(f"{space.source}: init_from: what is searched must be absolute paths of files")
             check_run(config, data)
 
 
@@ -219,6 +219,7 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self.ended: dict[str, float] = {}
         """Trial -> when, by the monotonic clock."""
         self.next_sweep = 0.0
+        self.warned: set[str] = set()
 
     def setup(self, **info: Any) -> None:
         uri = storage.join(self.root, experiment.TRIALS_FILE)
@@ -239,6 +240,14 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         if METRIC in result:
             best = percent(result[METRIC])
             say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
+            self._warn(trial.trial_id, result)
+
+    def _warn(self, trial_id: str, line: dict[str, Any]) -> None:
+        config = load_config(storage.join(experiment.run_folder(self.root, trial_id), experiment.CONFIG_FILE))
+        warning = experiment.collapsed_rate(config, [line])
+        if warning and trial_id not in self.warned:
+            self.warned.add(trial_id)
+            say(f"  {trial_id}: {warning}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Not `trial.last_result`: a trial that was resumed at its end has none.

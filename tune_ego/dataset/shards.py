@@ -173,6 +173,13 @@ class Shards:
         width, height = self.info["settings"]["image_size"]
         return width, height
 
+    def verbs_and_nouns(self) -> tuple[list[int], list[int]]:
+        """The verb and the first noun of each action; -1 for an action without clips."""
+        verbs, nouns = ([-1] * len(self.actions) for _ in range(2))
+        for row in self.table.select(["action", "verb", "nouns"]).to_pylist():
+            verbs[row["action"]], nouns[row["action"]] = row["verb"], row["nouns"][0]
+        return verbs, nouns
+
     def test(self, split: int) -> list[Clip]:
         return self._select(lambda row: row[f"split{split}"] == "test", f"test clips of split {split}")
 

@@ -92,18 +92,31 @@ class Unit3D(nn.Module):
 
 
 class MaxPool3dSame(nn.Module):
-    """Max pool with SAME padding by zeros, as the published weights were trained with."""
+    """Max pool with SAME padding by zeros, as the published weights were trained with; kernels of 2 and 3.
+
+    Nothing is copied: the kernel pads in front by itself (with -inf), `ceil_mode` lets the last window reach over
+    the end, and what saw padding is raised to zero afterwards.
+    """
 
     def __init__(self, kernel: Triple, stride: Triple, *, non_negative: bool) -> None:
-        """`non_negative`: the input has no value below zero, so padding by -inf (the kernel's own) gives the same."""
+        """`non_negative`: the input has no value below zero, so that -inf pads as well as zero does."""
         super().__init__()
+        if max(kernel) > 3:
+            raise ValueError(f"a max pool of kernel {kernel}: sizes over 3 may need padding that no kernel offers")
         self.kernel, self.stride, self.non_negative = kernel, stride, non_negative
 
     def forward(self, x: Tensor) -> Tensor:
         padding = same_padding(x.shape[2:], self.kernel, self.stride)
-        if self.non_negative and _symmetric(padding):
-            return F.max_pool3d(x, self.kernel, self.stride, [front for front, _ in padding])
-        return F.max_pool3d(_pad(x, padding), self.kernel, self.stride)
+        front = [front for front, _ in padding]
+        pooled = F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True)
+        if not self.non_negative:
+            for dimension, (before, after) in enumerate(padding, start=2):
+                # Windows of up to 3 overlap one padded place at each end at most.
+                if before:
+                    pooled.narrow(dimension, 0, 1).clamp_(min=0)
+                if after:
+                    pooled.narrow(dimension, -1, 1).clamp_(min=0)
+        return pooled
 
 
 class InceptionBlock(nn.Module):

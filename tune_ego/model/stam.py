@@ -1,30 +1,85 @@
-"""STAM: the spatiotemporal attention module (Lu, Liao, Li, ICCV Workshops 2019)."""
+"""STAM: the spatiotemporal attention module (Lu, Liao, Li, ICCV Workshops 2019), of any depth.
+
+B batch, C channels, T time, H, W, N = T x H x W positions.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_ego.config import ModelConfig
-from tune_ego.model.i3d import MIXED_WIDTHS, Unit3D, inception
+from tune_ego.model.i3d import ACTIVATIONS, MIXED_WIDTHS, Unit3D, inception
 
 _SMALLEST_RANGE = 1e-12
 """A map whose values differ by less counts as all equal: its scaling and derivative would not be finite."""
+_FURTHEST = 7
+"""Relative positions further apart than this many cells along an axis share one term."""
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions and an MLP, both residual: a pre-norm transformer block on a feature map.
+
+    The score of two positions has a learnt term per head for their offset along each of time, height and width, cut
+    off at 7 cells (relative positions: Shaw et al., NAACL 2018), so a map of any size will do. About as many
+    parameters as the inception block that it stands for.
+    """
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__()
+        self.heads = max(1, channels // 128)
+        self.head_width = max(1, channels // (2 * self.heads))
+        self.attention_norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * self.heads * self.head_width)
+        self.offset_terms = nn.Parameter(torch.zeros(3, 2 * _FURTHEST + 1, self.heads))
+        self.attention_out = nn.Linear(self.heads * self.head_width, channels)
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp_in = nn.Linear(channels, max(1, channels // 2))
+        self.activation = ACTIVATIONS[activation]
+        self.mlp_out = nn.Linear(max(1, channels // 2), channels)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x = x_BCTHW.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
+        terms = self.position_terms(x_BCTHW.shape[2:]).to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=terms[None])
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        x = x + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x))))
+        return x.transpose(1, 2).reshape(x_BCTHW.shape)
+
+    def position_terms(self, size: torch.Size) -> Tensor:
+        """What each pair of positions adds to the scores, [heads, N, N], for a map of `size` (T, H, W)."""
+        total: Any = 0
+        for axis, length in enumerate(size):
+            place = torch.arange(length, device=self.offset_terms.device)
+            offset = (place[:, None] - place).clamp(-_FURTHEST, _FURTHEST) + _FURTHEST
+            shape = [self.heads, 1, 1, 1, 1, 1, 1]
+            shape[1 + axis] = shape[4 + axis] = length
+            total = total + self.offset_terms[axis][offset].permute(2, 0, 1).reshape(shape)
+        return total.flatten(4, 6).flatten(1, 3)
 
 
 def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
-    """The modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` inception blocks and `attention_pred`."""
+    """The modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` blocks and `attention_pred`.
+
+    Inception blocks have the published name, `attention_inc`; blocks of self-attention are `attention_self`.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     trunk_relu = model.activation == "relu" or model.activation_scope == "stam"
     for number in range(1, model.stam_depth + 1):
+        suffix = "" if number == 1 else f"_{number}"
+        if model.stam_block == "attention":
+            layers[f"attention_self{suffix}"] = AttentionBlock(channels, model.activation)
+            continue
         non_negative = model.activation == "relu" or (number == 1 and trunk_relu)
         block = inception(
             channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum
         )
-        layers["attention_inc" if number == 1 else f"attention_inc_{number}"] = block
-        channels = block.outputs
+        layers[f"attention_inc{suffix}"], channels = block, block.outputs
     layers["attention_pred"] = Unit3D(channels, 1, bn_momentum=model.bn_momentum)
     return layers
 
@@ -32,12 +87,21 @@ def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
 def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
     """Scale each clip's map; float32 under mixed precision too.
 
-    `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min.
+    `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min. Value and derivative are
+    finite in every floating type: where the derivative exceeds the input's 16-bit type, its largest number stands.
     """
-    map_BTHW = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
-    low = map_BTHW.amin(dim=(1, 2, 3), keepdim=True)
+    wide = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
+    if map_BTHW.dtype == torch.float16 and wide.requires_grad:
+        wide.register_hook(_within_float16)
+    low = wide.amin(dim=(1, 2, 3), keepdim=True)
     if how == "subtract_min":
-        return map_BTHW - low
-    span = map_BTHW.amax(dim=(1, 2, 3), keepdim=True) - low
+        return wide - low
+    span = wide.amax(dim=(1, 2, 3), keepdim=True) - low
     varied = span > _SMALLEST_RANGE
-    return torch.where(varied, (map_BTHW - low) / torch.where(varied, span, 1.0), 0.0)
+    return torch.where(varied, (wide - low) / torch.where(varied, span, 1.0), 0.0)
+
+
+def _within_float16(gradient: Tensor) -> Tensor:
+    """Cut finite values to float16's range; infinities stay, for the loss scaler to see."""
+    largest = torch.finfo(torch.float16).max
+    return torch.where(gradient.isfinite(), gradient.clamp(-largest, largest), gradient)

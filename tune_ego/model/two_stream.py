@@ -5,9 +5,10 @@ B batch, C channels, T time, H, W, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,15 @@ class Stream(nn.Module):
         self.attention_scale = model.attention_scale
         self.dropout = nn.Dropout(model.dropout)
         self.logits = Unit3D(channels, num_classes, activation=None, batch_norm=False)
+        self._copy_init = model.copy_init
+        self.copy_blocks(self._attention)
+
+    def copy_blocks(self, fresh: Container[str]) -> None:
+        """With `copy_init`: make those of STAM's further blocks that are named in `fresh` copies of its first."""
+        first, *further = self._attention[:-1] or ("",)
+        for name in further:
+            if self._copy_init and name in fresh:
+                getattr(self, name).load_state_dict(getattr(self, first).state_dict())
 
     def forward(self, clip_BCTHW: Tensor) -> StreamOutput:
         """Floats in [-1, 1] -> class scores and the attention map (None at `stam_depth` 0)."""
@@ -67,9 +77,28 @@ def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
 class TwoStream(nn.ModuleDict):
     """The streams that are trained, side by side; they share no parameter."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int, model: ModelConfig) -> None:
-        super().__init__({modality: build_stream(modality, num_classes, model) for modality in modalities})
+    def __init__(
+        self,
+        modalities: tuple[str, ...],
+        num_classes: int,
+        model: ModelConfig,
+        seeds: Mapping[str, int] | None = None,
+    ) -> None:
+        """With `seeds` every stream draws its first weights from its own, whatever other streams there are."""
+        super().__init__()
+        for modality in modalities:
+            if seeds is not None:
+                torch.manual_seed(seeds[modality])
+            self[modality] = build_stream(modality, num_classes, model)
 
-    def forward(self, clips: Mapping[str, Tensor]) -> dict[str, StreamOutput]:
-        """A clip [B, C, T, H, W] per modality, floats in [-1, 1] -> what each stream says."""
-        return {modality: stream(clips[modality]) for modality, stream in self.items()}
+    def forward(self, clips: Mapping[str, Tensor], seeds: Mapping[str, int] | None = None) -> dict[str, StreamOutput]:
+        """A clip [B, C, T, H, W] per modality, floats in [-1, 1] -> what each stream says.
+
+        With `seeds` every stream's dropout draws from its own, whatever other streams there are.
+        """
+        outputs = {}
+        for modality, stream in self.items():
+            if seeds is not None:
+                torch.manual_seed(seeds[modality])
+            outputs[modality] = stream(clips[modality])
+        return outputs

@@ -22,6 +22,8 @@ class LoadedWeights(NamedTuple):
     """In the file, not taken: a classifier of another number of classes, attention where the stream has none."""
     fresh: list[str]
     """In the stream, not in the file: they keep their initial values."""
+    flow_method: str | None = None
+    """The flow that a checkpoint of ours was trained on; other files do not say."""
 
 
 def load_tensors(uri: str | Path) -> Any:
@@ -40,6 +42,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     where the stream has none; any other difference is a `UserError` that names parameter and both shapes.
     """
     content = load_tensors(path)
+    flow_method = content.get("flow_method") if isinstance(content, dict) else None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -53,7 +56,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
         found = {name.removeprefix(ours): value for name, value in found.items() if name.startswith(ours)}
         if not found:
             raise UserError(f"{path}: holds no {stream.modality} stream")
-    return _load(stream, found, str(path))
+    return _load(stream, found, str(path))._replace(flow_method=flow_method)
 
 
 def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
@@ -74,8 +77,10 @@ def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
     for name, value in found.items():
         if value.shape != state[name].shape:
             shapes = f"{tuple(value.shape)} in the file, {tuple(state[name].shape)} in the {stream.modality} stream"
-            raise UserError(f"{path}: {name} is {shapes}")
+            other = " (weights of the other modality?)" if name == "Conv3d_1a_7x7.conv3d.weight" else ""
+            raise UserError(f"{path}: {name} is {shapes}{other}")
     stream.load_state_dict(found, strict=False)
+    stream.copy_blocks({name.partition(".")[0] for name in fresh})
     return LoadedWeights(sorted(found), left_out, fresh)
 
 

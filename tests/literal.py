@@ -1,0 +1,203 @@
+"""The formulas of the model and its recipes, as literally as possible: slow, and nothing of the package in it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "swish": lambda x: x / (1 + torch.exp(-x)),
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "elu": lambda x: torch.where(x > 0, x, torch.exp(x) - 1),
+}
+
+
+def padded(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """TensorFlow's SAME padding with zeros: ceil(n / s) outputs, what is odd goes to the end."""
+    amounts: list[int] = []
+    for n, k, s in zip(x.shape[2:], kernel, stride):
+        total = max((math.ceil(n / s) - 1) * s + k - n, 0)
+        amounts = [total // 2, total - total // 2, *amounts]
+    return F.pad(x, amounts)
+
+
+def max_pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    x = padded(x, kernel, stride)
+    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride)]
+    out = x.new_empty(*x.shape[:2], *sizes)
+    for t in range(sizes[0]):
+        for i in range(sizes[1]):
+            for j in range(sizes[2]):
+                window = x
+                for dimension, (place, k, s) in enumerate(zip((t, i, j), kernel, stride), start=2):
+                    window = window.narrow(dimension, place * s, k)
+                out[:, :, t, i, j] = window.flatten(2).amax(dim=2)
+    return out
+
+
+def unit(
+    state: dict[str, Tensor],
+    name: str,
+    x: Tensor,
+    kernel: int,
+    stride: int = 1,
+    activation: str = "relu",
+    training: bool = False,
+) -> Tensor:
+    """Convolution with SAME padding, BatchNorm and activation."""
+    weight = state[f"{name}.conv3d.weight"]
+    x = F.conv3d(padded(x, (kernel,) * 3, (stride,) * 3), weight, stride=stride)
+    shape = (1, -1, 1, 1, 1)
+    if training:
+        mean = x.mean(dim=(0, 2, 3, 4))
+        variance = x.var(dim=(0, 2, 3, 4), correction=0)
+    else:
+        mean, variance = state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"]
+    x = (x - mean.reshape(shape)) / torch.sqrt(variance.reshape(shape) + 1e-3)
+    x = x * state[f"{name}.bn.weight"].reshape(shape) + state[f"{name}.bn.bias"].reshape(shape)
+    return ACTIVATIONS[activation](x)
+
+
+def inception(state: dict[str, Tensor], name: str, x: Tensor, activation: str, training: bool) -> Tensor:
+    def u(branch: str, x: Tensor, kernel: int) -> Tensor:
+        return unit(state, f"{name}.{branch}", x, kernel, activation=activation, training=training)
+
+    pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
+    return torch.cat([u("b0", x, 1), u("b1b", u("b1a", x, 1), 3), u("b2b", u("b2a", x, 1), 3), u("b3b", pooled, 1)], 1)
+
+
+def scale(a: Tensor, how: str) -> Tensor:
+    out = torch.zeros_like(a)
+    for b in range(a.shape[0]):
+        low, high = a[b].min(), a[b].max()
+        if how == "subtract_min":
+            out[b] = a[b] - low
+        elif high > low:
+            out[b] = (a[b] - low) / (high - low)
+    return out
+
+
+def stream(
+    state: dict[str, Tensor],
+    clip: Tensor,
+    depth: int,
+    how: str = "min_max",
+    activation: str = "relu",
+    scope: str = "stam",
+    training: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(logits, attention) of I3D + STAM, dropout aside, from a state dict with the published names."""
+    trunk = activation if scope == "all" else "relu"
+    x = unit(state, "Conv3d_1a_7x7", clip, 7, 2, activation=trunk, training=training)
+    x = max_pool(x, (1, 3, 3), (1, 2, 2))
+    x = unit(state, "Conv3d_2b_1x1", x, 1, activation=trunk, training=training)
+    x = unit(state, "Conv3d_2c_3x3", x, 3, activation=trunk, training=training)
+    x = max_pool(x, (1, 3, 3), (1, 2, 2))
+    for name in ("3b", "3c", "pool3", "4b", "4c", "4d", "4e", "4f", "pool2", "5b", "5c"):
+        if name.startswith("pool"):
+            x = max_pool(x, (int(name[-1]),) * 3, (2, 2, 2))
+        else:
+            x = inception(state, f"Mixed_{name}", x, trunk, training)
+    attention = None
+    if depth:
+        a = x
+        for number in range(1, depth + 1):
+            a = inception(state, "attention_inc" if number == 1 else f"attention_inc_{number}", a, activation, training)
+        attention = scale(unit(state, "attention_pred", a, 1, training=training)[:, 0], how)
+        x = attention[:, None] * x
+    pooled = x.mean(dim=(2, 3, 4))
+    weight = state["logits.conv3d.weight"].flatten(1)
+    return pooled @ weight.T + state["logits.conv3d.bias"], attention
+
+
+def gaze_target(
+    gaze: Tensor, valid: Tensor, sizes: tuple[int, int, int], sigma: float
+) -> list[list[list[list[float]] | None]]:
+    """[clip][slice] -> rows of the map, None for a slice without gaze."""
+    slices, height, width = sizes
+    share = gaze.shape[1] // slices
+    maps: list[list[list[list[float]] | None]] = []
+    for b in range(gaze.shape[0]):
+        maps.append([])
+        for t in range(slices):
+            frames = [f for f in range(share * t, share * (t + 1)) if valid[b, f]]
+            if not frames:
+                maps[b].append(None)
+                continue
+            x = sum(gaze[b, f, 0].item() for f in frames) / len(frames)
+            y = sum(gaze[b, f, 1].item() for f in frames) / len(frames)
+            maps[b].append(
+                [
+                    [math.exp(-((j - x * width) ** 2 + (i - y * height) ** 2) / (2 * sigma**2)) for j in range(width)]
+                    for i in range(height)
+                ]
+            )
+    return maps
+
+
+def gaze_loss(attention: Tensor, gaze: Tensor, valid: Tensor, sigma: float) -> float:
+    """Mean squared error over the cells of all slices that have gaze."""
+    _, slices, height, width = attention.shape
+    errors = []
+    for b, maps in enumerate(gaze_target(gaze, valid, (slices, height, width), sigma)):
+        for t, target in enumerate(maps):
+            for i in range(height):
+                for j in range(width):
+                    if target is not None:
+                        errors.append((attention[b, t, i, j].item() - target[i][j]) ** 2)
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def ranger(start: Tensor, gradients: list[Tensor | None], lr: float, k: int, alpha: float) -> Tensor:
+    """RAdam + LookAhead, element by element in float64; a gradient of None is a step that is skipped."""
+    b1, b2, eps = 0.95, 0.999, 1e-5
+    w, slow = start.clone(), start.clone()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    rho_inf = 2 / (1 - b2) - 1
+    t = 0
+    for g in gradients:
+        if g is None:
+            continue
+        t += 1
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
+        if rho > 5:
+            r = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+            w = w - lr * r * (m / (1 - b1**t)) / ((v.sqrt() + eps) / math.sqrt(1 - b2**t))
+        else:
+            w = w - lr * m / (1 - b1**t)
+        if t % k == 0:
+            slow = slow + alpha * (w - slow)
+            w = slow.clone()
+    return w
+
+
+def mean_class_accuracy(predicted: list[int], true: list[int]) -> float:
+    """Mean of the recall of each class that has clips."""
+    recalls = []
+    for label in sorted(set(true)):
+        hits = [p == t for p, t in zip(predicted, true) if t == label]
+        recalls.append(sum(hits) / len(hits))
+    return sum(recalls) / len(recalls)
+
+
+def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
+    """Every value of the map at a gaze cell is a threshold; the area by trapezoids from (0, 0) to (1, 1)."""
+    cells = sorted(set(cells))
+    values = sorted((map_HW[i, j].item() for i, j in cells), reverse=True)
+    others = map_HW.numel() - len(cells)
+    points = [(0.0, 0.0)]
+    for rank, threshold in enumerate(values, start=1):
+        above = int((map_HW >= threshold).sum())
+        points.append(((above - rank) / others, rank / len(cells)))
+    points.append((1.0, 1.0))
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points))

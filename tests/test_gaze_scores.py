@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import literal
+from tune_ego.gaze_scores import GAZE_RADIUS, RESOLUTION, GazeScores, auc_judd, nss, overlaps
+
+CPU = torch.device("cpu")
+
+
+def random_fixations(seed: int, maps: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maps with ties, gaze cells of which some repeat, and a map without gaze."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 40, (maps, side * side), generator=generator) / 40
+    cells = torch.randint(0, side * side, (maps, 8), generator=generator)
+    cells[0, 3] = cells[0, 5]
+    valid = torch.rand(maps, 8, generator=generator) < 0.7
+    valid[0] = True
+    valid[1] = False
+    return values, cells, valid
+
+
+def test_auc_and_nss_equal_their_formulas() -> None:
+    maps, cells, valid = random_fixations(0, 20, 9)
+    auc, saliency = auc_judd(maps, cells, valid), nss(maps, cells, valid)
+    for index in range(20):
+        points = [divmod(int(cell), 9) for cell, ok in zip(cells[index], valid[index]) if ok]
+        if not points:
+            assert auc[index].isnan() and saliency[index].isnan()
+            continue
+        image = maps[index].reshape(9, 9)
+        assert auc[index].item() == pytest.approx(literal.auc_judd(image, points), rel=1e-5)
+        flat = image.flatten().tolist()
+        mean = sum(flat) / len(flat)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in flat) / len(flat))
+        expected = sum((image[i, j].item() - mean) / deviation for i, j in points) / len(points)
+        assert saliency[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_precision_and_recall_equal_their_formulas() -> None:
+    torch.manual_seed(0)
+    maps = torch.rand(2, RESOLUTION**2)
+    points = torch.rand(2, 3, 2)
+    thresholds = torch.tensor([0.0, 0.4, 0.9])
+    precision, recall = overlaps(maps, points, thresholds)
+    for s in range(2):
+        scaled = (maps[s] - maps[s].min()) / (maps[s].max() - maps[s].min())
+        for f in range(3):
+            x, y = (points[s, f] * RESOLUTION).tolist()
+            for k, threshold in enumerate(thresholds.tolist()):
+                hits = found = looked_at = 0
+                for cell, value in enumerate(scaled.tolist()):
+                    i, j = divmod(cell, RESOLUTION)
+                    inside = (j + 0.5 - x) ** 2 + (i + 0.5 - y) ** 2 <= GAZE_RADIUS**2
+                    hits += inside and value > threshold
+                    found += value > threshold
+                    looked_at += inside
+                assert precision[s, f, k].item() == pytest.approx(hits / found, rel=1e-5)
+                assert recall[s, f, k].item() == pytest.approx(hits / looked_at, rel=1e-5)
+
+
+def scored(attention: torch.Tensor, gaze: torch.Tensor, valid: torch.Tensor) -> dict[str, float]:
+    scores = GazeScores(CPU)
+    for b in range(len(attention)):  # batches of one: means are over all maps
+        scores.add(attention[b : b + 1], gaze[b : b + 1], valid[b : b + 1])
+    found = scores.result()
+    assert found is not None
+    return found
+
+
+def test_attention_at_the_gaze_beats_the_centre_and_the_centre_beats_noise() -> None:
+    torch.manual_seed(0)
+    gaze = (torch.randn(20, 2, 1, 2) / 6 + 0.5).clamp(0.05, 0.95).expand(20, 2, 8, 2).reshape(20, 16, 2)
+    valid = torch.ones(20, 16, dtype=torch.bool)
+    column = (torch.arange(7) + 0.5) / 7
+    x, y = gaze[:, ::8, 0], gaze[:, ::8, 1]
+    at_gaze = torch.exp(-((column - x[..., None])[:, :, None, :] ** 2 + (column - y[..., None])[..., None] ** 2) / 0.04)
+    found = scored(at_gaze, gaze, valid)
+    centre = GazeScores(CPU)
+    centre.add_centre(at_gaze.shape, gaze, valid, 1.0)
+    middle = centre.result()
+    noise = scored(torch.rand(20, 2, 7, 7), gaze, valid)
+    assert middle is not None and found["frames"] == middle["frames"] == 320 and found["maps"] == 40
+    for key in ("auc_judd", "nss", "f1"):
+        assert found[key] > middle[key] > noise[key]
+    assert found["auc_judd"] > 0.95 and abs(noise["nss"]) < 0.5
+    assert scored(torch.zeros(20, 2, 7, 7), gaze, valid)["nss"] == 0
+
+
+def test_gaze_outside_the_crop_or_absent_does_not_count() -> None:
+    torch.manual_seed(0)
+    attention, gaze = torch.rand(3, 2, 7, 7), torch.rand(3, 16, 2)
+    valid = torch.rand(3, 16) < 0.5
+    valid[0] = False
+    expected = scored(attention, gaze, valid)
+    spoiled = torch.where(valid[..., None], gaze, torch.nan)
+    assert scored(attention, spoiled, valid) == expected
+    spoiled[~valid] = torch.tensor([1.2, 0.5])
+    assert scored(attention, spoiled, torch.ones_like(valid)) == expected
+    nothing = GazeScores(CPU)
+    nothing.add(attention, gaze, torch.zeros_like(valid))
+    assert nothing.result() is None

@@ -1,0 +1,118 @@
+"""`evaluate` on screen: this result, and the published ones beside it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tune_ego.console import percent, print_table, say
+
+_WORST = 5
+
+
+class Published(NamedTuple):
+    model: str
+    micro: float
+    """Micro accuracy, %, on the test clips of EGTEA Gaze+."""
+    mean_class: float
+    """Mean class accuracy, %."""
+    source: str
+    split: str = "1"
+
+
+LU = "Lu, Liao, Li, ICCV Workshops 2019"
+PAPER = "Straminsky, Jacobo, Buemi, An efficient Action Detection from First Person Vision with Attention Model"
+
+PUBLISHED = (
+    Published("RGB, no attention (-o)", 62.51, 54.89, LU),
+    Published("flow, no attention (-o)", 57.86, 46.96, LU),
+    Published("fused, no attention (-o)", 67.56, 59.26, LU),
+    Published("RGB, no gaze loss (-v)", 62.66, 55.30, LU),
+    Published("flow, no gaze loss (-v)", 59.30, 49.70, LU),
+    Published("fused, no gaze loss (-v)", 67.70, 59.73, LU),
+    Published("RGB (-a)", 63.65, 56.34, LU),
+    Published("flow (-a)", 60.09, 50.99, LU),
+    Published("fused (-a)", 68.60, 60.54, LU),
+    Published("fused (-a)", 65.97, 57.02, LU, "mean of 1 to 3"),
+    Published("RGB, original rerun", 63.65, 56.34, PAPER),
+    Published("(1) RGB, mixed precision", 63.3, 55.0, PAPER),
+    Published("(2) + Ranger", 61.47, 51.13, PAPER),
+    Published("(3) + Ranger, 3 stacked blocks", 62.51, 53.66, PAPER),
+)
+
+
+def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) -> None:
+    """Print what `evaluation.json` holds; with the fusion curve and the published numbers where asked for."""
+    names: list[str] = [name for name in ("rgb", "flow", "fused") if name in result]
+    columns = {"micro": "micro_accuracy", "mean class": "mean_class_accuracy"}
+    columns |= {"verb": "verb_accuracy", "noun": "noun_accuracy"}
+    rows = [[name, *(percent(result[name][key]) for key in columns.values())] for name in names]
+    rows.append(["chance", percent(result["chance"]), percent(result["chance"]), "", ""])
+    title = f"Test of split {result['split']}: {result['clips']} clips, iteration {result['iteration']}, accuracy"
+    print_table(title, ["", *columns], rows)
+    _show_attention(result["attention"])
+    _show_weakest(result, names[-1])
+    if sweep:
+        _show_sweep(result)
+    if compare:
+        _show_published(result, names)
+
+
+def _show_attention(attention: dict[str, dict[str, Any] | None]) -> None:
+    scored = {name: scores for name, scores in attention.items() if scores is not None}
+    keys = ("auc_judd", "nss", "f1", "precision", "recall")
+    rows = [[name, *(f"{scores[key]:.3f}" for key in keys), f"{scores['frames']:,}"] for name, scores in scored.items()]
+    if rows:
+        columns = ["", "AUC (Judd)", "NSS", "F1", "precision", "recall", "frames"]
+        print_table("Attention against gaze; centre is a Gaussian that knows no image", columns, rows)
+
+
+def _show_weakest(result: dict[str, Any], name: str) -> None:
+    """The classes with the lowest recall and what they are mostly taken for."""
+    classes, confusion = result["classes"], result[name]["confusion"]
+    present = [index for index, recall in enumerate(result[name]["recall"]) if recall is not None]
+    rows = []
+    for index in sorted(present, key=lambda index: (result[name]["recall"][index], -classes[index]["clips"]))[:_WORST]:
+        wrong = [0 if other == index else count for other, count in enumerate(confusion[index])]
+        taken = wrong.index(max(wrong))
+        mostly = f"{classes[taken]['action']} ({wrong[taken]})" if wrong[taken] else "-"
+        clips = str(classes[index]["clips"])
+        rows.append([classes[index]["action"], clips, percent(result[name]["recall"][index]), mostly])
+    print_table(f"Weakest classes, {name}", ["action", "clips", "recall", "mostly taken for"], rows)
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    if "fusion_sweep" not in result:
+        say("No fusion to sweep: the checkpoint has one stream.")
+        return
+    best = max(point["mean_class_accuracy"] for point in result["fusion_sweep"])
+    rows = [
+        [
+            f"{point['rgb_weight']:.2f}",
+            percent(point["micro_accuracy"]),
+            percent(point["mean_class_accuracy"]),
+            "█" * round(40 * point["mean_class_accuracy"]) + (" best" if point["mean_class_accuracy"] == best else ""),
+        ]
+        for point in result["fusion_sweep"]
+    ]
+    title = "Fused accuracy by RGB's weight (chosen on test clips: not for reporting)"
+    print_table(title, ["RGB", "micro", "mean class", ""], rows)
+
+
+def _show_published(result: dict[str, Any], names: list[str]) -> None:
+    rows = [
+        [
+            f"this checkpoint, {name}",
+            str(result["split"]),
+            percent(result[name]["micro_accuracy"]),
+            percent(result[name]["mean_class_accuracy"]),
+            "measured now",
+        ]
+        for name in names
+    ]
+    rows += [
+        [entry.model, entry.split, f"{entry.micro:.2f} %", f"{entry.mean_class:.2f} %", f"published: {entry.source}"]
+        for entry in PUBLISHED
+    ]
+    print_table(
+        "Beside the published results on EGTEA Gaze+", ["model", "split", "micro", "mean class", "source"], rows
+    )

@@ -1,0 +1,118 @@
+"""How well attention agrees with gaze: AUC (Judd), NSS and F1.
+
+Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly. B batch, T frames of a window,
+T' slices of the map (each stands for T / T' frames), R = 64, S = B x T' maps, F frames of a map, P = R x R cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tune_ego.losses import gaze_target
+
+RESOLUTION = 64
+GAZE_RADIUS = 7.5
+"""Cells of 64 around the gaze point that count as looked at: where the Gaussian of 3.2 cells that is used for EGTEA
+(Lai et al., "In the Eye of Transformer", BMVC 2022) is over 0.001."""
+_THRESHOLDS = 50
+
+
+def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
+    """Area under the ROC curve of each map whose thresholds are the map's values at the gaze cells (Judd et al.,
+    MIT-CSAIL-TR-2012-001). Several gaze points in one cell count once; NaN for a map without any."""
+    order = torch.arange(cell_SF.shape[1], device=cell_SF.device)
+    same_SFF = (cell_SF[:, :, None] == cell_SF[:, None, :]) & valid_SF[:, None, :]
+    first_SF = valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
+    count_S1 = first_SF.sum(dim=1, keepdim=True)
+    value_SF = map_SP.gather(1, cell_SF).masked_fill(~first_SF, -torch.inf).sort(dim=1, descending=True).values
+    above_SF = (map_SP[:, None, :] >= value_SF[:, :, None]).sum(dim=2)
+    rank_SF = (order + 1).expand_as(cell_SF)
+    used_SF = rank_SF <= count_S1
+    hits_SF = torch.where(used_SF, rank_SF / count_S1, 1.0)
+    alarms_SF = torch.where(used_SF, (above_SF - rank_SF) / (map_SP.shape[1] - count_S1), 1.0)
+    hits, alarms = (F.pad(F.pad(points, (1, 0)), (0, 1), value=1.0) for points in (hits_SF, alarms_SF))
+    area_S = torch.trapezoid(hits, alarms, dim=1)
+    return torch.where(count_S1[:, 0] > 0, area_S, torch.nan)
+
+
+def nss(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
+    """Normalised scanpath saliency (Peters et al., Vision Research 2005): the mean of the map's values at the gaze
+    cells in its standard deviations from its mean; 0 for a map that is equal everywhere, NaN for one without gaze."""
+    deviation_S1 = map_SP.std(dim=1, keepdim=True, correction=0)
+    even_S1 = deviation_S1 <= 1e-6 * map_SP.abs().amax(dim=1, keepdim=True)
+    score_SP = (map_SP - map_SP.mean(dim=1, keepdim=True)) / torch.where(even_S1, 1.0, deviation_S1)
+    at_gaze_SF = torch.where(valid_SF & ~even_S1, score_SP.gather(1, cell_SF), 0.0)
+    return at_gaze_SF.sum(dim=1) / valid_SF.sum(dim=1)
+
+
+def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """(precision, recall) [S, F, thresholds] of the cells where the map, scaled to [0, 1], exceeds each threshold,
+    against the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]). Nothing found: precision 0."""
+    low, high = map_SP.amin(dim=1, keepdim=True), map_SP.amax(dim=1, keepdim=True)
+    scaled_SP = (map_SP - low) / (high - low).clamp(min=torch.finfo(map_SP.dtype).tiny)
+    found_SPK = (scaled_SP[:, :, None] > thresholds).to(map_SP.dtype)
+    centre = torch.arange(RESOLUTION, device=map_SP.device) + 0.5
+    x, y = (point_SF2 * RESOLUTION).unbind(dim=-1)
+    squared = (centre - y[..., None]).square()[..., :, None] + (centre - x[..., None]).square()[..., None, :]
+    gaze_SFP = (squared.flatten(2) <= GAZE_RADIUS**2).to(map_SP.dtype)
+    hits = gaze_SFP @ found_SPK
+    return hits / found_SPK.sum(dim=1)[:, None].clamp(min=1), hits / gaze_SFP.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+class GazeScores:
+    """Means over all windows that are added; gaze points outside the crop count as no gaze."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._auc, self._nss, self._maps, self._frames = (torch.zeros((), device=device).double() for _ in range(4))
+        self._thresholds = torch.linspace(0, 1, _THRESHOLDS + 1, device=device)[:-1]
+        self._precision, self._recall = (torch.zeros(_THRESHOLDS, device=device).double() for _ in range(2))
+
+    def add(self, attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor) -> None:
+        """Add maps [B, T', H, W] with the gaze of their windows, x and y in [0, 1] of the crop."""
+        slices = attention_BTHW.shape[1]
+        enlarged = F.interpolate(attention_BTHW.float(), (RESOLUTION, RESOLUTION), mode="bilinear")
+        map_SP = enlarged.flatten(2).flatten(0, 1)
+        inside_BT = valid_BT & (gaze_BT2 >= 0).all(dim=2) & (gaze_BT2 < 1).all(dim=2)
+        point_SF2 = torch.where(inside_BT[..., None], gaze_BT2, 0.0).unflatten(1, (slices, -1)).flatten(0, 1)
+        valid_SF = inside_BT.unflatten(1, (slices, -1)).flatten(0, 1)
+        cell_SF2 = (point_SF2 * RESOLUTION).long()
+        cell_SF = cell_SF2[..., 1] * RESOLUTION + cell_SF2[..., 0]
+        self._auc += auc_judd(map_SP, cell_SF, valid_SF).nansum()
+        self._nss += nss(map_SP, cell_SF, valid_SF).nansum()
+        self._maps += valid_SF.any(dim=1).sum()
+        precision, recall = overlaps(map_SP, point_SF2, self._thresholds)
+        self._precision += precision[valid_SF].sum(dim=0)
+        self._recall += recall[valid_SF].sum(dim=0)
+        self._frames += valid_SF.sum()
+
+    def add_centre(self, shape: torch.Size, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> None:
+        """Add a Gaussian in the middle of the crop instead: what knows no image at all reaches so much."""
+        batch, slices, height, width = shape
+        middle = torch.full((batch, slices, 2), 0.5, device=gaze_BT2.device)
+        # Cell centres lie half a cell off the grid on which the loss puts its target.
+        middle -= 0.5 / torch.tensor([width, height], device=middle.device)
+        seen = torch.ones(batch, slices, dtype=torch.bool, device=middle.device)
+        self.add(gaze_target(middle, seen, (slices, height, width), sigma)[0], gaze_BT2, valid_BT)
+
+    def result(self) -> dict[str, Any] | None:
+        """`auc_judd` and `nss`, means over maps; `f1` with its `precision`, `recall` (means over frames) and
+        `threshold`, the best of 50 in [0, 1); `maps` and `frames` with gaze. None where there was no gaze."""
+        if not self._frames:
+            return None
+        precision, recall = self._precision / self._frames, self._recall / self._frames
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        best = int(f1.argmax())
+        return {
+            "auc_judd": (self._auc / self._maps).item(),
+            "nss": (self._nss / self._maps).item(),
+            "f1": f1[best].item(),
+            "precision": precision[best].item(),
+            "recall": recall[best].item(),
+            "threshold": self._thresholds[best].item(),
+            "maps": int(self._maps),
+            "frames": int(self._frames),
+        }
