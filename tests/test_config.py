@@ -41,6 +41,7 @@ def test_another_optimizer_starts_with_its_own_defaults() -> None:
         ("optimizer: {name: ranger, momentum: 0.9}", ["optimizer.momentum", "does not belong"]),
         ("train: {batch_size: 7, accumulate: 2}", ["train.batch_size = 7", "multiple"]),
         ("compute: {gpus_per_worker: many}", ["compute.gpus_per_worker", "'many'"]),
+        ("train: {iterations: 50}\nschedule: {warmup: 50}", ["schedule.warmup = 50", "train.iterations = 50"]),
         ("train: {iterations: 0}", ["train.iterations", "greater than or equal to 1"]),
         ("- 1", ["config.yaml", "keys and values"]),
         ("seed: 1\nseed: 2", ["config.yaml", "'seed' given twice"]),

@@ -1,0 +1,117 @@
+"""The test protocol on a checkpoint, and what is printed of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import literal
+from tests.conftest import tiny_config
+from tune_ego.checkpoint import Origin, to_bytes
+from tune_ego.dataset.shards import open_shards
+from tune_ego.evaluate import evaluate
+from tune_ego.evaluation_tables import PUBLISHED, show
+from tune_ego.experiment import collapsed_rate
+from tune_ego.feed.windows import WindowReader, centre_window, dense_starts
+from tune_ego.launch import check_run, with_found_weights
+from tune_ego.train import Trainer
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(folder: Path, shards: str, **changes: object) -> Trainer:
+    """An untrained model as a run's checkpoint; its attention does not die and its BatchNorm is not the identity."""
+    data = open_shards(shards)
+    trainer = Trainer(tiny_config(**changes), Origin(data.actions, data.image_size, "dis"), CPU)
+    torch.manual_seed(1)
+    for name, value in trainer.model.state_dict().items():
+        if name.endswith(("bn.bias", "running_mean")):
+            value.copy_(torch.randn_like(value) / 5)
+        if name.endswith("attention_pred.conv3d.weight"):
+            value.abs_()
+    file = folder / "run" / "iteration-000000" / "checkpoint.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(to_bytes(trainer.checkpoint()))
+    return trainer
+
+
+def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Window by window: softmax, mean over a clip's windows, weighted mean over the streams, accuracies by hand."""
+    trainer = checkpoint(tmp_path, shards, model__stam_depth=2)
+    result = evaluate(str(tmp_path / "run"), shards, 2, fusion_weight=0.3)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == result
+    data = open_shards(shards)
+    clips = data.test(2)
+    reader = WindowReader(clips, ("rgb", "flow"), data.image_size, 32)
+    predicted: dict[str, list[int]] = {"rgb": [], "flow": [], "fused": []}
+    for index, clip in enumerate(clips):
+        scores: dict[str, list[torch.Tensor]] = {"rgb": [], "flow": []}
+        for start in dense_starts(clip.frames):
+            sample = reader.read(centre_window(index, start, data.image_size, 32))
+            for name, seen in scores.items():
+                image = torch.from_numpy(sample[name].copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+                logits, _ = literal.stream(trainer.model[name].state_dict(), image, depth=2)
+                seen.append(logits[0].double().softmax(dim=0))
+        mean = {name: torch.stack(seen).mean(dim=0) for name, seen in scores.items()}
+        mean["fused"] = 0.3 * mean["rgb"] + 0.7 * mean["flow"]
+        for name, score in mean.items():
+            predicted[name].append(int(score.argmax()))
+    true = [clip.label for clip in clips]
+    rows = {row["action"]: row for row in data.table.to_pylist()}
+    for name, labels in predicted.items():
+        found = result[name]
+        assert found["micro_accuracy"] == pytest.approx(sum(p == t for p, t in zip(labels, true)) / len(true))
+        assert found["mean_class_accuracy"] == pytest.approx(literal.mean_class_accuracy(labels, true))
+        verbs = [rows[p]["verb"] == rows[t]["verb"] for p, t in zip(labels, true)]
+        nouns = [rows[p]["nouns"][0] == rows[t]["nouns"][0] for p, t in zip(labels, true)]
+        assert found["verb_accuracy"] == pytest.approx(sum(verbs) / len(true))
+        assert found["noun_accuracy"] == pytest.approx(sum(nouns) / len(true))
+        for p, t in zip(labels, true):
+            assert found["confusion"][t][p] == sum(pair == (p, t) for pair in zip(labels, true))
+    assert [entry["clips"] for entry in result["classes"]] == [true.count(label) for label in range(4)]
+    assert result["fusion_sweep"][6]["mean_class_accuracy"] == result["fused"]["mean_class_accuracy"]
+    assert {"rgb", "flow", "centre"} == result["attention"].keys()
+    assert all(0 <= scores["auc_judd"] <= 1 and scores["frames"] > 0 for scores in result["attention"].values())
+
+    capsys.readouterr()
+    show(result, sweep=True, compare=True)
+    printed = capsys.readouterr().out
+    assert "this checkpoint, fused" in printed and "Weakest classes, fused" in printed and "AUC (Judd)" in printed
+    assert printed.count("published: ") == len(PUBLISHED) and "60.54 %" in printed and "best" in printed
+
+
+def test_one_stream_without_attention(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(tmp_path, shards, model__stam_depth=0, streams="rgb")
+    result = evaluate(str(tmp_path / "run"), shards, 2)
+    assert result["attention"] == {} and "fusion_sweep" not in result and "fused" not in result
+    show(result, sweep=True)
+    assert "No fusion to sweep" in capsys.readouterr().out
+
+
+def test_from_a_stage_without_attention_to_one_with_it(tmp_path: Path, shards: str) -> None:
+    """Lu's "-o" and "-a": the next stage starts from the run's folder, with fresh attention."""
+    first = checkpoint(tmp_path, shards, model__stam_depth=0)
+    run = str(tmp_path / "run")
+    config = with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run))
+    assert config.init_from.flow == f"{run}/iteration-000000/checkpoint.pt"
+    check_run(config, shards)
+    second = Trainer(config, first.origin, CPU)
+    state = first.model.state_dict()
+    for name, value in second.model.state_dict().items():
+        assert "attention_" in name or torch.equal(value, state[name]), name
+
+
+def test_a_collapsed_learning_rate_is_told() -> None:
+    config = tiny_config(optimizer__lr=1e-3, train__iterations=3000)
+
+    def line(iteration: int, flow: float) -> dict[str, float]:
+        return {"iteration": iteration, "learning_rate_rgb": 1e-3, "learning_rate_flow": flow}
+
+    told = collapsed_rate(config, [line(60, 1e-3), line(120, 3e-8), line(130, 1e-8)])
+    assert told == "the learning rate of the flow stream fell from 0.001 to 3e-08 by iteration 120 of 3000"
+    assert not collapsed_rate(config, [line(120, 1.1e-6), line(1500, 3e-8)])
+    warming = tiny_config(optimizer__lr=1e-3, train__iterations=3000, schedule__warmup=1200)
+    assert not collapsed_rate(warming, [line(1, 1e-3 / 1200)])
