@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -191,13 +190,13 @@ def mean_class_accuracy(predicted: list[int], true: list[int]) -> float:
 
 
 def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
-    """Every value of the map at a gaze cell is a threshold; the area by trapezoids from (0, 0) to (1, 1)."""
-    cells = sorted(set(cells))
-    values = sorted((map_HW[i, j].item() for i, j in cells), reverse=True)
-    others = map_HW.numel() - len(cells)
-    points = [(0.0, 0.0)]
-    for rank, threshold in enumerate(values, start=1):
-        above = int((map_HW >= threshold).sum())
-        points.append(((above - rank) / others, rank / len(cells)))
-    points.append((1.0, 1.0))
-    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points))
+    """The share of pairs of a gaze cell and another cell in which the map is higher at the gaze; ties are halves."""
+    looked_at = sorted(set(cells))
+    won = []
+    for i, j in looked_at:
+        for k in range(map_HW.shape[0]):
+            for m in range(map_HW.shape[1]):
+                if (k, m) not in looked_at:
+                    here, there = map_HW[i, j].item(), map_HW[k, m].item()
+                    won.append(1.0 if here > there else 0.5 if here == there else 0.0)
+    return sum(won) / len(won)

@@ -87,7 +87,8 @@ def test_attention_at_the_gaze_beats_the_centre_and_the_centre_beats_noise() -> 
     for key in ("auc_judd", "nss", "f1"):
         assert found[key] > middle[key] > noise[key]
     assert found["auc_judd"] > 0.95 and abs(noise["nss"]) < 0.5
-    assert scored(torch.zeros(20, 2, 7, 7), gaze, valid)["nss"] == 0
+    even = scored(torch.full((20, 2, 7, 7), 0.25), gaze, valid)
+    assert (even["nss"], even["auc_judd"]) == (0, 0.5)
 
 
 def test_gaze_outside_the_crop_or_absent_does_not_count() -> None:

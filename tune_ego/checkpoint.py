@@ -58,8 +58,10 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
     if storage.exists(storage.join(uri, CHECKPOINT_FILE)):
         uri = storage.join(uri, CHECKPOINT_FILE)
     content = load_tensors(uri)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-        raise UserError(f"{uri}: not a checkpoint of tune_ego (format {FORMAT})")
+    if not isinstance(content, dict) or "format" not in content or "model" not in content:
+        raise UserError(f"{uri}: not a checkpoint of tune_ego")
+    if content["format"] != FORMAT:
+        raise UserError(f"{uri}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
     return content
 
 

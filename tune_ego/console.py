@@ -24,9 +24,9 @@ def heading(text: str) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns without names print no header row; cells that read as numbers are set to the right."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=any(columns), box=None, pad_edge=False
-    )
+    if title:  # not the table's own, which wraps at the table's width
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+    table = Table(show_header=any(columns), box=None, pad_edge=False)
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -84,13 +84,13 @@ def _show_sweep(result: dict[str, Any]) -> None:
     if "fusion_sweep" not in result:
         say("No fusion to sweep: the checkpoint has one stream.")
         return
-    best = max(point["mean_class_accuracy"] for point in result["fusion_sweep"])
+    best = max(result["fusion_sweep"], key=lambda point: point["mean_class_accuracy"])
     rows = [
         [
             f"{point['rgb_weight']:.2f}",
             percent(point["micro_accuracy"]),
             percent(point["mean_class_accuracy"]),
-            "█" * round(40 * point["mean_class_accuracy"]) + (" best" if point["mean_class_accuracy"] == best else ""),
+            "█" * round(40 * point["mean_class_accuracy"]) + (" best" if point is best else ""),
         ]
         for point in result["fusion_sweep"]
     ]

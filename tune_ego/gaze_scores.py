@@ -22,21 +22,23 @@ _THRESHOLDS = 50
 
 
 def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """Area under the ROC curve of each map whose thresholds are the map's values at the gaze cells (Judd et al.,
-    MIT-CSAIL-TR-2012-001). Several gaze points in one cell count once; NaN for a map without any."""
+    """Area under the ROC curve of each map: its values at the gaze cells against those at all others (Judd et al.,
+    MIT-CSAIL-TR-2012-001). Several gaze points in one cell count once; equal values count half, as the noise that
+    is usually added against ties comes to, so an even map scores 0.5. NaN for a map without gaze."""
     order = torch.arange(cell_SF.shape[1], device=cell_SF.device)
     same_SFF = (cell_SF[:, :, None] == cell_SF[:, None, :]) & valid_SF[:, None, :]
-    first_SF = valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
-    count_S1 = first_SF.sum(dim=1, keepdim=True)
-    value_SF = map_SP.gather(1, cell_SF).masked_fill(~first_SF, -torch.inf).sort(dim=1, descending=True).values
-    above_SF = (map_SP[:, None, :] >= value_SF[:, :, None]).sum(dim=2)
-    rank_SF = (order + 1).expand_as(cell_SF)
-    used_SF = rank_SF <= count_S1
-    hits_SF = torch.where(used_SF, rank_SF / count_S1, 1.0)
-    alarms_SF = torch.where(used_SF, (above_SF - rank_SF) / (map_SP.shape[1] - count_S1), 1.0)
-    hits, alarms = (F.pad(F.pad(points, (1, 0)), (0, 1), value=1.0) for points in (hits_SF, alarms_SF))
-    area_S = torch.trapezoid(hits, alarms, dim=1)
-    return torch.where(count_S1[:, 0] > 0, area_S, torch.nan)
+    gaze_SF = valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
+    value_SF = map_SP.gather(1, cell_SF)
+
+    def outdone(others: Tensor, counts: Tensor) -> Tensor:
+        """How many of `others` [S, n] lie below each gaze cell's value, equal ones as halves."""
+        below = (others[:, None, :] < value_SF[:, :, None]).double() + (others[:, None, :] <= value_SF[:, :, None])
+        return (below * counts[:, None, :]).sum(dim=2) / 2
+
+    wins_SF = outdone(map_SP, torch.ones_like(map_SP)) - outdone(value_SF, gaze_SF)
+    gaze_S = gaze_SF.sum(dim=1)
+    share_S = torch.where(gaze_SF, wins_SF, 0.0).sum(dim=1) / (gaze_S * (map_SP.shape[1] - gaze_S))
+    return torch.where(gaze_S > 0, share_S, torch.nan)
 
 
 def nss(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
