@@ -75,7 +75,7 @@ def test_attention_at_the_gaze_beats_the_centre_and_the_centre_beats_noise() -> 
     torch.manual_seed(0)
     gaze = (torch.randn(20, 2, 1, 2) / 6 + 0.5).clamp(0.05, 0.95).expand(20, 2, 8, 2).reshape(20, 16, 2)
     valid = torch.ones(20, 16, dtype=torch.bool)
-    column = (torch.arange(7) + 0.5) / 7
+    column = torch.arange(7) / 7  # where the gaze loss puts its target
     x, y = gaze[:, ::8, 0], gaze[:, ::8, 1]
     at_gaze = torch.exp(-((column - x[..., None])[:, :, None, :] ** 2 + (column - y[..., None])[..., None] ** 2) / 0.04)
     found = scored(at_gaze, gaze, valid)

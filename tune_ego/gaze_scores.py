@@ -1,7 +1,10 @@
 """How well attention agrees with gaze: AUC (Judd), NSS and F1.
 
-Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly. B batch, T frames of a window,
-T' slices of the map (each stands for T / T' frames), R = 64, S = B x T' maps, F frames of a map, P = R x R cells.
+Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly, on the grid that the gaze loss
+teaches: cell j of W stands for x = j / W there, so gaze moves by half a cell to meet the cells' centres.
+
+B batch, T frames of a window, T' slices of the map (each stands for T / T' frames), R = 64, S = B x T' maps, F frames
+of a map, P = R x R cells.
 """
 
 from __future__ import annotations
@@ -75,11 +78,13 @@ class GazeScores:
 
     def add(self, attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor) -> None:
         """Add maps [B, T', H, W] with the gaze of their windows, x and y in [0, 1] of the crop."""
-        slices = attention_BTHW.shape[1]
+        slices, height, width = attention_BTHW.shape[1:]
         enlarged = F.interpolate(attention_BTHW.float(), (RESOLUTION, RESOLUTION), mode="bilinear")
         map_SP = enlarged.flatten(2).flatten(0, 1)
         inside_BT = valid_BT & (gaze_BT2 >= 0).all(dim=2) & (gaze_BT2 < 1).all(dim=2)
-        point_SF2 = torch.where(inside_BT[..., None], gaze_BT2, 0.0).unflatten(1, (slices, -1)).flatten(0, 1)
+        half_a_cell = 0.5 / torch.tensor([width, height], device=gaze_BT2.device)
+        point_BT2 = torch.where(inside_BT[..., None], gaze_BT2 + half_a_cell, 0.0).clamp(max=1 - 0.5 / RESOLUTION)
+        point_SF2 = point_BT2.unflatten(1, (slices, -1)).flatten(0, 1)
         valid_SF = inside_BT.unflatten(1, (slices, -1)).flatten(0, 1)
         cell_SF2 = (point_SF2 * RESOLUTION).long()
         cell_SF = cell_SF2[..., 1] * RESOLUTION + cell_SF2[..., 0]
@@ -95,8 +100,6 @@ class GazeScores:
         """Add a Gaussian in the middle of the crop instead: what knows no image at all reaches so much."""
         batch, slices, height, width = shape
         middle = torch.full((batch, slices, 2), 0.5, device=gaze_BT2.device)
-        # Cell centres lie half a cell off the grid on which the loss puts its target.
-        middle -= 0.5 / torch.tensor([width, height], device=middle.device)
         seen = torch.ones(batch, slices, dtype=torch.bool, device=middle.device)
         self.add(gaze_target(middle, seen, (slices, height, width), sigma)[0], gaze_BT2, valid_BT)
 
