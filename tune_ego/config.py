@@ -134,7 +134,8 @@ class TrainConfig(_Node):
     accumulate: int = Field(1, ge=1)
     """Forward-backward passes per iteration; each worker's share of the batch is cut into so many."""
     precision: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """Mixed precision. auto: bf16 where the GPU has it, else fp16 with loss scaling; off on a CPU."""
+    """Mixed precision. auto: bf16 where the GPU has it, else fp16 with loss scaling; off on a CPU, where 16 bits are
+    slow and bf16 is not to be trusted: torch 2.15's weight gradients of some 3x3x3 convolutions were wrong there."""
     validate_every: int = Field(100, ge=1)
     """Iterations between validations (and checkpoints); the last iteration always validates."""
     validation_windows: int = Field(1, ge=1)
