@@ -56,8 +56,8 @@ def assemble(shared: Path, out: Path, every: int = 1) -> list[str]:
         lines = [line for line in (source / name).read_text().splitlines() if line.split()[0] in kept]
         (annotations / name).write_text("\n".join(lines) + "\n")
     (out / "gaze_data" / "gaze_data").mkdir(parents=True)
-    for path in sessions.values():
-        shutil.copy(path, out / "gaze_data" / "gaze_data")
+    for file in sessions.values():
+        shutil.copy(file.uri, out / "gaze_data" / "gaze_data")
     images = frames(shared / "video")
     for clip in clips:
         count = clip.last_frame - clip.first_frame

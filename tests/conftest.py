@@ -11,7 +11,7 @@ import torch
 
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
-from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shards(egtea: Path, ray_cluster: None) -> str:
     out = egtea.parent / "shards"
-    prepare(str(egtea), str(out), image_size=(48, 36))
+    prepare(str(egtea), str(out), Settings((48, 36)))
     return str(out)
 
 

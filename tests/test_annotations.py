@@ -81,10 +81,10 @@ def test_flat_and_nested_layouts_are_found(egtea: Path, tmp_path: Path) -> None:
     nested = find_clips(egtea)
     (tmp_path / "cropped_clips").mkdir()
     (tmp_path / "gaze_data").mkdir()
-    for path in nested.values():
-        (tmp_path / "cropped_clips" / path.name).write_bytes(b"")
-    for path in find_gaze(egtea).values():
-        (tmp_path / "gaze_data" / path.name).write_bytes(b"")
+    for name in nested:
+        (tmp_path / "cropped_clips" / f"{name}.MP4").write_bytes(b"")
+    for name in find_gaze(egtea):
+        (tmp_path / "gaze_data" / f"{name}.txt").write_bytes(b"")
     assert find_clips(tmp_path).keys() == nested.keys()
     assert find_gaze(tmp_path).keys() == find_gaze(egtea).keys()
 

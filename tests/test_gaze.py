@@ -63,7 +63,7 @@ def assert_same(gaze: Gaze, expected: dict[int, tuple[float, float] | None]) -> 
 
 
 def test_both_layouts_equal_a_literal_reader(egtea: Path) -> None:
-    files = list(find_gaze(egtea).values())
+    files = [Path(file.uri) for file in find_gaze(egtea).values()]
     assert {"B POR" in file.read_text() for file in files} == {True, False}
     for file in files:
         gaze = read_gaze(file)

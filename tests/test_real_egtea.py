@@ -12,7 +12,7 @@ from tests.conftest import tiny_config
 from tests.test_search import write_space
 from tune_ego.config import load_config, override_config
 from tune_ego.dataset.gaze import Gaze, read_gaze
-from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.shards import open_shards
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import read_metrics
@@ -25,8 +25,8 @@ from tune_ego.tune import start_search
 @pytest.mark.slow
 def test_real_annotations_from_clips_to_test_result(shared: Path, tmp_path: Path, ray_cluster: None) -> None:
     names = assemble(shared, tmp_path / "egtea", every=4)
-    info = prepare(str(tmp_path / "egtea"), str(tmp_path / "shards"), image_size=(48, 36))
-    assert (info["clips"], info["left_out"], len(info["actions"])) == (len(names), [], 106)
+    info = prepare(str(tmp_path / "egtea"), str(tmp_path / "shards"), Settings((48, 36)))
+    assert (info["clips"], info["problems"], len(info["actions"])) == (len(names), [], 106)
 
     data = open_shards(str(tmp_path / "shards"))
     sessions: dict[str, Gaze] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -29,6 +30,13 @@ Set = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+
+class FlowChoice(str, enum.Enum):
+    dis = "dis"
+    tvl1 = "tvl1"
+    farneback = "farneback"
+    raft = "raft"
 
 
 def main() -> None:
@@ -120,26 +128,66 @@ def synthesize(
 
 @app.command()
 def prepare(
-    egtea: Annotated[str, typer.Argument(help="Folder with cropped_clips/, action_annotation/ and gaze_data/.")],
-    shards: Annotated[str, typer.Argument(help="Folder or URI for the shards.")],
+    egtea: Annotated[str, typer.Argument(help="Folder or URI with cropped_clips/, action_annotation/ and gaze_data/.")],
+    shards: Annotated[
+        Optional[str], typer.Argument(help="Folder or URI for the shards; not needed with --check.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read everything, write nothing, say what is there, missing and odd.")
+    ] = False,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
+    flow: Annotated[
+        FlowChoice, typer.Option(help="Optical flow; tvl1 is what was published, dis 20 times as fast.")
+    ] = FlowChoice.dis,
+    flow_weights: Annotated[
+        Optional[str], typer.Option("--flow-weights", help="State dict of torchvision's RAFT, for --flow raft.")
+    ] = None,
     frame_offset: Annotated[
         int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")
     ] = 0,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Go on where over 5 % of the clips cannot be used.")
     ] = False,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Shards made at a time; else one a CPU.")] = None,
     address: Address = None,
 ) -> None:
-    """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, DIS optical flow, gaze per frame, labels.
+    """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, optical flow, gaze per frame, labels.
 
     Reads the EGTEA folder, writes SHARDS; killed and started again it goes on. All of EGTEA takes about 20 GB and,
-    on two CPU cores at 320 x 240, several hours.
+    on two CPU cores at 320 x 240 with DIS flow, several hours: --check says how many.
     """
-    from tune_ego.dataset.prepare import prepare as run
+    from tune_ego.dataset.prepare import Settings
 
-    size = _parse_size(image_size)
-    run(egtea, shards, image_size=size, frame_offset=frame_offset, allow_missing=allow_missing, address=address)
+    settings = Settings(_parse_size(image_size), flow.value, flow_weights, frame_offset)
+    if check:
+        from tune_ego.dataset.check import check as run_check
+
+        run_check(egtea, settings, shards)
+    elif shards is None:
+        raise UserError("prepare EGTEA SHARDS: say where the shards go, or --check")
+    else:
+        from tune_ego.dataset.prepare import prepare as run
+
+        run(egtea, shards, settings, allow_missing=allow_missing, jobs=jobs, address=address)
+
+
+@app.command()
+def inspect(
+    shards: Annotated[str, typer.Argument(help="Folder or URI of the shards that `prepare` wrote.")],
+    clip: Annotated[Optional[str], typer.Argument(help="A clip, to draw it; else counts are printed.")] = None,
+    out: Annotated[Optional[str], typer.Option("--out", help="PNG to write; else CLIP.png here.")] = None,
+) -> None:
+    """Show what is in shards: counts per split, fold, class and session, or one clip as a picture.
+
+    Reads the shards. With CLIP, writes a PNG of frames with the gaze point, the flow as colour, and the gaze target
+    that the attention is trained towards. Takes a second.
+    """
+    from tune_ego.dataset.inspection import draw_clip, show_counts
+
+    if clip is None:
+        show_counts(shards)
+    else:
+        draw_clip(shards, clip, out or f"{clip}.png")
 
 
 @app.command()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +14,9 @@ from rich.table import Table
 
 _WIDTH = None if sys.stdout.isatty() else 140  # of a file or pipe
 console = Console(highlight=False, width=_WIDTH)
+
+_SPEED_OVER = 600  # seconds: clips are done by the shard
+_LINE_EVERY = 60  # seconds
 
 
 def say(text: str) -> None:
@@ -44,8 +49,11 @@ def percent(fraction: float | None) -> str:
 
 
 @contextmanager
-def clip_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with clips done, clips/s and time left; the body calls what it gets with the clips just done."""
+def clip_progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Clips done, clips/s and time left: a bar, or a line now and then where there is no terminal.
+
+    The body calls what it gets with the number of clips just done; `done` were done before.
+    """
     columns = (
         TextColumn("clips"),
         BarColumn(),
@@ -54,12 +62,19 @@ def clip_progress(total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("clips", total=total, speed="")
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER) as progress:
+        task = progress.add_task("clips", total=total, completed=done, speed="")
+        last_line = time.monotonic()
 
         def advance(count: int) -> None:
+            nonlocal last_line
             progress.advance(task, count)
-            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
-            progress.update(task, speed=f"{speed:.1f} clips/s" if speed else "")
+            state = progress.tasks[0]
+            speed = f"{state.speed:.1f} clips/s" if state.speed else ""
+            progress.update(task, speed=speed)
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY and state.time_remaining:
+                last_line = time.monotonic()
+                left = timedelta(seconds=round(state.time_remaining))
+                say(f"{int(state.completed):,} of {total:,} clips, {speed}, {left} left")
 
         yield advance

@@ -12,7 +12,7 @@ from tune_ego import export, storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import load_config, override_config
 from tune_ego.console import heading, percent, print_table
-from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
@@ -51,7 +51,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
         synthesize(egtea, clips=CLIPS, seconds=1.2, size=(128, 96), seed=seed)
     with ray_session():
         with step("prepare", "prepare: frames, optical flow and gaze into Parquet shards"):
-            prepare(egtea, shards, image_size=IMAGE_SIZE)
+            prepare(egtea, shards, Settings(IMAGE_SIZE))
         with step("tune", "tune: SGD and Ranger, STAM of depth 1 and 2, with ASHA"):
             search = start_search("demo", shards, str(root / "search"), {}, seed, None, None)
         with step("export", "export: the best configuration"):

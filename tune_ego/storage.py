@@ -6,18 +6,29 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from tune_ego.errors import UserError
 
+_PARTIAL = ".partial"
+
+
+class SourceFile(NamedTuple):
+    uri: str
+    bytes: int
+
+
+def is_local(uri: str | Path) -> bool:
+    return "://" not in str(uri)
+
 
 def absolute(uri: str | Path) -> str:
     """The same place, independent of the working directory; URIs are returned without a trailing slash."""
     text = str(uri)
-    if "://" in text:
+    if not is_local(text):
         return text.rstrip("/")
     return str(Path(text).expanduser().resolve())
 
@@ -59,10 +70,22 @@ def list_names(uri: str | Path) -> list[str]:
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
-def read_bytes(uri: str | Path) -> bytes:
+def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
+    """Every file below a folder whose name ends in `suffix`, in any case, sorted; an absent folder has none."""
+    filesystem, path = resolve(uri)
+    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    files = [info for info in found if info.is_file and info.base_name.lower().endswith(suffix)]
+    return [
+        SourceFile(join(absolute(uri), os.path.relpath(info.path, path)), info.size)
+        for info in sorted(files, key=lambda info: info.path)
+    ]
+
+
+def read_bytes(uri: str | Path, size: int | None = None) -> bytes:
+    """A whole file, or its first `size` bytes."""
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+        return bytes(stream.read(size))
 
 
 def read_text(uri: str | Path) -> str:
@@ -70,19 +93,32 @@ def read_text(uri: str | Path) -> str:
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Write a whole file so that no reader ever sees half of it."""
+    """Write a whole file so that no reader ever sees half of it; raises `UserError` where it cannot be."""
+    try:
+        _write_bytes(uri, data)
+    except OSError as error:
+        raise UserError(f"{uri}: cannot be written ({error})") from error
+
+
+def _write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         with filesystem.open_output_stream(path) as stream:  # an object appears only when it is complete
             stream.write(data)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+    partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
         Path(partial).write_bytes(data)
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Delete what writers left below a folder that were killed while they wrote."""
+    for file in find_files(folder, _PARTIAL):
+        remove(file.uri)
 
 
 def write_text(uri: str | Path, text: str) -> None:

@@ -4,7 +4,7 @@
     EGTEA/action_annotation/{train,test}_split{1,2,3}.txt, {action,verb,noun}_idx.txt
     EGTEA/gaze_data/gaze_data/<session>.txt           or gaze_data/<session>.txt
 
-Ids are EGTEA's own here: they count from 1.
+EGTEA is a path or URI. Ids are EGTEA's own here: they count from 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tune_ego import storage
 from tune_ego.errors import UserError
+from tune_ego.storage import SourceFile
 
 SPLITS = (1, 2, 3)
 FOLDS = 10
@@ -64,7 +66,7 @@ class SplitLine(NamedTuple):
 def read_split(path: str | Path) -> list[SplitLine]:
     """The clips of one split file: `ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]` a line."""
     lines = []
-    for number, text in enumerate(_read_lines(Path(path)), start=1):
+    for number, text in enumerate(_read_lines(path), start=1):
         fields = text.split()
         if not fields:
             continue
@@ -80,7 +82,7 @@ def read_split(path: str | Path) -> list[SplitLine]:
 def read_index(path: str | Path) -> list[str]:
     """Names of an `*_idx.txt` file in the order of their ids (1, 2, ...); names may hold spaces and slashes."""
     names: dict[int, str] = {}
-    for number, text in enumerate(_read_lines(Path(path)), start=1):
+    for number, text in enumerate(_read_lines(path), start=1):
         if text.strip():
             name, _, identifier = text.strip().rpartition(" ")
             if not name or not identifier.isdecimal() or int(identifier) in names:
@@ -91,9 +93,9 @@ def read_index(path: str | Path) -> list[str]:
     return [names[identifier] for identifier in sorted(names)]
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: str | Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return storage.read_bytes(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
@@ -125,18 +127,19 @@ def read_annotations(egtea: str | Path) -> Annotations:
 
     Raises `UserError` where files are absent or contradict each other.
     """
-    folder = Path(egtea) / "action_annotation"
+    folder = storage.join(egtea, "action_annotation")
     files = [f"{role}_split{split}.txt" for split in SPLITS for role in ("train", "test")]
     needed = [*files, "action_idx.txt", "verb_idx.txt", "noun_idx.txt"]
-    absent = [name for name in needed if not (folder / name).is_file()]
+    present = storage.list_names(folder)
+    absent = [name for name in needed if name not in present]
     if absent:
         raise UserError(f"{folder}: EGTEA's annotations are not here: no {', '.join(absent)}")
-    names = {kind: read_index(folder / f"{kind}_idx.txt") for kind in ("action", "verb", "noun")}
+    names = {kind: read_index(storage.join(folder, f"{kind}_idx.txt")) for kind in ("action", "verb", "noun")}
     lines: dict[str, SplitLine] = {}
     roles: dict[str, dict[int, str]] = {}
     for split in SPLITS:
         for role in ("train", "test"):
-            path = folder / f"{role}_split{split}.txt"
+            path = storage.join(folder, f"{role}_split{split}.txt")
             for line in read_split(path):
                 _check_line(line, lines, names, path)
                 lines[line.clip] = line
@@ -154,7 +157,7 @@ def read_annotations(egtea: str | Path) -> Annotations:
     return Annotations(names["action"], names["verb"], names["noun"], clips)
 
 
-def _check_line(line: SplitLine, seen: dict[str, SplitLine], names: dict[str, list[str]], path: Path) -> None:
+def _check_line(line: SplitLine, seen: dict[str, SplitLine], names: dict[str, list[str]], path: str) -> None:
     if seen.setdefault(line.clip, line) != line:
         raise UserError(f"{path}: {line.clip} has other labels here than in another split file")
     for kind, identifiers in (("action", (line.action,)), ("verb", (line.verb,)), ("noun", line.nouns)):
@@ -188,11 +191,15 @@ def session_folds(sessions: list[str]) -> list[int]:
     return [fold_of[session] for session in sessions]
 
 
-def find_clips(egtea: str | Path) -> dict[str, Path]:
-    """Every mp4 under `cropped_clips`, nested or flat, by clip name."""
-    return {path.stem: path for path in sorted((Path(egtea) / "cropped_clips").rglob("*.mp4"))}
+def find_clips(egtea: str | Path) -> dict[str, SourceFile]:
+    """Every mp4 under `cropped_clips`, nested or flat, by clip name; of two of a name, the first path."""
+    return _by_name(storage.find_files(storage.join(egtea, "cropped_clips"), ".mp4"))
 
 
-def find_gaze(egtea: str | Path) -> dict[str, Path]:
-    """Every gaze file under `gaze_data`, nested or flat, by session."""
-    return {path.stem: path for path in sorted((Path(egtea) / "gaze_data").rglob("*.txt"))}
+def find_gaze(egtea: str | Path) -> dict[str, SourceFile]:
+    """Every gaze file under `gaze_data`, nested or flat, by session; of two of a name, the first path."""
+    return _by_name(storage.find_files(storage.join(egtea, "gaze_data"), ".txt"))
+
+
+def _by_name(files: list[SourceFile]) -> dict[str, SourceFile]:
+    return {Path(file.uri).stem: file for file in reversed(files)}

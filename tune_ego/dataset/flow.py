@@ -1,22 +1,65 @@
-"""Optical flow between two frames, and its 8-bit form."""
+"""Optical flow between consecutive frames, and its 8-bit form.
+
+N pairs of frames, H, W pixels; 2 is x, y. Torch is imported by the methods that need it alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 
+from tune_ego import storage
+from tune_ego.errors import UserError
+
 BOUND = 20.0
 """Flow is clipped to [-BOUND, BOUND] pixels (Lu)."""
+FlowName = Literal["dis", "tvl1", "farneback", "raft"]
+RAFT_SMALLEST_SIDE = 128  # pixels: its correlation pyramid halves maps of an eighth of this three times
 
 
-def dis() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Dense inverse search (Kroeger et al., ECCV 2016; OpenCV's medium preset).
+class FlowMethod(NamedTuple):
+    fields: Callable[[Sequence[np.ndarray]], np.ndarray]
+    """N + 1 consecutive RGB frames, uint8 [H, W, 3] -> [N, H, W, 2] float32: the motion to the next one, pixels."""
+    batch: int
+    """The most pairs it should get at once."""
 
-    The returned function takes two grey uint8 frames [H, W] and gives the motion from the first to the
-    second, [H, W, 2] float32 pixels, x then y.
+
+@lru_cache(maxsize=1)
+def flow_method(name: FlowName, weights: str | None = None) -> FlowMethod:
+    """The method of this name, on a GPU where the process has one and the method can use it.
+
+    `weights` is the path or URI of RAFT's state dict (torchvision's `raft_large` or `raft_small`).
     """
+    if name == "dis":
+        return FlowMethod(_each_pair(_dis()), 1)
+    if name == "farneback":
+        return FlowMethod(_each_pair(_farneback), 1)
+    return _tv_l1() if name == "tvl1" else _raft(weights)
+
+
+def uses_gpu(name: FlowName) -> bool:
+    return name in ("tvl1", "raft")
+
+
+def _grey(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+
+
+def _each_pair(between: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+    def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
+        grey = _grey(frames)
+        return np.stack([between(before, after) for before, after in pairwise(grey)])
+
+    return fields
+
+
+def _dis() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Dense inverse search (Kroeger et al., ECCV 2016; OpenCV's medium preset)."""
     method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def between(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
@@ -26,10 +69,77 @@ def dis() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return between
 
 
+def _farneback(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
+    """Polynomial expansion (Farneback, SCIA 2003), with the constants of OpenCV's own example."""
+    return cv2.calcOpticalFlowFarneback(before_HW, after_HW, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+
+
+def _tv_l1() -> FlowMethod:
+    import torch
+
+    from tune_ego.dataset.tv_l1 import tv_l1
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
+        grey = torch.from_numpy(np.stack(_grey(frames))).to(device)
+        return tv_l1(grey[:-1], grey[1:]).cpu().numpy()
+
+    # On a CPU one pair fits its caches and four do not.
+    return FlowMethod(fields, 64 if device.type == "cuda" else 1)
+
+
+def _raft(weights: str | None) -> FlowMethod:
+    """RAFT (Teed, Deng, ECCV 2020), torchvision's implementation with its 12 updates."""
+    import torch
+    import torch.nn.functional as F
+
+    assert weights is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_raft(weights).to(device)
+
+    @torch.inference_mode()
+    def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
+        images = torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        height, width = images.shape[2:]
+        images = F.pad(images, (0, -width % 8, 0, -height % 8), mode="replicate")
+        field_N2HW = model(images[:-1], images[1:])[-1][..., :height, :width]
+        return field_N2HW.permute(0, 2, 3, 1).cpu().numpy()
+
+    return FlowMethod(fields, 8 if device.type == "cuda" else 1)
+
+
+def load_raft(weights: str) -> Any:
+    """torchvision's RAFT with a state dict; raises `UserError` where the file is not one."""
+    import io
+
+    import torch
+    from torchvision.models.optical_flow import raft_large, raft_small
+
+    try:
+        state = torch.load(io.BytesIO(storage.read_bytes(weights)), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler and its zip reader happen to raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{weights}: cannot be read as weights ({reason})") from error
+    for build in (raft_large, raft_small):
+        model = build(weights=None).eval()
+        if isinstance(state, dict) and {k: getattr(v, "shape", None) for k, v in state.items()} == {
+            k: v.shape for k, v in model.state_dict().items()
+        }:
+            model.load_state_dict(state)
+            return model
+    raise UserError(f"{weights}: not a state dict of torchvision's raft_large or raft_small")
+
+
 def quantise(field_HW2: np.ndarray) -> np.ndarray:
     """[H, W, 2] pixels -> [2H, W] uint8, linear from [-20, 20] to [0, 255]; the x component above the y component."""
     levels = np.rint((np.clip(field_HW2, -BOUND, BOUND) + BOUND) * (255 / (2 * BOUND)))
     return np.concatenate([levels[..., 0], levels[..., 1]]).astype(np.uint8)
+
+
+def pixels(levels_HW2: np.ndarray) -> np.ndarray:
+    """[H, W, 2] uint8, as `split_components` gives them -> pixels."""
+    return levels_HW2.astype(np.float32) * (2 * BOUND / 255) - BOUND
 
 
 def split_components(grey: np.ndarray) -> np.ndarray:

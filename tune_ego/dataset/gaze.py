@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
+from tune_ego import storage
 from tune_ego.errors import UserError
 
 FPS = 24
@@ -68,7 +69,7 @@ def read_gaze(path: str | Path) -> Gaze:
     A frame's point is the mean of its usable samples: a Fixation or Saccade, finite, inside the image.
     Raises `UserError` for a file of neither layout.
     """
-    raw = _read(path, -1)
+    raw = _read(path)
     start, area, names = _layout(raw, path)
     table = pacsv.read_csv(
         io.BytesIO(raw[start:]),
@@ -86,10 +87,9 @@ def check_gaze_layout(path: str | Path) -> None:
     _layout(_read(path, 1 << 16), path)
 
 
-def _read(path: str | Path, size: int) -> bytes:
+def _read(path: str | Path, size: int | None = None) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(size)
+        return storage.read_bytes(path, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 

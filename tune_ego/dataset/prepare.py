@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import av
-import cv2
-import numpy as np
 
 from tune_ego import __version__, storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import clip_progress, print_table, say
-from tune_ego.dataset import flow, shards
+from tune_ego.dataset import flow, shards, video
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
 from tune_ego.errors import UserError, user_error_in
+from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
-"""About 40 MB at 320 x 240."""
-JPEG_QUALITY = 90
+"""About 40 MB at 320 x 240, in memory until it is written."""
 MISSING_LIMIT = 0.05
 _SMALLEST, _LARGEST = 32, 4096  # pixels; below, DIS has nothing to match
+_MOST_TASKS_PER_GPU = 8  # each holds a CUDA context of about half a gigabyte
+READERS = 16  # threads that open files
 
 
 class ShardTask(NamedTuple):
@@ -36,60 +36,94 @@ class ShardTask(NamedTuple):
     clips: list[AnnotatedClip]
     videos: list[str | None]
     gaze: list[str | None]
+    sources: dict[str, int]
+    """File name -> bytes, of every video and gaze file: a shard is made anew where they changed."""
 
 
 class ShardResult(NamedTuple):
     records: list[dict[str, Any]]
-    problems: list[dict[str, str]]
+    problems: list[shards.Problem]
+
+
+class Settings(NamedTuple):
+    """What the content of the shards depends on, beside their sources."""
+
+    image_size: tuple[int, int] = (320, 240)
+    """(width, height), pixels."""
+    flow: flow.FlowName = "dis"
+    flow_weights: str | None = None
+    """Path or URI of RAFT's weights."""
+    frame_offset: int = 0
+
+    def check(self) -> None:
+        """Raise `UserError` for settings that no shard can be made with."""
+        width, height = self.image_size
+        smallest = flow.RAFT_SMALLEST_SIDE if self.flow == "raft" else _SMALLEST
+        if not all(smallest <= side <= _LARGEST for side in self.image_size):
+            raise UserError(
+                f"--image-size {width}x{height}: with --flow {self.flow} both sides go from {smallest} to {_LARGEST}"
+            )
+        if (self.flow == "raft") != (self.flow_weights is not None):
+            raise UserError("--flow raft needs --flow-weights FILE, and only raft takes them")
+        if self.flow_weights is not None:
+            flow.load_raft(self.flow_weights)
+
+    def record(self) -> dict[str, Any]:
+        """As they are written down and compared; of weights, what is in them and not where they were."""
+        values: dict[str, Any] = {
+            "image_size": list(self.image_size),
+            "flow": self.flow,
+            "frame_offset": self.frame_offset,
+            "jpeg_quality": video.JPEG_QUALITY,
+        }
+        if self.flow_weights is not None:
+            values["flow_weights"] = hashlib.sha256(storage.read_bytes(self.flow_weights)).hexdigest()[:16]
+        return values
 
 
 def prepare(
     egtea: str,
     out: str,
+    settings: Settings | None = None,
     *,
-    image_size: tuple[int, int] = (320, 240),
-    frame_offset: int = 0,
     allow_missing: bool = False,
+    jobs: int | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Write the shards of an EGTEA folder to `out`; continues where a killed run stopped.
 
-    `image_size` is (width, height). Returns what `dataset.json` holds. Raises `UserError` for broken
-    annotations or gaze files, and where more than 5 % of the clips are absent or unreadable.
+    Both are paths or URIs; `jobs` shards are made at a time, else one a CPU of the cluster. Returns what
+    `dataset.json` holds. Raises `UserError` for broken annotations or gaze files, and where more than 5 % of the
+    clips are absent or unreadable.
     """
-    if not all(_SMALLEST <= side <= _LARGEST for side in image_size):
-        raise UserError(f"--image-size {image_size[0]}x{image_size[1]}: both sides go from {_SMALLEST} to {_LARGEST}")
+    settings = settings or Settings()
+    settings.check()
+    egtea, out = storage.absolute(egtea), storage.absolute(out)
     annotations = read_annotations(egtea)
     sessions = {clip.name.session for clip in annotations.clips}
     videos = find_clips(egtea)
-    gaze = {session: path for session, path in find_gaze(egtea).items() if session in sessions}
-    for path in gaze.values():
-        check_gaze_layout(path)
-    problems = _probe(annotations, videos)
+    gaze = {session: file for session, file in find_gaze(egtea).items() if session in sessions}
+    for file in gaze.values():
+        check_gaze_layout(file.uri)
     if not allow_missing:
-        _check_threshold(problems, len(annotations.clips), egtea)
-    settings = {
-        "image_size": list(image_size),
-        "flow": "dis",
-        "frame_offset": frame_offset,
-        "jpeg_quality": JPEG_QUALITY,
-    }
-    out = storage.absolute(out)
-    _claim(out, {**settings, "annotations": _fingerprint(annotations)})
+        check_threshold(find_unusable(annotations, videos), len(annotations.clips), egtea)
+    record = settings.record()
+    _claim(out, {**record, "annotations": _fingerprint(annotations)})
     tasks = plan(annotations, videos, gaze)
-    if address:
-        say(f"Preparing {len(annotations.clips):,} clips in {len(tasks):,} shards on {address}")
-    results = []
-    with ray_session(address), clip_progress(len(annotations.clips)) as advance:
-        for count, result in _run(tasks, out, settings):
-            results.append(result)
-            advance(count)
-    info = _finish(annotations, results, settings, out, allow_missing)
+    finished = {task.shard: result for task in tasks if (result := _finished(task, out)) is not None}
+    waiting = [task for task in tasks if task.shard not in finished]
+    if waiting:
+        done = sum(len(task.clips) for task in tasks if task.shard in finished)
+        with ray_session(address), clip_progress(len(annotations.clips), done) as advance:
+            for task, result in zip(waiting, _run(waiting, out, settings, jobs)):
+                finished[task.shard] = result
+                advance(len(task.clips))
+    info = _finish(annotations, [finished[task.shard] for task in tasks], record, out, allow_missing)
     _summarise(info, out)
     return info
 
 
-def plan(annotations: Annotations, videos: dict[str, Path], gaze: dict[str, Path]) -> list[ShardTask]:
+def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str, SourceFile]) -> list[ShardTask]:
     """Which clips go into which shard: the same for the same annotations, whatever is on disk."""
     groups: dict[str, list[list[AnnotatedClip]]] = {}
     sizes: dict[str, int] = {}
@@ -102,50 +136,60 @@ def plan(annotations: Annotations, videos: dict[str, Path], gaze: dict[str, Path
         groups[folder][-1].append(clip)
         sizes[folder] += frames
     return [
-        ShardTask(
-            f"{folder}/part-{number:04d}.parquet",
-            clips,
-            [_text(videos.get(clip.name.name)) for clip in clips],
-            [_text(gaze.get(clip.name.session)) for clip in clips],
-        )
+        _task(f"{folder}/part-{number:04d}.parquet", clips, videos, gaze)
         for folder, parts in sorted(groups.items())
         for number, clips in enumerate(parts)
     ]
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+def _task(
+    shard: str, clips: list[AnnotatedClip], videos: dict[str, SourceFile], gaze: dict[str, SourceFile]
+) -> ShardTask:
+    clip_files = [videos.get(clip.name.name) for clip in clips]
+    gaze_files = [gaze.get(clip.name.session) for clip in clips]
+    video_uris, gaze_uris = (
+        [None if file is None else file.uri for file in files] for files in (clip_files, gaze_files)
+    )
+    sources = {Path(file.uri).name: file.bytes for file in [*clip_files, *gaze_files] if file is not None}
+    return ShardTask(shard, clips, video_uris, gaze_uris, sources)
 
 
-def _run(tasks: list[ShardTask], out: str, settings: dict[str, Any]) -> Iterator[tuple[int, ShardResult]]:
-    """(clips, result) of every task, in the order they finish."""
-    waiting = []
-    for task in tasks:
-        done = _finished(task, out)
-        if done is None:
-            waiting.append(task)
-        else:
-            yield len(task.clips), done
-    if not waiting:
-        return
+def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
+    """The result of every task, in their order."""
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its import has set a level of its own
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    context.execution_options.preserve_order = True
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        task = waiting[int(row["id"])]
-        return {"clips": len(task.clips), "result": json.dumps(write_task(task, out, settings))}
+        return {"result": json.dumps(write_task(tasks[int(row["id"])], out, settings))}
 
-    # Always one task a shard: the number of workers changes nothing in what is written.
-    dataset = ray.data.range(len(waiting), override_num_blocks=len(waiting)).map(work, num_cpus=1)
+    # Always one task a shard: the number of workers changes nothing in what is written. Tasks of one kind run in the
+    # same processes, which keep a flow method and its weights.
+    dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).map(
+        work, num_cpus=1, num_gpus=_gpu_share(settings), compute=ray.data.TaskPoolStrategy(size=jobs)
+    )
     try:
         for row in dataset.iter_rows():
-            yield row["clips"], ShardResult(*json.loads(row["result"]))
+            records, problems = json.loads(row["result"])
+            yield ShardResult(records, [shards.Problem(*problem) for problem in problems])
     except Exception as error:
         raise user_error_in(error) or error from None
+
+
+def _gpu_share(settings: Settings) -> float:
+    """What of a GPU each task reserves: as many share one as there are CPUs for it, up to a limit."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 1)
+    if not (gpus and flow.uses_gpu(settings.flow)):
+        return 0
+    return float(min(max(gpus / cpus, 1 / _MOST_TASKS_PER_GPU), 1))
 
 
 def _finished(task: ShardTask, out: str) -> ShardResult | None:
@@ -153,110 +197,77 @@ def _finished(task: ShardTask, out: str) -> ShardResult | None:
     uri = storage.join(out, task.shard)
     if not storage.exists(uri):
         return None
-    records, problems, gaze_sizes = shards.read_shard_records(uri)
-    result = ShardResult(records, problems)
-    if gaze_sizes != _gaze_sizes(task):
+    try:
+        records, problems, sources = shards.read_shard_records(uri)
+    except UserError as error:
+        say(f"{error}: made anew")
         return None
-    present = {clip.name.name for clip, video in zip(task.clips, task.videos) if video is not None}
-    return None if any(problem["clip"] in present for problem in result.problems) else result
+    return ShardResult(records, problems) if sources == task.sources else None
 
 
-def write_task(task: ShardTask, out: str, settings: dict[str, Any]) -> ShardResult:
+def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
     """Decode, resize, compute flow, encode, and write one shard; a clip that fails becomes a problem."""
+    method = flow.flow_method(settings.flow, settings.flow_weights)
     tables, result, row_group = [], ShardResult([], []), 0
-    for clip, video, gaze_path in zip(task.clips, task.videos, task.gaze):
+    for clip, uri, gaze_uri in zip(task.clips, task.videos, task.gaze):
         name = clip.name.name
         try:
-            if video is None:
+            if uri is None:
                 raise UserError("no mp4 of this name")
-            rgb, fields = encode_clip(video, tuple(settings["image_size"]))
-        except (UserError, av.error.FFmpegError, OSError) as error:
-            result.problems.append({"clip": name, "stage": "video", "reason": _one_line(error)})
+            encoded = video.encode_clip(uri, settings.image_size, method)
+        except UserError as error:
+            result.problems.append(shards.Problem(name, "video", str(error), kept=False))
             continue
-        gaze = no_gaze(len(rgb))
-        if gaze_path is not None:
-            gaze = _session_gaze(gaze_path).frames(clip.name.first_frame + settings["frame_offset"], len(rgb))
-        tables.append(shards.frame_table(name, rgb, fields, gaze))
-        result.records.append(shards.clip_record(clip, len(rgb), gaze, task.shard, row_group))
-        row_group += shards.row_groups(len(rgb))
-    shards.write_shard(storage.join(out, task.shard), tables, *result, _gaze_sizes(task))
+        frames = len(encoded.rgb)
+        if reason := length_oddity(clip, frames):
+            result.problems.append(shards.Problem(name, "length", reason, kept=True))
+        gaze = no_gaze(frames)
+        if gaze_uri is None:
+            result.problems.append(shards.Problem(name, "gaze", "no gaze file of its session", kept=True))
+        else:
+            gaze = _session_gaze(gaze_uri).frames(clip.name.first_frame + settings.frame_offset, frames)
+            if not gaze.valid.any():
+                result.problems.append(shards.Problem(name, "gaze", "no frame with usable gaze", kept=True))
+        tables.append(shards.frame_table(name, *encoded, gaze))
+        result.records.append(shards.clip_record(clip, frames, gaze, task.shard, row_group))
+        row_group += shards.row_groups(frames)
+    shards.write_shard(storage.join(out, task.shard), tables, *result, task.sources)
     return result
 
 
-def _gaze_sizes(task: ShardTask) -> dict[str, int]:
-    """Gaze file -> bytes: a shard is made anew where they changed, or were added."""
-    return {Path(path).name: Path(path).stat().st_size for path in task.gaze if path is not None}
+def length_oddity(clip: AnnotatedClip, frames: int) -> str | None:
+    """What is odd about a clip's number of frames, if anything: its name says how many there should be."""
+    named = clip.name.last_frame - clip.name.first_frame
+    return None if frames == named else f"{frames} frames, its name says {named}"
 
 
 @lru_cache(maxsize=8)
-def _session_gaze(path: str) -> Gaze:
-    return read_gaze(path)
+def _session_gaze(uri: str) -> Gaze:
+    return read_gaze(uri)
 
 
-def encode_clip(video: str, image_size: tuple[int, int]) -> tuple[list[bytes], list[bytes]]:
-    """(frames, flow) of a video as JPEG files, one a frame each; the last flow field is repeated."""
-    cv2.setNumThreads(1)  # the job runs a task per core
-    method = flow.dis()
-    rgb, fields, before = [], [], None
-    for frame in _decode(video, image_size):
-        rgb.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)))
-        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        if before is not None:
-            fields.append(_jpeg(flow.quantise(method(before, grey))))
-        before = grey
-    if before is None:
-        raise UserError("the video holds no frame")
-    fields.append(fields[-1] if fields else _jpeg(flow.quantise(np.zeros((*before.shape, 2), np.float32))))
-    return rgb, fields
+def find_unusable(annotations: Annotations, videos: dict[str, SourceFile]) -> list[shards.Problem]:
+    """Clips whose video is absent or cannot be opened, found without reading the rest of it."""
+
+    def look(clip: AnnotatedClip) -> shards.Problem | None:
+        file = videos.get(clip.name.name)
+        try:
+            if file is None:
+                raise UserError("no mp4 of this name")
+            video.check_opens(file.uri)
+        except UserError as error:
+            return shards.Problem(clip.name.name, "video", str(error), kept=False)
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [problem for problem in pool.map(look, annotations.clips) if problem is not None]
 
 
-def _decode(video: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """RGB frames, uint8 [H, W, 3], resized."""
-    with av.open(video) as container:
-        if not container.streams.video:
-            raise UserError("the file holds no video stream")
-        for frame in container.decode(video=0):
-            image = frame.to_ndarray(format="rgb24")
-            if image.shape[1::-1] != image_size:
-                shrinks = image.shape[1] >= image_size[0]
-                image = cv2.resize(image, image_size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-            yield image
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done
-    return data.tobytes()
-
-
-def _probe(annotations: Annotations, videos: dict[str, Path]) -> list[dict[str, str]]:
-    """Clips whose video is absent or cannot be opened, found before anything is written."""
-    problems = []
-    for clip in annotations.clips:
-        path = videos.get(clip.name.name)
-        reason = "no mp4 of this name" if path is None else _open_fault(path)
-        if reason:
-            problems.append({"clip": clip.name.name, "stage": "video", "reason": reason})
-    return problems
-
-
-def _open_fault(path: Path) -> str | None:
-    try:
-        with av.open(str(path)) as container:
-            return None if container.streams.video else "the file holds no video stream"
-    except (av.error.FFmpegError, OSError) as error:
-        return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _check_threshold(problems: list[dict[str, str]], clips: int, egtea: str) -> None:
-    if len(problems) > MISSING_LIMIT * clips:
-        first = problems[0]
+def check_threshold(unusable: list[shards.Problem], clips: int, where: str) -> None:
+    if len(unusable) > MISSING_LIMIT * clips:
+        first = unusable[0]
         raise UserError(
-            f"{egtea}: {len(problems)} of {clips} clips cannot be used, first {first['clip']}: {first['reason']}. "
+            f"{where}: {len(unusable)} of {clips} clips cannot be used, first {first.clip}: {first.reason}. "
             f"That is over {MISSING_LIMIT:.0%}; to go on without them: --allow-missing"
         )
 
@@ -288,14 +299,14 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
 def _finish(
     annotations: Annotations, results: list[ShardResult], settings: dict[str, Any], out: str, allow_missing: bool
 ) -> dict[str, Any]:
-    """Write `clips.parquet` and, last, `dataset.json`, which makes the data set readable."""
-    records = [record for result in results for record in result.records]
-    problems = sorted((p for result in results for p in result.problems), key=lambda problem: problem["clip"])
+    """Write `clips.parquet`, `problems.parquet` and, last, `dataset.json`, which makes the data set readable."""
+    records = sorted((record for result in results for record in result.records), key=lambda record: record["clip"])
+    problems = sorted(problem for result in results for problem in result.problems)
+    left_out = [problem for problem in problems if not problem.kept]
     if not allow_missing:
-        _check_threshold(problems, len(annotations.clips), out)
+        check_threshold(left_out, len(annotations.clips), out)
     if not records:
         raise UserError(f"{out}: not one clip could be read")
-    shards.write_clips(out, records)
     info = {
         "schema_version": shards.SCHEMA_VERSION,
         "written_by": f"tune_ego {__version__}",
@@ -305,11 +316,24 @@ def _finish(
         "nouns": annotations.nouns,
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
+        "clips_left_out": len(left_out),
         "clips_without_gaze": sum(record["gaze_frames"] == 0 for record in records),
         "clips_shorter_than_a_window": sum(record["frames"] < WINDOW_FRAMES for record in records),
-        "left_out": problems,
+        "clips_of_another_length": sum(problem.stage == "length" for problem in problems),
+        "flow_fields_repeated": len(records),
+        "problems": [problem._asdict() for problem in problems],
     }
-    storage.write_json(storage.join(out, "dataset.json"), info)
+    marker = storage.join(out, "dataset.json")
+    try:
+        unchanged = storage.read_json(marker) == info
+    except (OSError, UserError):  # not there yet, or damaged
+        unchanged = False
+    if not unchanged:
+        storage.remove(marker)
+        shards.write_clips(out, records)
+        shards.write_problems(out, problems)
+        storage.write_json(marker, info)
+    storage.remove_partial(out)
     return info
 
 
@@ -317,10 +341,12 @@ def _summarise(info: dict[str, Any], out: str) -> None:
     rows = [
         ("clips kept", f"{info['clips']:,} ({info['frames']:,} frames)"),
         ("of these without gaze", f"{info['clips_without_gaze']:,}"),
-        ("of these under 16 frames (padded)", f"{info['clips_shorter_than_a_window']:,}"),
-        ("left out", f"{len(info['left_out']):,}"),
+        (f"of these under {WINDOW_FRAMES} frames (padded)", f"{info['clips_shorter_than_a_window']:,}"),
+        ("of these not as long as named", f"{info['clips_of_another_length']:,}"),
+        ("left out", f"{info['clips_left_out']:,}"),
     ]
-    rows += [(f"  {problem['clip']}", problem["reason"]) for problem in info["left_out"][:20]]
-    if len(info["left_out"]) > 20:
-        rows.append(("  ...", "all of them: dataset.json"))
+    left_out = [problem for problem in info["problems"] if not problem["kept"]]
+    rows += [(f"  {problem['clip']}", problem["reason"]) for problem in left_out[:20]]
+    if len(left_out) > 20:
+        rows.append(("  ...", "all of them: problems.parquet"))
     print_table(f"Shards in {out}", ["", ""], rows)

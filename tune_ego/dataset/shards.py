@@ -2,6 +2,7 @@
 
     dataset.json                      schema version, class names, settings, counts, what was left out
     clips.parquet                     one row a clip: labels, splits, folds, where its frames are
+    problems.parquet                  one row for each thing that went wrong with a clip
     frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row a frame
 
 A split and a validation fold choose whole shards. Inside a shard each clip starts a row group and row groups hold
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ from tune_ego.errors import UserError
 
 SCHEMA_VERSION = 1
 FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
-_CLIPS_KEY, _PROBLEMS_KEY, _GAZE_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.gaze"
+_CLIPS_KEY, _PROBLEMS_KEY, _SOURCES_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.sources"
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
 FRAME_SCHEMA = pa.schema(
@@ -60,6 +61,22 @@ CLIP_SCHEMA = pa.schema(
         ("row_group", pa.int32()),
     ]
 )
+
+
+PROBLEM_SCHEMA = pa.schema(
+    [("clip", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("kept", pa.bool_())]
+)
+
+
+class Problem(NamedTuple):
+    """Something that went wrong with a clip, or is odd about it."""
+
+    clip: str
+    stage: str
+    """`video`, `length` or `gaze`."""
+    reason: str
+    kept: bool
+    """Whether the clip is in the shards all the same."""
 
 
 def shard_folder(clip: AnnotatedClip) -> str:
@@ -102,41 +119,52 @@ def write_shard(
     uri: str,
     tables: list[pa.Table],
     records: list[dict[str, Any]],
-    problems: list[dict[str, str]],
-    gaze_sizes: dict[str, int],
+    problems: list[Problem],
+    sources: dict[str, int],
 ) -> None:
-    """Write one shard in one piece; its clips' records, problems and gaze files travel in the file's metadata."""
-    values = {_CLIPS_KEY: records, _PROBLEMS_KEY: problems, _GAZE_KEY: gaze_sizes}
+    """Write one shard in one piece; its clips' records, problems and source files travel in the file's metadata."""
+    values = {_CLIPS_KEY: records, _PROBLEMS_KEY: problems, _SOURCES_KEY: sources}
     metadata = {key: json.dumps(value).encode() for key, value in values.items()}
     sink = pa.BufferOutputStream()
-    # JPEGs do not compress further, and statistics of them would only fill the footer.
+    # JPEGs do not compress further, and statistics of them would only fill the footer. A damaged JPEG often decodes
+    # to something: checksums find it.
     with pq.ParquetWriter(
         sink,
         FRAME_SCHEMA.with_metadata(metadata),
         compression={"rgb": "none", "flow": "none", **dict.fromkeys(FRAME_SCHEMA.names[4:], "zstd")},
         use_dictionary=["clip", "gaze_event"],
         write_statistics=["clip", "frame"],
+        write_page_checksum=True,
     ) as writer:
         for table in tables:
             writer.write_table(table.cast(writer.schema), row_group_size=FRAMES_PER_ROW_GROUP)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, int]]:
-    """(clip records, problems, sizes of gaze files) of a finished shard; raises `UserError` for a damaged one."""
+def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], dict[str, int]]:
+    """(clip records, problems, bytes of source files) of a finished shard; raises `UserError` for a damaged one."""
     filesystem, path = storage.resolve(uri)
     try:
         metadata = pq.read_schema(path, filesystem=filesystem).metadata
-        records, problems, gaze = (json.loads(metadata[key]) for key in (_CLIPS_KEY, _PROBLEMS_KEY, _GAZE_KEY))
-        return records, problems, gaze
-    except (pa.ArrowInvalid, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{uri}: not a shard of tune_ego ({error}); delete it and run prepare again") from error
+        records, problems, sources = (json.loads(metadata[key]) for key in (_CLIPS_KEY, _PROBLEMS_KEY, _SOURCES_KEY))
+        return records, [Problem(*problem) for problem in problems], sources
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{uri}: not a whole shard of tune_ego ({error})") from error
 
 
 def write_clips(root: str, records: list[dict[str, Any]]) -> None:
+    _write_table(storage.join(root, "clips.parquet"), pa.Table.from_pylist(records, CLIP_SCHEMA))
+
+
+def write_problems(root: str, problems: list[Problem]) -> None:
+    rows = [problem._asdict() for problem in problems]
+    _write_table(storage.join(root, "problems.parquet"), pa.Table.from_pylist(rows, PROBLEM_SCHEMA))
+
+
+def _write_table(uri: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(sorted(records, key=lambda record: record["clip"]), CLIP_SCHEMA), sink)
-    storage.write_bytes(storage.join(root, "clips.parquet"), sink.getvalue().to_pybytes())
+    pq.write_table(table, sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 @dataclass(frozen=True)
@@ -232,3 +260,15 @@ def open_shards(root: str) -> Shards:
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{root}/clips.parquet: cannot be read ({error}); run prepare again") from error
     return Shards(storage.absolute(root), info, table)
+
+
+def read_clip(shards: Shards, record: dict[str, Any]) -> pa.Table:
+    """All frames of a clip (a row of `clips.parquet`), in their order; raises `UserError` where they are damaged."""
+    uri = storage.join(shards.root, record["shard"])
+    filesystem, path = storage.resolve(uri)
+    groups = range(record["row_group"], record["row_group"] + row_groups(record["frames"]))
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
+            return file.read_row_groups(groups)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{uri}: {record['clip']} cannot be read ({error})") from error

@@ -103,7 +103,7 @@ class WindowReader:
             file = _open_shard(clip.shard, threading.get_ident())
             table = file.read_row_groups([clip.row_group + group for group in groups], self._columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{clip.shard}: {clip.name} cannot be read ({error}); run prepare again") from error
+            raise _damaged(clip, f"cannot be read ({error})") from error
         return table, groups[0] * FRAMES_PER_ROW_GROUP
 
     def _images(self, table: pa.Table, name: str, rows: np.ndarray, window: Window, clip: Clip) -> np.ndarray:
@@ -114,7 +114,7 @@ class WindowReader:
             data = np.frombuffer(column[int(row)].as_buffer(), np.uint8)
             image = cv2.imdecode(data, flag)
             if image is None:
-                raise UserError(f"{clip.shard}: a damaged {name} image in {clip.name}; run prepare again")
+                raise _damaged(clip, f"holds a damaged {name} image")
             if name == "flow":
                 image = split_components(image)
             images.append(image[window.top : window.top + self.crop, window.left : window.left + self.crop])
@@ -135,11 +135,15 @@ class WindowReader:
         return batch
 
 
+def _damaged(clip: Clip, what: str) -> UserError:
+    return UserError(f"{clip.shard}: {clip.name} {what}; delete this file and run prepare again")
+
+
 @lru_cache(maxsize=256)
 def _open_shard(uri: str, thread: int) -> pq.ParquetFile:
     """A reader of one shard for one thread: they must not be shared between threads."""
     filesystem, path = storage.resolve(uri)
-    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True, page_checksum_verification=True)
 
 
 def check_fits(shards: Shards, config: Config) -> None:

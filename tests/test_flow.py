@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tune_ego.dataset import flow
+from tune_ego.dataset.prepare import Settings
+from tune_ego.dataset.tv_l1 import median_filter, tv_l1
+from tune_ego.errors import UserError
+
+
+def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A grey image [H, W] uint8 that is smooth enough to follow and has no two places alike."""
+    coarse = np.random.default_rng(seed).uniform(0, 255, (height // 6, width // 6)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+def moving(shifts: list[tuple[int, int]], size: tuple[int, int] = (128, 160)) -> list[np.ndarray]:
+    """RGB frames of one texture, moved by (x, y) pixels from frame to frame."""
+    scene = texture(size[0] + 64, size[1] + 64)
+    frames, x, y = [], 32, 32
+    for dx, dy in [(0, 0), *shifts]:
+        x, y = x - dx, y - dy
+        frames.append(np.repeat(scene[y : y + size[0], x : x + size[1], None], 3, axis=2))
+    return frames
+
+
+@pytest.mark.parametrize("name", ["dis", "farneback", "tvl1"])
+def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> None:
+    shifts = [(3, 1), (-2, 4), (0, -3)]
+    fields = flow.flow_method(name).fields(moving(shifts))
+    assert fields.shape == (3, 128, 160, 2)
+    assert fields.dtype == np.float32
+    for field, shift in zip(fields, shifts):
+        assert np.abs(field[16:-16, 16:-16] - shift).mean() < 0.15
+
+
+@pytest.mark.parametrize("name", ["dis", "farneback", "tvl1"])
+def test_a_pair_does_not_depend_on_the_others(name: flow.FlowName) -> None:
+    frames = moving([(3, 1), (-2, 4), (5, -3), (0, 0)])
+    method = flow.flow_method(name)
+    together = method.fields(frames)
+    for index, field in enumerate(together):
+        np.testing.assert_array_equal(method.fields(frames[index : index + 2])[0], field)
+
+
+def test_tv_l1_of_still_and_of_empty_frames_is_zero() -> None:
+    still = torch.from_numpy(texture(60, 80))[None]
+    assert tv_l1(still, still).abs().max() < 1e-3
+    assert tv_l1(torch.zeros(1, 60, 80), torch.zeros(1, 60, 80)).abs().max() == 0
+
+
+def test_the_median_filter_is_the_median() -> None:
+    image = torch.randn(2, 3, 21, 17)
+    padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="replicate")
+    windows = padded.unfold(2, 5, 1).unfold(3, 5, 1).flatten(-2)
+    torch.testing.assert_close(median_filter(image), windows.median(-1).values, rtol=0, atol=0)
+
+
+def residual(before: np.ndarray, after: np.ndarray, field: np.ndarray) -> float:
+    """Mean absolute difference in brightness when `after` is fetched back along the flow."""
+    y, x = np.mgrid[: before.shape[0], : before.shape[1]].astype(np.float32)
+    fetched = cv2.remap(
+        after.astype(np.float32),
+        x + field[..., 0],
+        y + field[..., 1],
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    return float(np.abs(fetched - before).mean())
+
+
+def test_tv_l1_agrees_with_opencv(shared: Path) -> None:
+    reference = np.load(shared / "flow_reference" / "tvl1_opencv.npz")
+    names = {key.split(".")[0] for key in reference}
+    assert len(names) == 4
+    for name in names:
+        before, after = (reference[f"{name}.frame{index}"] for index in (0, 1))
+        expected = reference[f"{name}.tvl1"].astype(np.float32)
+        field = tv_l1(torch.from_numpy(before)[None], torch.from_numpy(after)[None])[0].numpy()
+        difference = np.linalg.norm(field - expected, axis=-1).mean()
+        assert difference < (0.3 if name == "bikes_040" else 0.05)
+        assert residual(before, after, field) < 1.02 * residual(before, after, expected)
+
+
+@pytest.fixture(scope="module")
+def raft_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of RAFT as nobody trained them: what they find is nonsense, but it has to be the model's nonsense."""
+    from torchvision.models.optical_flow import raft_small
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("raft") / "raft.pt"
+    torch.save(raft_small(weights=None).state_dict(), path)
+    return str(path)
+
+
+def test_raft_is_torchvisions(raft_file: str) -> None:
+    from torchvision.models.optical_flow import raft_small
+
+    frames = moving([(3, 1)], (132, 164))  # no multiples of 8
+    found = flow.flow_method("raft", raft_file).fields(frames)
+    model = raft_small(weights=None).eval()
+    model.load_state_dict(torch.load(raft_file, weights_only=True))
+    images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.nn.functional.pad(images, (0, 4, 0, 4), mode="replicate")
+    with torch.inference_mode():
+        expected = model(images[:1], images[1:])[-1][0, :, :132, :164].permute(1, 2, 0)
+    torch.testing.assert_close(torch.from_numpy(found[0]), expected)
+
+
+def test_raft_refuses_what_are_not_its_weights(tmp_path: Path, raft_file: str) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"other\.pt: not a state dict of torchvision's raft"):
+        flow.load_raft(str(tmp_path / "other.pt"))
+    for name in ("text.pt", "absent.pt"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as weights"):
+            flow.load_raft(str(tmp_path / name))
+    with pytest.raises(UserError, match="--flow raft needs --flow-weights"):
+        Settings(flow="raft").check()
+    with pytest.raises(UserError, match="only raft takes them"):
+        Settings(flow_weights=raft_file).check()
+    with pytest.raises(UserError, match="with --flow raft both sides go from 128"):
+        Settings((96, 72), "raft", raft_file).check()
+    record = Settings(flow="raft", flow_weights=raft_file).record()
+    assert record["flow_weights"] != Settings().record().get("flow_weights")
