@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from tests import literal
 from tests.conftest import tiny_config
 from tune_ego.checkpoint import Origin, to_bytes
 from tune_ego.dataset.shards import open_shards
+from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.evaluation_tables import PUBLISHED, show
-from tune_ego.experiment import collapsed_rate
+from tune_ego.experiment import collapsed_rate, find_checkpoint
 from tune_ego.feed.windows import WindowReader, centre_window, dense_starts
 from tune_ego.launch import check_run, with_found_weights
 from tune_ego.train import Trainer
@@ -83,6 +85,68 @@ def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pyt
     assert printed.count("published: ") == len(PUBLISHED) and "60.54 %" in printed and "best" in printed
 
 
+def test_clips_that_were_trained_on_are_no_test(
+    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, shards, data__split=2)
+    own = evaluate(str(tmp_path / "run"), shards)
+    assert (own["split"], own["clips_trained_on"]) == (2, 0)
+    other = evaluate(str(tmp_path / "run"), shards, 1)
+    assert (other["split"], other["trained_on_split"], other["clips_trained_on"]) == (1, 2, other["clips"])
+    capsys.readouterr()
+    show(own, compare=True)
+    assert "NOT A TEST" not in (printed := capsys.readouterr().out)
+    assert "NOT COMPARABLE: 4 classes here" in printed
+    show(other)
+    assert f"trains on {other['clips']} of these clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["logits.conv3d.bias", "attention_pred.conv3d.weight"])
+def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, shards: str, part: str) -> None:
+    trainer = checkpoint(tmp_path, shards)
+    name = next(name for name in trainer.model.state_dict() if name.startswith("rgb.") and name.endswith(part))
+    trainer.model.state_dict()[name].view(-1)[0] = torch.nan
+    (tmp_path / "run/iteration-000000/checkpoint.pt").write_bytes(to_bytes(trainer.checkpoint()))
+    with pytest.raises(UserError, match=r"the rgb stream's (scores|attention) are not finite, first in .*-F0"):
+        evaluate(str(tmp_path / "run"), shards)
+    assert not (tmp_path / "run/evaluation.json").exists()
+
+
+def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path: Path, shards: str) -> None:
+    checkpoint(tmp_path, shards, streams="rgb")
+    run = str(tmp_path / "run")
+    for weight in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="goes from 0 to 1"):
+            evaluate(run, shards, fusion_weight=weight)
+    with pytest.raises(UserError, match="has the rgb stream only"):
+        evaluate(run, shards, fusion_weight=0.5)
+    shutil.copytree(shards, tmp_path / "renamed")
+    path = tmp_path / "renamed" / "dataset.json"
+    info = json.loads(path.read_text())
+    info["actions"][2] = "Juggle knives"
+    path.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"its class 2 is '.*', that of .* is 'Juggle knives'"):
+        evaluate(run, str(tmp_path / "renamed"))
+    info = json.loads((Path(shards) / "dataset.json").read_text())
+    info["settings"]["flow"] = "tvl1"
+    path.write_text(json.dumps(info))
+    open_shards.cache_clear()
+    assert evaluate(run, str(tmp_path / "renamed"))["clips"]  # it has no flow stream
+
+
+def test_where_a_checkpoint_is_looked_for_and_its_evaluation_goes(tmp_path: Path, shards: str) -> None:
+    checkpoint(tmp_path, shards, streams="rgb")
+    run = tmp_path / "run"
+    (run / "iteration-1000000").mkdir()  # broken off
+    assert find_checkpoint(str(run)) == f"{run}/iteration-000000/checkpoint.pt"
+    (tmp_path / "apart").mkdir()
+    shutil.copy(run / "iteration-000000/checkpoint.pt", tmp_path / "apart")
+    evaluate(str(tmp_path / "apart"), shards)
+    assert (tmp_path / "apart/evaluation.json").exists()
+    with pytest.raises(UserError, match="no checkpoint in this folder; give a run"):
+        evaluate(str(tmp_path), shards)
+
+
 def test_one_stream_without_attention(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(tmp_path, shards, model__stam_depth=0, streams="rgb")
     result = evaluate(str(tmp_path / "run"), shards, 2)
@@ -98,6 +162,9 @@ def test_from_a_stage_without_attention_to_one_with_it(tmp_path: Path, shards: s
     config = with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run))
     assert config.init_from.flow == f"{run}/iteration-000000/checkpoint.pt"
     check_run(config, shards)
+    (tmp_path / "run/iteration-000009").mkdir()
+    shutil.copy(config.init_from.flow, tmp_path / "run/iteration-000009")
+    assert with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run), before=config) == config
     second = Trainer(config, first.origin, CPU)
     state = first.model.state_dict()
     for name, value in second.model.state_dict().items():

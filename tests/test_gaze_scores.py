@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import literal
-from tune_ego.gaze_scores import GAZE_RADIUS, RESOLUTION, GazeScores, auc_judd, nss, overlaps
+from tune_ego.gaze_scores import GAZE_RADIUS, RESOLUTION, GazeScores, auc_judd, enlarge, nss, overlaps
 
 CPU = torch.device("cpu")
 
@@ -87,8 +87,25 @@ def test_attention_at_the_gaze_beats_the_centre_and_the_centre_beats_noise() -> 
     for key in ("auc_judd", "nss", "f1"):
         assert found[key] > middle[key] > noise[key]
     assert found["auc_judd"] > 0.95 and abs(noise["nss"]) < 0.5
-    even = scored(torch.full((20, 2, 7, 7), 0.25), gaze, valid)
-    assert (even["nss"], even["auc_judd"]) == (0, 0.5)
+    for value in (0.25, 0.3, 0.7):
+        even = scored(torch.full((20, 2, 7, 7), value), gaze, valid)
+        assert (even["nss"], even["auc_judd"], even["f1"]) == (0, 0.5, 0)
+    assert scored(torch.rand(20, 2, 1, 1), gaze, valid)["auc_judd"] == 0.5
+
+
+def test_maps_are_enlarged_on_the_grid_of_the_gaze_loss() -> None:
+    """Cell j stands for x = j / W: between cells the map is linear, beyond the last one it stays."""
+    attention = torch.rand(1, 1, 3, 5)
+    enlarged = enlarge(attention).reshape(RESOLUTION, RESOLUTION)
+    for i, j in [(0, 0), (10, 33), (63, 5), (40, 63), (20, 52)]:
+        row, column = (min((place + 0.5) / RESOLUTION * side, side - 1) for place, side in ((i, 3), (j, 5)))
+        top, left = int(row), int(column)
+        expected = sum(
+            abs(1 - abs(row - y)) * abs(1 - abs(column - x)) * attention[0, 0, y, x].item()
+            for y in {top, min(top + 1, 2)}
+            for x in {left, min(left + 1, 4)}
+        )
+        assert enlarged[i, j].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_gaze_outside_the_crop_or_absent_does_not_count() -> None:

@@ -23,9 +23,9 @@ def copy(egtea: Path, to: Path) -> Path:
     return to
 
 
-def test_same_seed_same_labels_and_gaze(tmp_path: Path, egtea: Path) -> None:
+def test_same_seed_same_files(tmp_path: Path, egtea: Path) -> None:
     synthesize(tmp_path / "again", verbs=2, nouns=2, clips=40, seconds=0.8, size=(96, 72), seed=3)
-    for pattern in ("action_annotation/*.txt", "gaze_data/**/*.txt"):
+    for pattern in ("action_annotation/*.txt", "gaze_data/**/*.txt", "cropped_clips/**/*.mp4"):
         files = sorted(egtea.glob(pattern))
         assert files
         for file in files:

@@ -26,7 +26,8 @@ from tune_ego.tune import start_search
 def test_real_annotations_from_clips_to_test_result(shared: Path, tmp_path: Path, ray_cluster: None) -> None:
     names = assemble(shared, tmp_path / "egtea", every=4)
     info = prepare(str(tmp_path / "egtea"), str(tmp_path / "shards"), Settings((48, 36)))
-    assert (info["clips"], info["problems"], len(info["actions"])) == (len(names), [], 106)
+    assert (info["clips"], len(info["actions"])) == (len(names), 106)
+    assert all(problem["kept"] and problem["stage"] in ("gaze", "frames") for problem in info["problems"])
 
     data = open_shards(str(tmp_path / "shards"))
     sessions: dict[str, Gaze] = {}
@@ -37,6 +38,8 @@ def test_real_annotations_from_clips_to_test_result(shared: Path, tmp_path: Path
         session = sessions.setdefault(row["session"], read_gaze(path))
         assert row["gaze_frames"] == np.count_nonzero(session.frames(first, row["frames"]).valid)
     assert len(sessions) == 5
+    without = sum(row["gaze_frames"] == 0 for row in data.table.to_pylist())
+    assert without == sum(problem["stage"] == "gaze" for problem in info["problems"])
     assert FeedPlan.of(data.root, tiny_config(), 1, 0).read(0)["gaze_valid"].any()
 
     found = start_search(write_space(tmp_path), data.root, str(tmp_path / "search"), {}, 0, None, None)

@@ -131,10 +131,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(shards: str) -> None:
 
 
 def test_mixed_precision_follows_float32(shards: str) -> None:
-    """The same start and samples: 16-bit rounding may part the losses, but not by much."""
+    """The same start and samples: rounding parts the losses of so small a net, but not by much."""
     losses = {}
     for precision in ("off", "bf16", "fp16"):
-        config = tiny_config(train__precision=precision, optimizer__lr=1e-3, train__batch_size=8)
+        # The other scaling makes zeros and ones of a map of two cells: rounding would turn them about.
+        changes = {"optimizer__lr": 1e-3, "train__batch_size": 8, "model__attention_scale": "subtract_min"}
+        config = tiny_config(train__precision=precision, **changes)
         trainer = Trainer(config, origin(shards), CPU)
         assert trainer.dtype == {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         for moving in trainer.optimizers.values():
@@ -145,9 +147,10 @@ def test_mixed_precision_follows_float32(shards: str) -> None:
         losses[precision] = [trainer.step(batches).sum().item() for _ in range(12)]
         steps = [moving.schedule.state_dict()["steps"] for moving in trainer.optimizers.values()]
         assert steps == [12, 12]  # none was skipped
-    for precision, allowed in (("bf16", 0.05), ("fp16", 0.02)):
+    for precision, at_first in (("bf16", 0.03), ("fp16", 0.005)):
         assert losses[precision] != losses["off"]
-        assert sum(losses[precision]) == pytest.approx(sum(losses["off"]), rel=allowed)
+        assert losses[precision][0] == pytest.approx(losses["off"][0], rel=at_first)
+        assert sum(losses[precision]) == pytest.approx(sum(losses["off"]), rel=0.06)
 
 
 @pytest.mark.slow

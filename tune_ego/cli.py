@@ -295,7 +295,10 @@ def train(
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A run (its last checkpoint), a checkpoint's folder or its file.")],
     data: Data,
-    split: Annotated[int, typer.Option(min=1, max=3, help="Official split whose test clips are used.")] = 1,
+    split: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=3, help="Official split whose test clips are used; else the one trained on."),
+    ] = None,
     out: Annotated[
         Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")
     ] = None,

@@ -7,7 +7,7 @@ windows; the two streams are fused by the (weighted) mean of their scores. Atten
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ from tune_ego.metrics import (
     micro_accuracy,
 )
 from tune_ego.model import TwoStream
+from tune_ego.model.two_stream import StreamOutput
 from tune_ego.train import autocast_dtype
 
 _BATCH = 8
@@ -44,23 +45,29 @@ _SWEEP_STEPS = 20
 
 
 def _run_of(checkpoint: str) -> str:
-    """The run's folder of a checkpoint's file."""
-    return checkpoint.removesuffix(f"/{experiment.CHECKPOINT_FILE}").rpartition("/")[0]
+    """The run's folder of a checkpoint's file; of a file that lies elsewhere, its own folder."""
+    folder = checkpoint.rpartition("/")[0]
+    above, _, name = folder.rpartition("/")
+    return above if experiment.is_checkpoint_name(name) else folder
 
 
 def evaluate(
-    checkpoint: str, data: str, split: int, out: str | None = None, fusion_weight: float | None = None
+    checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
 ) -> dict[str, Any]:
     """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
 
-    `fusion_weight` is RGB's share of the fused scores, else the configuration's. Without `out` the file is written
-    beside the checkpoint's run. Raises `UserError` where checkpoint and shards do not belong together.
+    `split` is 1 to 3, else the one it was trained on. `fusion_weight` is RGB's share of the fused scores, else the
+    configuration's. Without `out` the file is written beside the checkpoint's run. Raises `UserError` where
+    checkpoint and shards do not belong together, and where the model's scores are not finite.
     """
     source = experiment.find_checkpoint(checkpoint)
     content = read_checkpoint(source)
     config, origin, model = rebuild(content, source)
     shards = open_shards(storage.absolute(data))
-    _check_same_kind(origin, shards, source)
+    _check_same_kind(origin, config, shards, source)
+    if fusion_weight is not None:
+        _check_fusion_weight(fusion_weight, config, source)
+    split = config.data.split if split is None else split
     clips = shards.test(split)
     scores, attention = _run(model, config, clips, shards)
     weight = config.fusion_weight if fusion_weight is None else fusion_weight
@@ -68,7 +75,9 @@ def evaluate(
     label_N = torch.tensor([clip.label for clip in clips])
     result: dict[str, Any] = {
         "split": split,
+        "trained_on_split": config.data.split,
         "clips": len(clips),
+        "clips_trained_on": len({clip.name for clip in clips} & set(shards.names("train", config.data.split))),
         "chance": 1 / len(origin.actions),
         "iteration": content["iteration"],
         "checkpoint": source,
@@ -90,13 +99,15 @@ def _run(
     reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
-    dtype = autocast_dtype(config.train.precision, device)
+    # A CPU computes 16 bits slowly, and not always right.
+    dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
         done = 0
         for batch in _batches(reader):
             moved = to_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(moved.clips())
+            _check_finite(outputs, batch, clips)
             scores.add(moved.clip_B, {name: output.logits_BK for name, output in outputs.items()}, moved.present_B)
             for name, output in outputs.items() if gaze else ():
                 shape = output.attention_BTHW.shape
@@ -106,6 +117,15 @@ def _run(
             advance(int(batch["clip"].max()) + 1 - done)
             done = int(batch["clip"].max()) + 1
     return scores, {name: score.result() for name, score in gaze.items()}
+
+
+def _check_finite(outputs: Mapping[str, StreamOutput], batch: dict[str, np.ndarray], clips: list[Clip]) -> None:
+    for name, output in outputs.items():
+        for what, values in (("scores", output.logits_BK), ("attention", output.attention_BTHW)):
+            if values is not None and not values.isfinite().all():
+                bad = int((~values.isfinite().flatten(1).all(dim=1)).nonzero()[0])
+                clip = clips[int(batch["clip"][bad])].name
+                raise UserError(f"the {name} stream's {what} are not finite, first in {clip}: its weights are no good")
 
 
 def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:
@@ -137,15 +157,25 @@ def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, f
     return [{"rgb_weight": weight, **found[str(weight)]} for weight in weights]
 
 
-def _check_same_kind(origin: Origin, shards: Shards, source: str) -> None:
-    if origin.actions != shards.actions:
+def _check_fusion_weight(weight: float, config: Config, source: str) -> None:
+    if not 0 <= weight <= 1:
+        raise UserError(f"--fusion-weight {weight}: RGB's share goes from 0 to 1")
+    if len(config.stream_names) < 2:
+        raise UserError(f"--fusion-weight {weight}: {source} has the {config.streams} stream only")
+
+
+def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str) -> None:
+    if len(origin.actions) != len(shards.actions):
         raise UserError(
             f"{source}: trained on {len(origin.actions)} classes, not the {len(shards.actions)} of {shards.root}"
         )
+    for number, (ours, theirs) in enumerate(zip(origin.actions, shards.actions)):
+        if ours != theirs:
+            raise UserError(f"{source}: its class {number} is {ours!r}, that of {shards.root} is {theirs!r}")
     if origin.image_size != shards.image_size:
         raise UserError(f"{source}: trained on {origin.image_size} images, {shards.root} has {shards.image_size}")
     flow = shards.info["settings"]["flow"]
-    if origin.flow != flow:
+    if "flow" in config.stream_names and origin.flow != flow:
         raise UserError(f"{source}: trained on {origin.flow} flow, {shards.root} has {flow}")
 
 

@@ -19,8 +19,12 @@ class Published(NamedTuple):
     split: str = "1"
 
 
-LU = "Lu, Liao, Li, ICCV Workshops 2019"
-PAPER = "Straminsky, Jacobo, Buemi, An efficient Action Detection from First Person Vision with Attention Model"
+LU, PAPER = "Lu et al.", "Straminsky et al."
+SOURCES = {
+    LU: "Lu, Liao, Li, ICCV Workshops 2019",
+    PAPER: "Straminsky, Jacobo, Buemi, An efficient Action Detection from First Person Vision with Attention Model",
+}
+PUBLISHED_CLASSES = 106
 
 PUBLISHED = (
     Published("RGB, no attention (-o)", 62.51, 54.89, LU),
@@ -49,6 +53,8 @@ def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) 
     rows.append(["chance", percent(result["chance"]), percent(result["chance"]), "", ""])
     title = f"Test of split {result['split']}: {result['clips']} clips, iteration {result['iteration']}, accuracy"
     print_table(title, ["", *columns], rows)
+    if seen := result["clips_trained_on"]:
+        say(f"NOT A TEST: trained on split {result['trained_on_split']}, which trains on {seen} of these clips.")
     _show_attention(result["attention"])
     _show_weakest(result, names[-1])
     if sweep:
@@ -103,8 +109,8 @@ def _show_published(result: dict[str, Any], names: list[str]) -> None:
         [
             f"this checkpoint, {name}",
             str(result["split"]),
-            percent(result[name]["micro_accuracy"]),
-            percent(result[name]["mean_class_accuracy"]),
+            f"{100 * result[name]['micro_accuracy']:.2f} %",
+            f"{100 * result[name]['mean_class_accuracy']:.2f} %",
             "measured now",
         ]
         for name in names
@@ -113,6 +119,9 @@ def _show_published(result: dict[str, Any], names: list[str]) -> None:
         [entry.model, entry.split, f"{entry.micro:.2f} %", f"{entry.mean_class:.2f} %", f"published: {entry.source}"]
         for entry in PUBLISHED
     ]
-    print_table(
-        "Beside the published results on EGTEA Gaze+", ["model", "split", "micro", "mean class", "source"], rows
-    )
+    title = "Beside the published results on EGTEA Gaze+"
+    print_table(title, ["model", "split", "micro", "mean class", "source"], rows)
+    for key, source in SOURCES.items():
+        say(f"{key}: {source}")
+    if (classes := len(result["classes"])) != PUBLISHED_CLASSES:
+        say(f"NOT COMPARABLE: {classes} classes here, {PUBLISHED_CLASSES} in EGTEA Gaze+.")

@@ -75,23 +75,36 @@ def collapsed_rate(config: Config, lines: list[dict[str, Any]]) -> str:
     return ""
 
 
+_CHECKPOINT_PREFIX = "iteration-"
+
+
 def checkpoint_name(iteration: int) -> str:
-    return f"iteration-{iteration:06d}"
+    return f"{_CHECKPOINT_PREFIX}{iteration:06d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return name.startswith(_CHECKPOINT_PREFIX) and name.removeprefix(_CHECKPOINT_PREFIX).isdecimal()
 
 
 def checkpoints(run: str) -> list[str]:
-    """URIs of a run's checkpoints, oldest first."""
-    return [storage.join(run, name) for name in storage.list_names(run) if name.startswith("iteration-")]
+    """URIs of the folders of a run's checkpoints, oldest first."""
+    names = [name for name in storage.list_names(run) if is_checkpoint_name(name)]
+    return [storage.join(run, name) for name in sorted(names, key=lambda name: (len(name), name))]
 
 
 def find_checkpoint(uri: str) -> str:
-    """The file meant by a file, a checkpoint's folder or a run's folder (its last checkpoint); others stay as given."""
+    """The file meant by a file, a checkpoint's folder or a run's folder (its last whole checkpoint).
+
+    Raises `UserError` for another folder; what is not there stays as given.
+    """
     uri = storage.absolute(uri)
-    if storage.is_file(uri):
+    if storage.is_file(uri) or not storage.exists(uri):
         return uri
-    folder = (checkpoints(uri) or [uri])[-1]
-    file = storage.join(folder, CHECKPOINT_FILE)
-    return file if storage.exists(file) else uri
+    for folder in [*reversed(checkpoints(uri)), uri]:
+        file = storage.join(folder, CHECKPOINT_FILE)
+        if storage.exists(file):
+            return file
+    raise UserError(f"{uri}: no checkpoint in this folder; give a run, of a search one below runs/")
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tune_ego import __version__, experiment, storage
 from tune_ego.cluster import ray_session
@@ -25,7 +24,7 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
     from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_found_weights
 
     run, data = storage.absolute(run), storage.absolute(data)
-    config = with_found_weights(config)
+    config = with_found_weights(config, _started(run))
     check_run(config, data)
     _check_same_run(config, data, run)
     model = storage.join(run, experiment.MODEL_FILE)
@@ -42,10 +41,16 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
     return model
 
 
-def _check_same_run(config: Config, data: str, run: str) -> None:
+def _started(run: str) -> Config | None:
+    """The configuration of a run that was started before."""
     uri = storage.join(run, experiment.CONFIG_FILE)
-    if storage.exists(uri):
-        if load_config(uri) != config:
+    return load_config(uri) if storage.exists(uri) else None
+
+
+def _check_same_run(config: Config, data: str, run: str) -> None:
+    before = _started(run)
+    if before is not None:
+        if before != config:
             raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
         started_on = storage.read_json(storage.join(run, experiment.RUN_FILE))["data"]
         if started_on != data:
@@ -60,24 +65,25 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 def _followed(config: Config, run: str) -> Iterator[None]:
     """Print a run's validations while the body runs: they are read from its files, wherever its workers are."""
     ended = threading.Event()
-    shown = len(_validations(run))
+    shown = sum(METRIC in line for line in experiment.read_metrics(run))
     warned = False
 
     def follow() -> None:
         nonlocal shown, warned
         while True:
             last = ended.wait(_LOOK_EVERY)
-            for line in _validations(run)[shown:]:
+            lines = experiment.read_metrics(run)
+            for line in [line for line in lines if METRIC in line][shown:]:
                 shown += 1
                 rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(experiment.learning_rates(line).values()))
                 say(
                     f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate {rates}, "
                     f"validation mean class accuracy {percent(line[METRIC])}, {line['clips_per_second']:.1f} clips/s"
                 )
-                warning = experiment.collapsed_rate(config, [line])
-                if warning and not warned:
-                    warned = True
-                    say(f"  {warning}")
+            warning = "" if warned else experiment.collapsed_rate(config, lines)
+            if warning:
+                warned = True
+                say(f"  {warning}")
             if last:
                 return
 
@@ -88,7 +94,3 @@ def _followed(config: Config, run: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _validations(run: str) -> list[dict[str, Any]]:
-    return [line for line in experiment.read_metrics(run) if METRIC in line]

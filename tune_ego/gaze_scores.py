@@ -1,7 +1,7 @@
 """How well attention agrees with gaze: AUC (Judd), NSS and F1.
 
-Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly, on the grid that the gaze loss
-teaches: cell j of W stands for x = j / W there, so gaze moves by half a cell to meet the cells' centres.
+Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly on the grid that the gaze loss
+teaches: cell j of W stands for x = j / W. A map that was not taught by it may be right by another grid: half a cell.
 
 B batch, T frames of a window, T' slices of the map (each stands for T / T' frames), R = 64, S = B x T' maps, F frames
 of a map, P = R x R cells.
@@ -24,10 +24,25 @@ GAZE_RADIUS = 7.5
 _THRESHOLDS = 50
 
 
+def enlarge(attention_BTHW: Tensor) -> Tensor:
+    """[B, T', H, W] -> [S, P]; a map that is even stays exactly even (it becomes 0)."""
+    height, width = attention_BTHW.shape[2:]
+    maps_S1HW = attention_BTHW.float().flatten(0, 1)[:, None]
+    low, high = maps_S1HW.aminmax(dim=-1, keepdim=True)
+    even = (high.amax(2) - low.amin(2))[:, 0] <= 1e-6 * maps_S1HW.abs().amax((2, 3))
+    centre_R = (torch.arange(RESOLUTION, device=maps_S1HW.device) + 0.5) / RESOLUTION
+    # grid_sample counts from -1 at the first cell to 1 at the last one.
+    x_R, y_R = (2 * centre_R * side / max(side - 1, 1) - 1 for side in (width, height))
+    grid_RR2 = torch.stack(torch.meshgrid(x_R, y_R, indexing="xy"), dim=-1).expand(len(maps_S1HW), -1, -1, -1)
+    enlarged = F.grid_sample(maps_S1HW, grid_RR2, padding_mode="border", align_corners=True)
+    return torch.where(even, 0.0, enlarged.flatten(1))
+
+
 def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
     """Area under the ROC curve of each map: its values at the gaze cells against those at all others (Judd et al.,
     MIT-CSAIL-TR-2012-001). Several gaze points in one cell count once; equal values count half, as the noise that
-    is usually added against ties comes to, so an even map scores 0.5. NaN for a map without gaze."""
+    is usually added against ties comes to, so an even map scores 0.5. (Code that puts thresholds at the gaze cells'
+    values alone gives more for few gaze points, also to noise.) NaN for a map without gaze."""
     order = torch.arange(cell_SF.shape[1], device=cell_SF.device)
     same_SFF = (cell_SF[:, :, None] == cell_SF[:, None, :]) & valid_SF[:, None, :]
     gaze_SF = valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
@@ -78,12 +93,10 @@ class GazeScores:
 
     def add(self, attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor) -> None:
         """Add maps [B, T', H, W] with the gaze of their windows, x and y in [0, 1] of the crop."""
-        slices, height, width = attention_BTHW.shape[1:]
-        enlarged = F.interpolate(attention_BTHW.float(), (RESOLUTION, RESOLUTION), mode="bilinear")
-        map_SP = enlarged.flatten(2).flatten(0, 1)
+        slices = attention_BTHW.shape[1]
+        map_SP = enlarge(attention_BTHW)
         inside_BT = valid_BT & (gaze_BT2 >= 0).all(dim=2) & (gaze_BT2 < 1).all(dim=2)
-        half_a_cell = 0.5 / torch.tensor([width, height], device=gaze_BT2.device)
-        point_BT2 = torch.where(inside_BT[..., None], gaze_BT2 + half_a_cell, 0.0).clamp(max=1 - 0.5 / RESOLUTION)
+        point_BT2 = torch.where(inside_BT[..., None], gaze_BT2, 0.0)
         point_SF2 = point_BT2.unflatten(1, (slices, -1)).flatten(0, 1)
         valid_SF = inside_BT.unflatten(1, (slices, -1)).flatten(0, 1)
         cell_SF2 = (point_SF2 * RESOLUTION).long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import signal
 import sys
@@ -100,7 +101,7 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     compute = job.config.compute
     resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
     folder, _, name = job.run.rpartition("/")
-    trainer = _trainer_class(name)(
+    trainer = _trainer_class(job.run)(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
@@ -126,12 +127,12 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
         raise UserError(failure.reason)
 
 
-def placement_group_prefix(run_name: str) -> str:
-    """How the names of all placement groups of a run begin."""
-    return f"tune_ego-{run_name}-"
+def placement_group_prefix(run: str) -> str:
+    """How the names of all placement groups of a run (its folder or URI) begin, and those of no other."""
+    return f"tune_ego-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
 
 
-def _trainer_class(run_name: str) -> Any:
+def _trainer_class(run: str) -> Any:
     """Ray's TorchTrainer with named placement groups, and without two helper processes of each run.
 
     A trial that is stopped or dies leaves its placement group behind. Ray's `PlacementGroupCleaner` is a detached
@@ -148,7 +149,7 @@ def _trainer_class(run_name: str) -> Any:
             # In the run's controller: Ray gives no other way to name the group that it makes next.
             from ray.train.v2._internal.execution.worker_group import worker_group
 
-            name = placement_group_prefix(run_name) + uuid.uuid4().hex
+            name = placement_group_prefix(run) + uuid.uuid4().hex
             worker_group.placement_group = functools.partial(placement_group, name=name)
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -259,10 +260,16 @@ def check_run(config: Config, data: str) -> None:
         say(f"{modality} starts from {source}: {counts}")
 
 
-def with_found_weights(config: Config) -> Config:
-    """`init_from` as the absolute paths of files: workers have another working directory, and a run goes on."""
-    weights = initial_weights(config).items()
-    paths = {f"init_from.{modality}": experiment.find_checkpoint(path) for modality, path in weights}
+def with_found_weights(config: Config, before: Config | None = None) -> Config:
+    """`init_from` as the absolute paths of files: workers have another working directory, and a run goes on.
+
+    `before` is the same run's configuration at an earlier start: a folder still means the file that it meant then.
+    """
+    earlier = initial_weights(before) if before else {}
+    paths = {}
+    for modality, path in initial_weights(config).items():
+        same = earlier.get(modality, "").startswith(f"{storage.absolute(path)}/")
+        paths[f"init_from.{modality}"] = earlier[modality] if same else experiment.find_checkpoint(path)
     return override_config(config, paths, "init_from") if paths else config
 
 

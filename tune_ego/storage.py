@@ -133,4 +133,4 @@ def read_json(uri: str | Path) -> Any:
 
 
 def write_json(uri: str | Path, value: Any) -> None:
-    write_text(uri, json.dumps(value, indent=1) + "\n")
+    write_text(uri, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -170,7 +170,9 @@ class Trainer:
             metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
             metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
         total, action, gaze = losses.sum(dim=0).tolist()
-        return {"train_loss": total, "action_loss": action, "gaze_loss": gaze, **metrics}
+        lowest = min(optimizer.learning_rate for optimizer in self.optimizers.values())
+        sums = {"train_loss": total, "action_loss": action, "gaze_loss": gaze, "learning_rate": lowest}
+        return {**sums, **metrics}
 
 
 def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report: Report) -> None:

@@ -240,12 +240,14 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         if METRIC in result:
             best = percent(result[METRIC])
             say(f"  {trial.trial_id}: iteration {result['iteration']}, validation mean class accuracy {best}")
-            self._warn(trial.trial_id, result)
+            if trial.trial_id not in self.warned:
+                self._warn(trial.trial_id)
 
-    def _warn(self, trial_id: str, line: dict[str, Any]) -> None:
-        config = load_config(storage.join(experiment.run_folder(self.root, trial_id), experiment.CONFIG_FILE))
-        warning = experiment.collapsed_rate(config, [line])
-        if warning and trial_id not in self.warned:
+    def _warn(self, trial_id: str) -> None:
+        run = experiment.run_folder(self.root, trial_id)
+        config = load_config(storage.join(run, experiment.CONFIG_FILE))
+        warning = experiment.collapsed_rate(config, experiment.read_metrics(run))
+        if warning:
             self.warned.add(trial_id)
             say(f"  {trial_id}: {warning}")
 
@@ -284,10 +286,9 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
             self._sweep(trial.trial_id for trial in trials)
             time.sleep(0.2)
 
-    @staticmethod
-    def _sweep(trial_ids: Iterable[str]) -> None:
+    def _sweep(self, trial_ids: Iterable[str]) -> None:
         """Remove the placement groups of trials that have ended; a controller that still lives may make another."""
-        prefixes = tuple(placement_group_prefix(trial_id) for trial_id in trial_ids)
+        prefixes = tuple(placement_group_prefix(experiment.run_folder(self.root, trial_id)) for trial_id in trial_ids)
         for group, record in placement_group_table().items() if prefixes else ():
             if record["state"] != "REMOVED" and record["name"].startswith(prefixes):
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from difflib import get_close_matches
 from typing import Any
 
 import cv2
@@ -91,8 +92,10 @@ def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
     record = next((row for row in shards.table.to_pylist() if row["clip"] == clip), None)
     if record is None:
         problem = next((entry for entry in shards.info["problems"] if entry["clip"] == clip), None)
+        near = get_close_matches(clip, shards.table["clip"].to_pylist(), n=2)
         reason = f"was left out: {problem['reason']}" if problem else "is not in these shards"
-        raise UserError(f"{shards.root}: {clip} {reason}")
+        hint = f"; nearest: {', '.join(near)}" if near and not problem else ""
+        raise UserError(f"{shards.root}: {clip} {reason}{hint}")
     table = read_clip(shards, record)
     chosen = sorted({round(place) for place in np.linspace(0, record["frames"] - 1, _COLUMNS)})
     targets = _gaze_targets(table, record["frames"])

@@ -314,6 +314,7 @@ def _finish(
         "actions": annotations.actions,
         "verbs": annotations.verbs,
         "nouns": annotations.nouns,
+        **_parts_of_actions(annotations),
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
         "clips_left_out": len(left_out),
@@ -335,6 +336,14 @@ def _finish(
         storage.write_json(marker, info)
     storage.remove_partial(out)
     return info
+
+
+def _parts_of_actions(annotations: Annotations) -> dict[str, list[int]]:
+    """The verb and the first noun of each action, from 0, as its clips have them; -1 for one without clips."""
+    verbs, nouns = ([-1] * len(annotations.actions) for _ in range(2))
+    for clip in annotations.clips:
+        verbs[clip.action - 1], nouns[clip.action - 1] = clip.verb - 1, clip.nouns[0] - 1
+    return {"verb_of_action": verbs, "noun_of_action": nouns}
 
 
 def _summarise(info: dict[str, Any], out: str) -> None:

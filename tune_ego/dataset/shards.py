@@ -25,7 +25,7 @@ from tune_ego.dataset.annotations import AnnotatedClip
 from tune_ego.dataset.gaze import Gaze
 from tune_ego.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
 _CLIPS_KEY, _PROBLEMS_KEY, _SOURCES_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.sources"
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -202,11 +202,16 @@ class Shards:
         return width, height
 
     def verbs_and_nouns(self) -> tuple[list[int], list[int]]:
-        """The verb and the first noun of each action; -1 for an action without clips."""
-        verbs, nouns = ([-1] * len(self.actions) for _ in range(2))
-        for row in self.table.select(["action", "verb", "nouns"]).to_pylist():
-            verbs[row["action"]], nouns[row["action"]] = row["verb"], row["nouns"][0]
-        return verbs, nouns
+        """The verb and the first noun of each action; -1 for an action that no annotated clip shows."""
+        return list(self.info["verb_of_action"]), list(self.info["noun_of_action"])
+
+    def names(self, role: str, split: int) -> list[str]:
+        """The clips of a role, `train` or `test`, in an official split."""
+        return [
+            row["clip"]
+            for row in self.table.select(["clip", f"split{split}"]).to_pylist()
+            if row[f"split{split}"] == role
+        ]
 
     def test(self, split: int) -> list[Clip]:
         return self._select(lambda row: row[f"split{split}"] == "test", f"test clips of split {split}")

@@ -179,6 +179,10 @@ def _target_track(clip: SyntheticClip, random: np.random.Generator) -> _Tracks:
     return _Tracks(_track(clip.verb, clip.frames, centre, 0.1, random) + shake, shake)
 
 
+# Without `cpu-independent` x264's bytes differ from run to run, even on one thread.
+_X264 = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
+
+
 def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], int, tuple[int, ...]]) -> None:
     path, clip, tracks, nouns, (width, height), distractors, seed = job
     random = np.random.default_rng(seed)
@@ -186,7 +190,7 @@ def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], i
     others = [_distractor(clip, tracks, nouns, random) for _ in range(distractors)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=FPS, options=_X264)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for time in range(clip.frames):
             shift = np.array([[1, 0, tracks.shake[time, 0] * width], [0, 1, tracks.shake[time, 1] * height]])

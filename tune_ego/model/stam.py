@@ -89,6 +89,7 @@ def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
 
     `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min. Value and derivative are
     finite in every floating type: where the derivative exceeds the input's 16-bit type, its largest number stands.
+    A map with a NaN stays one.
     """
     wide = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
     if map_BTHW.dtype == torch.float16 and wide.requires_grad:
@@ -97,7 +98,7 @@ def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
     if how == "subtract_min":
         return wide - low
     span = wide.amax(dim=(1, 2, 3), keepdim=True) - low
-    varied = span > _SMALLEST_RANGE
+    varied = ~(span <= _SMALLEST_RANGE)
     return torch.where(varied, (wide - low) / torch.where(varied, span, 1.0), 0.0)
 
 
