@@ -52,9 +52,10 @@ def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pyt
     for index, clip in enumerate(clips):
         scores: dict[str, list[torch.Tensor]] = {"rgb": [], "flow": []}
         for start in dense_starts(clip.frames):
-            sample = reader.read(centre_window(index, start, data.image_size, 32))
+            sample = reader.read_batch([centre_window(index, start, data.image_size, 32)])
             for name, seen in scores.items():
-                image = torch.from_numpy(sample[name].copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+                axes = (0, 4, 1, 2, 3) if name == "rgb" else (0, 2, 1, 3, 4)
+                image = torch.from_numpy(sample[name]).permute(axes).float() / 127.5 - 1
                 logits, _ = literal.stream(trainer.model[name].state_dict(), image, depth=2)
                 seen.append(logits[0].double().softmax(dim=0))
         mean = {name: torch.stack(seen).mean(dim=0) for name, seen in scores.items()}

@@ -137,12 +137,11 @@ def quantise(field_HW2: np.ndarray) -> np.ndarray:
     return np.concatenate([levels[..., 0], levels[..., 1]]).astype(np.uint8)
 
 
-def pixels(levels_HW2: np.ndarray) -> np.ndarray:
-    """[H, W, 2] uint8, as `split_components` gives them -> pixels."""
-    return levels_HW2.astype(np.float32) * (2 * BOUND / 255) - BOUND
-
-
 def split_components(grey: np.ndarray) -> np.ndarray:
-    """[2H, W] uint8, as stored -> [H, W, 2] uint8."""
-    height = grey.shape[0] // 2
-    return np.stack([grey[:height], grey[height:]], axis=-1)
+    """[2H, W] uint8, as stored -> [2, H, W] uint8, x and y; no copy."""
+    return grey.reshape(2, -1, grey.shape[1])
+
+
+def pixels(levels: np.ndarray) -> np.ndarray:
+    """Stored levels, uint8 -> pixels, float32 of the same shape."""
+    return levels.astype(np.float32) * (2 * BOUND / 255) - BOUND

@@ -28,7 +28,7 @@ class ClipBatch(NamedTuple):
     """One forward pass; images are uint8 and are scaled on the device."""
 
     rgb_BTHWC: Tensor | None
-    flow_BTHW2: Tensor | None
+    flow_BT2HW: Tensor | None
     gaze_BT2: Tensor
     """x, y in [0, 1] of the crop (or outside it), float32; NaN where not valid."""
     gaze_valid_BT: Tensor
@@ -40,12 +40,12 @@ class ClipBatch(NamedTuple):
 
     def clips(self) -> dict[str, Tensor]:
         """The model's input: [B, C, T, H, W] float32 in [-1, 1] for each stream."""
-        images = {"rgb": self.rgb_BTHWC, "flow": self.flow_BTHW2}
-        return {
-            name: (image.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
-            for name, image in images.items()
-            if image is not None
-        }
+        images: dict[str, Tensor] = {}
+        if self.rgb_BTHWC is not None:
+            images["rgb"] = self.rgb_BTHWC.permute(0, 4, 1, 2, 3)
+        if self.flow_BT2HW is not None:
+            images["flow"] = self.flow_BT2HW.permute(0, 2, 1, 3, 4)
+        return {name: image.float() / 127.5 - 1 for name, image in images.items()}
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import cv2
@@ -79,22 +80,44 @@ class WindowReader:
         self.clips, self.streams, self.image_size, self.crop = clips, streams, image_size, crop
         self._columns = [*streams, "gaze_x", "gaze_y", "gaze_valid"]
 
-    def read(self, window: Window) -> dict[str, np.ndarray]:
-        """`rgb` [T, H, W, 3] and/or `flow` [T, H, W, 2] uint8, `gaze` [T, 2] in crop coordinates, `gaze_valid` [T]."""
+    def read_batch(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
+        """Windows stacked; None is padding, and comes out as zeros.
+
+        `rgb` uint8 [B, T, H, W, 3] and/or `flow` uint8 [B, T, 2, H, W] (x, y), `gaze` float32 [B, T, 2] in crop
+        coordinates, `gaze_valid` bool [B, T], `label` and `clip` int64 [B], `present` bool [B]. Raises `UserError`
+        for a damaged shard.
+        """
+        count, side = len(windows), self.crop
+        shapes = {"rgb": (side, side, 3), "flow": (2, side, side)}
+        batch = {name: np.empty((count, WINDOW_FRAMES, *shapes[name]), np.uint8) for name in self.streams}
+        batch["gaze"] = np.zeros((count, WINDOW_FRAMES, 2), np.float32)
+        batch["gaze_valid"] = np.zeros((count, WINDOW_FRAMES), bool)
+        for place, window in enumerate(windows):
+            sample = {name: value[place] for name, value in batch.items()}
+            if window is not None:
+                self._read_into(sample, window)
+                continue
+            for name in self.streams:
+                sample[name].fill(0)
+        indices = [0 if window is None else window.clip for window in windows]
+        batch["clip"] = np.array(indices, np.int64)
+        batch["label"] = np.array([self.clips[index].label for index in indices], np.int64)
+        batch["present"] = np.array([window is not None for window in windows])
+        return batch
+
+    def _read_into(self, sample: dict[str, np.ndarray], window: Window) -> None:
         clip = self.clips[window.clip]
         frame = np.minimum(window.start + np.arange(WINDOW_FRAMES), clip.frames - 1)  # short clips repeat the last one
         table, first = self._rows(clip, frame)
         rows = frame - first
-        sample = {name: self._images(table, name, rows, window, clip) for name in self.streams}
+        for name in self.streams:
+            self._read_images(sample[name], table[name], rows, window, clip)
         gaze = np.stack([table[name].to_numpy()[rows] for name in ("gaze_x", "gaze_y")], axis=-1)
         gaze = (gaze * self.image_size - (window.left, window.top)) / self.crop
         if window.flip:
             gaze[:, 0] = 1 - gaze[:, 0]
-            for name in self.streams:
-                sample[name] = sample[name][:, :, ::-1]
-            if "flow" in sample:
-                sample["flow"] = np.stack([255 - sample["flow"][..., 0], sample["flow"][..., 1]], axis=-1)
-        return {**sample, "gaze": gaze.astype(np.float32), "gaze_valid": table["gaze_valid"].to_numpy()[rows]}
+        sample["gaze"][:] = gaze
+        sample["gaze_valid"][:] = table["gaze_valid"].to_numpy()[rows]
 
     def _rows(self, clip: Clip, frame: np.ndarray) -> tuple[pa.Table, int]:
         """(the row groups that hold the frames, clip frame of their first row)."""
@@ -106,33 +129,46 @@ class WindowReader:
             raise _damaged(clip, f"cannot be read ({error})") from error
         return table, groups[0] * FRAMES_PER_ROW_GROUP
 
-    def _images(self, table: pa.Table, name: str, rows: np.ndarray, window: Window, clip: Clip) -> np.ndarray:
-        column = table[name]
-        flag = cv2.IMREAD_COLOR_RGB if name == "rgb" else cv2.IMREAD_GRAYSCALE
-        images = []
-        for row in rows:
-            data = np.frombuffer(column[int(row)].as_buffer(), np.uint8)
-            image = cv2.imdecode(data, flag)
+    def _read_images(
+        self, images: np.ndarray, column: pa.ChunkedArray, rows: np.ndarray, window: Window, clip: Clip
+    ) -> None:
+        """Decode the rows of an image column, and put each one's crop straight into its place in the batch."""
+        is_rgb = images.shape[-1] == 3
+        flag = cv2.IMREAD_COLOR_RGB if is_rgb else cv2.IMREAD_GRAYSCALE
+        vertical, horizontal = (slice(start, start + self.crop) for start in (window.top, window.left))
+        files = _values(column)
+        for t, row in enumerate(rows.tolist()):
+            if t and row == rows[t - 1]:
+                images[t] = images[t - 1]
+                continue
+            image = cv2.imdecode(files[row], flag)
             if image is None:
-                raise _damaged(clip, f"holds a damaged {name} image")
-            if name == "flow":
-                image = split_components(image)
-            images.append(image[window.top : window.top + self.crop, window.left : window.left + self.crop])
-        return np.stack(images)
+                raise _damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image")
+            if is_rgb:
+                _place(images[t], image[vertical, horizontal], window.flip)
+                continue
+            for target, component in zip(images[t], split_components(image)):
+                _place(target, component[vertical, horizontal], window.flip)
+            if window.flip:
+                cv2.bitwise_not(images[t, 0], images[t, 0])  # 255 - x: motion to the left becomes motion to the right
 
-    def read_batch(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
-        """Windows stacked, with `label`, `clip` and `present`; None is padding (and comes out as zeros)."""
-        samples = [None if window is None else self.read(window) for window in windows]
-        template = next(sample for sample in samples if sample is not None)
-        batch = {
-            name: np.stack([np.zeros_like(value) if sample is None else sample[name] for sample in samples])
-            for name, value in template.items()
-        }
-        indices = [0 if window is None else window.clip for window in windows]
-        batch["clip"] = np.array(indices, np.int64)
-        batch["label"] = np.array([self.clips[index].label for index in indices], np.int64)
-        batch["present"] = np.array([window is not None for window in windows])
-        return batch
+
+def _values(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The bytes of each row of a binary column, uint8, not copied."""
+    values = []
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        everything = np.frombuffer(data, np.uint8)
+        places = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        values += [everything[start:end] for start, end in pairwise(places)]
+    return values
+
+
+def _place(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
+    if flip:
+        cv2.flip(image, 1, target)
+    else:
+        target[:] = image
 
 
 def _damaged(clip: Clip, what: str) -> UserError:
@@ -143,7 +179,9 @@ def _damaged(clip: Clip, what: str) -> UserError:
 def _open_shard(uri: str, thread: int) -> pq.ParquetFile:
     """A reader of one shard for one thread: they must not be shared between threads."""
     filesystem, path = storage.resolve(uri)
-    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True, page_checksum_verification=True)
+    # Ahead-reading by threads pays where each read is a request over the network, and costs where it is a copy.
+    ahead = not storage.is_local(uri)
+    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=ahead, page_checksum_verification=True)
 
 
 def check_fits(shards: Shards, config: Config) -> None:
