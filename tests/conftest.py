@@ -15,6 +15,8 @@ from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+COMMAND = "import sys; from tune_ego.cli import main; sys.argv = ['tune-ego', *sys.argv[1:]]; main()"
+"""`tune-ego`, for `python -c`."""
 TINY = {
     "data.crop": 32,
     "model.width": 0.05,

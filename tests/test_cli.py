@@ -13,7 +13,7 @@ import pytest
 
 from tune_ego.cli import main
 
-COMMANDS = ["demo", "synthesize", "prepare", "tune", "resume", "status", "export", "train", "evaluate"]
+COMMANDS = ["demo", "synthesize", "prepare", "inspect", "tune", "resume", "status", "export", "train", "evaluate"]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

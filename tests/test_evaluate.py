@@ -11,7 +11,7 @@ import torch
 
 from tests import literal
 from tests.conftest import tiny_config
-from tune_ego.checkpoint import Origin, to_bytes
+from tune_ego.checkpoint import Origin, write_checkpoint
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
@@ -34,9 +34,7 @@ def checkpoint(folder: Path, shards: str, **changes: object) -> Trainer:
             value.copy_(torch.randn_like(value) / 5)
         if name.endswith("attention_pred.conv3d.weight"):
             value.abs_()
-    file = folder / "run" / "iteration-000000" / "checkpoint.pt"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(to_bytes(trainer.checkpoint()))
+    write_checkpoint(str(folder / "run"), trainer.checkpoint())
     return trainer
 
 
@@ -107,7 +105,7 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, shards: str, part
     trainer = checkpoint(tmp_path, shards)
     name = next(name for name in trainer.model.state_dict() if name.startswith("rgb.") and name.endswith(part))
     trainer.model.state_dict()[name].view(-1)[0] = torch.nan
-    (tmp_path / "run/iteration-000000/checkpoint.pt").write_bytes(to_bytes(trainer.checkpoint()))
+    write_checkpoint(str(tmp_path / "run"), trainer.checkpoint())
     with pytest.raises(UserError, match=r"the rgb stream's (scores|attention) are not finite, first in .*-F0"):
         evaluate(str(tmp_path / "run"), shards)
     assert not (tmp_path / "run/evaluation.json").exists()
@@ -163,8 +161,9 @@ def test_from_a_stage_without_attention_to_one_with_it(tmp_path: Path, shards: s
     config = with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run))
     assert config.init_from.flow == f"{run}/iteration-000000/checkpoint.pt"
     check_run(config, shards)
-    (tmp_path / "run/iteration-000009").mkdir()
-    shutil.copy(config.init_from.flow, tmp_path / "run/iteration-000009")
+    first.iteration = 9
+    write_checkpoint(run, first.checkpoint())
+    assert find_checkpoint(run) == f"{run}/iteration-000009/checkpoint.pt"
     assert with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run), before=config) == config
     second = Trainer(config, first.origin, CPU)
     state = first.model.state_dict()

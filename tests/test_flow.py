@@ -20,7 +20,7 @@ def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def moving(shifts: list[tuple[int, int]], size: tuple[int, int] = (128, 160)) -> list[np.ndarray]:
-    """RGB frames of one texture, moved by (x, y) pixels from frame to frame."""
+    """BGR frames of one texture, moved by (x, y) pixels from frame to frame."""
     scene = texture(size[0] + 64, size[1] + 64)
     frames, x, y = [], 32, 32
     for dx, dy in [(0, 0), *shifts]:
@@ -32,7 +32,8 @@ def moving(shifts: list[tuple[int, int]], size: tuple[int, int] = (128, 160)) ->
 @pytest.mark.parametrize("name", ["dis", "farneback", "tvl1"])
 def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> None:
     shifts = [(3, 1), (-2, 4), (0, -3)]
-    fields = flow.flow_method(name).fields(moving(shifts))
+    method = flow.flow_method(name)
+    fields = method.fields([method.view(frame) for frame in moving(shifts)])
     assert fields.shape == (3, 128, 160, 2)
     assert fields.dtype == np.float32
     for field, shift in zip(fields, shifts):
@@ -41,8 +42,8 @@ def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> Non
 
 @pytest.mark.parametrize("name", ["dis", "farneback", "tvl1"])
 def test_a_pair_does_not_depend_on_the_others(name: flow.FlowName) -> None:
-    frames = moving([(3, 1), (-2, 4), (5, -3), (0, 0)])
     method = flow.flow_method(name)
+    frames = [method.view(frame) for frame in moving([(3, 1), (-2, 4), (5, -3), (0, 0)])]
     together = method.fields(frames)
     for index, field in enumerate(together):
         np.testing.assert_array_equal(method.fields(frames[index : index + 2])[0], field)
@@ -101,11 +102,12 @@ def raft_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_raft_is_torchvisions(raft_file: str) -> None:
     from torchvision.models.optical_flow import raft_small
 
-    frames = moving([(3, 1)], (132, 164))  # no multiples of 8
-    found = flow.flow_method("raft", raft_file).fields(frames)
+    frames = [frame // [3, 2, 1] for frame in moving([(3, 1)], (132, 164))]  # no multiples of 8; blue, green, red
+    method = flow.flow_method("raft", raft_file)
+    found = method.fields([method.view(frame.astype(np.uint8)) for frame in frames])
     model = raft_small(weights=None).eval()
     model.load_state_dict(torch.load(raft_file, weights_only=True))
-    images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).flip(1) / 127.5 - 1
     images = torch.nn.functional.pad(images, (0, 4, 0, 4), mode="replicate")
     with torch.inference_mode():
         expected = model(images[:1], images[1:])[-1][0, :, :132, :164].permute(1, 2, 0)

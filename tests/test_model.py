@@ -15,7 +15,7 @@ from tune_ego.checkpoint import Origin, pack, read_checkpoint, rebuild, to_bytes
 from tune_ego.config import ModelConfig
 from tune_ego.errors import UserError
 from tune_ego.model import TwoStream, build_stream, load_weights
-from tune_ego.model.i3d import MaxPool3dSame, same_padding
+from tune_ego.model.i3d import MaxPool3dSame, Triple, Unit3D, _pad, max_pool3d_deterministic, same_padding
 from tune_ego.model.stam import AttentionBlock, scale_attention
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.model.weights import load_tensors
@@ -134,6 +134,31 @@ def test_pools_pad_with_zeros_at_every_size(kernel: tuple[int, int, int], stride
         assert torch.equal(fast, literal.max_pool(positive, kernel, stride))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("stride", "size"), [(1, 7), (2, 7), (2, 8), (2, 33)])
+def test_a_convolution_s_gradients_are_right_in_16_bits_and_with_strides(
+    stride: int, size: int, dtype: torch.dtype
+) -> None:
+    """Some of torch's own CPU kernels are not, when they are told to pad."""
+    torch.manual_seed(0)
+    unit = Unit3D(16, 32, (3, 3, 3), (stride, stride, stride), activation=None, batch_norm=False)
+    x = torch.randn(1, 16, 2, size, size)
+    torch.nn.init.zeros_(unit.conv3d.bias)  # type: ignore[arg-type]
+    weight = unit.conv3d.weight
+    padded = _pad(x, same_padding(x.shape[2:], unit.kernel, unit.stride)).double()
+    exact = weight.detach().double().requires_grad_()
+    expected = F.conv3d(padded, exact, stride=stride)
+    seen = torch.randn(expected.shape)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = unit(x)
+    (found.float() * seen).sum().backward()
+    (expected * seen).sum().backward()
+    assert weight.grad is not None and exact.grad is not None
+    for ours, theirs in ((found, expected), (weight.grad, exact.grad)):
+        allowed = 1e-5 if dtype == torch.float32 else 0.02
+        assert (ours - theirs).abs().max() < allowed * theirs.abs().max()
+
+
 @pytest.mark.parametrize("scope", ["stam", "all"])
 @pytest.mark.parametrize("activation", ["relu", "swish", "mish", "gelu", "leaky_relu", "elu"])
 def test_every_variant_trains(activation: str, scope: str) -> None:
@@ -161,6 +186,15 @@ def test_attention_scaling_is_finite(how: str, span: float, dtype: torch.dtype) 
 def test_an_overflow_before_the_attention_scaling_stays_visible() -> None:
     a = torch.rand(1, 2, 7, 7).half().requires_grad_()
     (scale_attention(a, "min_max") * torch.inf).sum().backward()
+    assert a.grad is not None and not a.grad.isfinite().all()
+
+
+def test_a_derivative_beyond_float16_reaches_the_loss_scaler() -> None:
+    """Under autocast the loss is scaled: a derivative cut to the largest float16 would be wrong, not skipped."""
+    a = (torch.rand(1, 2, 7, 7) * 1e-6).half().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        scaled = scale_attention(a, "min_max")
+    (scaled * torch.randn(scaled.shape) * 2.0**16).sum().backward()
     assert a.grad is not None and not a.grad.isfinite().all()
 
 
@@ -258,10 +292,48 @@ def test_published_weights_without_attention_and_with_other_classes(tmp_path: Pa
     stream = small()
     report = load_weights(stream, tmp_path / "w.pt")  # type: ignore[arg-type]
     assert sorted(report.left_out) == ["logits.conv3d.bias", "logits.conv3d.weight"]
-    assert all(name.startswith(("attention_", "logits.")) for name in report.fresh)
+    assert report.modules_left_out == ["logits"]
+    assert report.fresh_modules == ["attention_inc", "attention_pred", "logits"]
     name = "Mixed_4b.b1b.conv3d.weight"
     assert name in report.loaded
     assert torch.equal(stream.state_dict()[name], published.state_dict()[name])
+
+
+def test_attention_is_left_out_only_where_the_stream_has_none(tmp_path: Path) -> None:
+    torch.save(small(depth=2).state_dict(), tmp_path / "deep.pt")
+    report = load_weights(small(depth=0), tmp_path / "deep.pt")  # type: ignore[arg-type]
+    assert report.modules_left_out == ["attention_inc", "attention_inc_2", "attention_pred"] and not report.fresh
+    with pytest.raises(UserError, match=r"unknown \(first attention_inc_2\."):
+        load_weights(small(depth=1), tmp_path / "deep.pt")  # type: ignore[arg-type]
+    torch.save(small(depth=1).state_dict(), tmp_path / "shallow.pt")
+    report = load_weights(small(depth=2), tmp_path / "shallow.pt")  # type: ignore[arg-type]
+    assert report.fresh_modules == ["attention_inc_2"] and not report.left_out
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("attention_pred.conv3d.weight", r"1 absent \(first attention_pred\.conv3d\.weight"),
+        ("attention_inc.b0.bn.weight", r"1 absent \(first attention_inc\.b0\.bn\.weight"),
+        ("logits.conv3d.bias", r"1 absent \(first logits\.conv3d\.bias"),
+    ],
+)
+def test_weights_with_a_hole_are_refused(tmp_path: Path, change: str, reason: str) -> None:
+    state = small().state_dict()
+    del state[change]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=reason):
+        load_weights(small(), tmp_path / "w.pt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 1, 1, 1), (9, 50, 3, 1, 1), (8, 50, 1, 1, 1), (9, 50)])
+def test_a_classifier_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = small().state_dict()
+    assert state["logits.conv3d.weight"].shape == (5, 50, 1, 1, 1)
+    state.update({"logits.conv3d.weight": torch.zeros(shape), "logits.conv3d.bias": torch.zeros(9)})
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"logits\.conv3d\.(weight|bias) is \("):
+        load_weights(small(), tmp_path / "w.pt")  # type: ignore[arg-type]
 
 
 def test_weights_of_the_other_modality_are_refused(tmp_path: Path) -> None:
@@ -296,6 +368,28 @@ def test_a_checkpoint_rebuilds_its_model_and_refuses_another(tmp_path: Path) -> 
     again_config, again_origin, again = rebuild(loaded, "c")
     assert (again_config, again_origin) == (config, origin)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    loaded["model"]["rgb.logits.conv3d.bias"] = "text"
+    with pytest.raises(UserError, match=r"another model: rgb\.logits\.conv3d\.bias is absent there, \(2,\) in"):
+        rebuild(loaded, "c")
+    loaded["model"] = model.state_dict()
     loaded["config"]["model"]["stam_depth"] = 2
     with pytest.raises(UserError, match=r"another model: flow\.attention_inc_2.*absent"):
         rebuild(loaded, "c")
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), (2, 2, 2)), ((1, 3, 3), (1, 2, 2)), ((2, 2, 2), (2, 2, 2))])
+def test_the_deterministic_max_pool_is_the_kernels(kernel: Triple, stride: Triple) -> None:
+    """Values and gradients, to the bit, with many equal values."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 4, (2, 3, 7, 9, 8)).float()
+    padding = [amount for pair in reversed(same_padding(x.shape[2:], kernel, stride)) for amount in pair]
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    pooled = MaxPool3dSame(kernel, stride, non_negative=True)(leaves[0])
+    deterministic = max_pool3d_deterministic(F.pad(leaves[1], padding), kernel, stride)
+    assert torch.equal(pooled, deterministic)
+    for output in (pooled, deterministic):
+        output.backward(torch.arange(output.numel(), dtype=torch.float32).reshape(output.shape))
+    above = x > 0  # a zero may be the padding's, which has no gradient to give; ReLU takes it away in any case
+    gradients = [leaf.grad for leaf in leaves]
+    assert gradients[0] is not None and gradients[1] is not None
+    assert torch.equal(gradients[0][above], gradients[1][above])

@@ -118,6 +118,39 @@ def test_ranger_goes_on_from_its_state() -> None:
     assert torch.equal(p, twin)
 
 
+def test_ranger_goes_on_from_radam_s_state() -> None:
+    """A plain RAdam's state has neither k nor slow weights: these start where the weights are."""
+    torch.manual_seed(0)
+    p, twin = (torch.nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2))
+    plain = torch.optim.RAdam([p], lr=1e-2)
+    for _ in range(4):
+        p.grad = torch.randn(5, dtype=torch.float64)
+        plain.step()
+    with torch.no_grad():
+        twin.copy_(p)
+    ranger = Ranger([twin], lr=1e-2)
+    ranger.load_state_dict(copy.deepcopy(plain.state_dict()))
+    start = twin.detach().clone()
+    for _ in range(2):
+        gradient = torch.randn(5, dtype=torch.float64)
+        for parameter, optimizer in ((p, plain), (twin, ranger)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(twin.detach(), start + (p.detach() - start) / 2, rtol=1e-12, atol=0)
+
+
+def test_ranger_s_step_runs_hooks_once() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    torch.optim.RAdam([torch.nn.Parameter(torch.ones(1))])  # torch puts hooks into RAdam's own step here
+    optimizer = Ranger([p])
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
 def config_with(**schedule: Any) -> Config:
     changes = {f"schedule.{key}": value for key, value in schedule.items()}
     return override_config(tiny_config(optimizer__name="sgd", optimizer__lr=0.4, train__iterations=40), changes, "test")
@@ -172,6 +205,8 @@ def test_plateau_is_stepped_by_validations_only() -> None:
     config = config_with(name="plateau", patience=1, warmup=4)
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     schedule = Schedule(config, optimizer)
+    for accuracy in (0.9, 0.8, 0.7, 0.6):  # at the rates of the warm-up: nothing to learn from
+        schedule.after_validation(accuracy)
     for _ in range(100):
         schedule.after_step()
     assert optimizer.param_groups[0]["lr"] == 0.4
@@ -207,3 +242,31 @@ def test_an_overflow_moves_nothing_but_the_loss_scale(name: str) -> None:
     moving.step()
     assert moving.learning_rate == pytest.approx(0.1 * config.optimizer.lr)
     assert not torch.equal(p, before[0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "ranger"])
+def test_the_schedule_moves_with_each_step_though_the_loss_scale_changes(name: str) -> None:
+    """A scale may grow or be smaller than before for other reasons: what counts is whether the optimizer stepped."""
+    config = tiny_config(optimizer__name=name, schedule__name="constant")
+    p = torch.nn.Parameter(torch.ones(3))
+    moving = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=True)
+    moving.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, growth_factor=4.0)
+    for _ in range(4):
+        moving.scaler.scale(p.sum()).backward()
+        moving.step()
+    assert moving.scaler.get_scale() == 128
+    assert moving.schedule.state_dict()["steps"] == 4
+
+
+def test_gradients_that_overflow_at_every_scale_raise() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    moving = StreamOptimizer(tiny_config(), [p], torch.device("cpu"), scale_loss=True)
+    moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-22)
+    overflow = torch.full((3,), torch.inf)
+    for _ in range(2):
+        moving.scaler.scale((p * overflow).sum()).backward()
+        moving.step()
+    moving.scaler.scale((p * overflow).sum()).backward()
+    with pytest.raises(OverflowError, match="at every loss scale"):
+        moving.step()
+    assert torch.equal(p, torch.ones(3))

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -9,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import COMMAND
+from tune_ego.bench.resume import descendants
 from tune_ego.dataset import flow
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import read_gaze
@@ -171,3 +176,35 @@ def test_a_foreign_folder_is_not_written_into(egtea: Path, tmp_path: Path) -> No
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         prepare(str(egtea), str(tmp_path))
+
+
+def peak_memory(command: list[str]) -> int:
+    """The most bytes (proportional set size) that a command and its descendants held, looked at each half second."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(proportional_set_size(pid) for pid in descendants(process.pid)))
+        time.sleep(0.5)
+    assert process.returncode == 0
+    return peak
+
+
+def proportional_set_size(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1000 for line in lines if line.startswith("Pss:"))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    peaks = []
+    for clips in (200, 2000):
+        root = tmp_path / str(clips)
+        synthesize(root, verbs=3, nouns=4, clips=clips, seconds=0.8, size=(96, 72))
+        command = ["prepare", str(root), str(tmp_path / f"shards-{clips}"), "--image-size", "48x36"]
+        peaks.append(peak_memory([sys.executable, "-c", COMMAND, *command]))
+        assert len(open_shards(str(tmp_path / f"shards-{clips}")).table) == clips
+    assert peaks[0] > 100e6 and peaks[1] < 1.3 * peaks[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import COMMAND
 from tests.test_check_inspect import cut_in_the_middle
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.prepare import Settings, plan, prepare, write_task
@@ -102,13 +103,10 @@ def test_what_a_task_cannot_write_ends_the_job(egtea: Path, shards: str, tmp_pat
         open_shards(str(out))
 
 
-COMMAND = "import sys; from tune_ego.cli import main; sys.argv[1:] = {}; main()"
-
-
 def run_prepare(egtea: Path, out: Path) -> subprocess.Popen[str]:
     arguments = ["prepare", str(egtea), str(out), "--image-size", "320x240", "--jobs", "1"]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND.format(arguments)],
+        [sys.executable, "-c", COMMAND, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

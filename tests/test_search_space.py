@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from tune_ego.config import Config
 from tune_ego.errors import UserError
@@ -13,17 +12,8 @@ SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "search_spac
 
 
 def draw(space: SearchSpace, seed: int = 0) -> list[Config]:
-    """The configurations that Ray Tune's own sampler draws from a space."""
-    from ray.tune.experiment import Experiment
-
-    searcher = BasicVariantGenerator(random_state=seed)
-    searcher.add_configurations(
-        [Experiment("e", lambda config: None, config=space.param_space(), num_samples=space.samples)]
-    )
-    configs = []
-    while (trial := searcher.next_trial()) is not None:
-        configs.append(space.config(trial.config))
-    return configs
+    """The configurations of the random search with this seed."""
+    return [space.config(space.draw(seed, number)) for number in range(space.configurations)]
 
 
 def test_all_are_shipped() -> None:
@@ -43,6 +33,7 @@ def test_shipped_spaces_sample_into_configurations(name: str) -> None:
 
 def test_a_branch_belongs_to_its_condition() -> None:
     space = load_space("full")
+    assert draw(space, seed=1) != draw(space)
     for config in draw(space):
         low, high = (1e-3, 0.3) if config.optimizer.name == "sgd" else (1e-4, 1e-2)
         assert low <= config.optimizer.lr <= high
@@ -87,9 +78,18 @@ def test_table1_is_the_papers() -> None:
         ("space: {compute.workers: {grid: [1, 2]}}", ["compute.workers", "base"]),
         ("space: {1: 2}", ["unknown key 1"]),
         ("base: {train: 3}", ["train", "3"]),
-        ("asha: {grace: 10, reduce: 2}", ["asha.reduce", "reduction"]),
-        ("asha: {grace: 9000}", ["asha.grace", "3000"]),
-        ("base: {train: {iterations: 10}}\nasha: {grace: 20}", ["asha.grace"]),
+        ("scheduler: {grace: 10, reduce: 2}", ["scheduler.reduce", "reduction"]),
+        ("scheduler: {name: median, reduction: 2}", ["scheduler.reduction", "least_trials"]),
+        ("scheduler: {name: fifo, grace: 2}", ["scheduler.grace", "fifo: none"]),
+        ("scheduler: {name: hyperband}", ["scheduler.name", "asha", "'hyperband'"]),
+        ("scheduler: {keep_stopped: 3}", ["scheduler.keep_stopped", "true or false, found 3"]),
+        ("scheduler: {grace: 9000}", ["scheduler.grace", "3000"]),
+        ("base: {train: {iterations: 10}}\nscheduler: {grace: 20}", ["scheduler.grace"]),
+        ("repeats: 0", ["repeats", "at least 1"]),
+        ("repeats: 2\nspace: {seed: {grid: [1, 2]}}", ["space.seed", "repeats"]),
+        ("searcher: bayes", ["searcher", "random, tpe", "'bayes'"]),
+        ("searcher: tpe\nspace: {seed: {grid: [1, 2]}}", ["space.seed", "grid", "choice"]),
+        ("base: {compute: {workers: [1, 2]}}", ["compute.workers", "fixed"]),
     ],
 )
 def test_mistakes_name_file_key_and_what_is_allowed(text: str, words: list[str]) -> None:

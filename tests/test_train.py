@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from tests.conftest import TINY, tiny_config
 from tune_ego.checkpoint import Origin, read_checkpoint, to_bytes
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.shards import open_shards
-from tune_ego.experiment import METRIC
+from tune_ego.errors import UserError
+from tune_ego.experiment import METRIC, TIMES
 from tune_ego.feed.batches import on_device
 from tune_ego.feed.windows import FeedPlan, read_items
 from tune_ego.search_space import load_space
-from tune_ego.train import NonFiniteLoss, Trainer, autocast_dtype, train
+from tune_ego.train import NonFiniteLoss, Notice, Trainer, autocast_dtype, train
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,7 @@ def origin(shards: str) -> Origin:
 
 
 def run(
-    config: Config, shards: str, content: dict[str, Any] | None = None
+    config: Config, shards: str, content: dict[str, Any] | None = None, notice: Notice = Notice.NONE
 ) -> tuple[Trainer, list[dict[str, Any]], list[Any]]:
     """(trainer at the end, metrics, checkpoints as they were when reported)."""
     trainer = Trainer(config, origin(shards), CPU)
@@ -37,14 +39,33 @@ def run(
     plan = FeedPlan.of(shards, config, 1, 0)
     lines, checkpoints = [], []
 
-    def report(metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
-        lines.append({key: value for key, value in metrics.items() if key != "clips_per_second"})
+    def report(metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
+        if metrics is not None:
+            lines.append({key: value for key, value in metrics.items() if key not in TIMES})
         if checkpoint is not None:
             checkpoints.append(to_bytes(checkpoint))
 
     items = range(plan.first_item(trainer.iteration), plan.items)
-    train(trainer, plan, on_device(read_items(plan, items), CPU), report)
+    train(trainer, plan, on_device(read_items(plan, items), CPU), report, lambda iteration: notice)
     return trainer, lines, checkpoints
+
+
+def test_a_run_that_was_stopped_between_two_validations_ends_as_one_that_was_not(shards: str) -> None:
+    """After every iteration, also between two lines of the log: a stop, a checkpoint, and another process goes on."""
+    config = tiny_config(train__iterations=9, train__validate_every=6, train__log_every=4, train__accumulate=2)
+    whole, lines, _ = run(config, shards)
+    assert [line["iteration"] for line in lines] == [4, 6, 8, 9]
+    content, stopped = None, []
+    for iteration in range(1, 10):
+        trainer, more, checkpoints = run(config, shards, content, Notice.STOP)
+        assert trainer.iteration == iteration and len(checkpoints) == 1
+        content = torch.load(io.BytesIO(checkpoints[0]), weights_only=True)
+        stopped += more
+    assert stopped == lines
+    state = whole.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in trainer.model.state_dict().items())
+    _, _, checkpoints = run(config, shards, None, Notice.SAVE)
+    assert len(checkpoints) == 9
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "multistep"])
@@ -182,6 +203,24 @@ def test_an_overflow_of_one_stream_skips_that_one_alone(shards: str) -> None:
     rate = config.optimizer.lr
     assert trainer.optimizers["flow"].learning_rate == rate
     assert trainer.optimizers["rgb"].learning_rate == pytest.approx(rate / 10)
+
+
+def test_a_stream_whose_gradients_always_overflow_ends_the_run(shards: str) -> None:
+    trainer = Trainer(tiny_config(train__precision="fp16"), origin(shards), CPU)
+    plan = FeedPlan.of(shards, trainer.config, 1, 0)
+    batches = itertools.cycle(on_device(read_items(plan, range(1)), CPU))
+    trainer.optimizers["flow"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-24)
+    weight = trainer.model.get_parameter("flow.logits.conv3d.weight")
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteLoss, match=r"the flow stream: .*every loss scale"):
+        trainer.step(batches)
+
+
+def test_the_first_weights_are_not_needed_to_go_on(shards: str, tmp_path: Path) -> None:
+    config = tiny_config(init_from__rgb=str(tmp_path / "gone.pt"))
+    with pytest.raises(UserError, match=r"gone\.pt"):
+        Trainer(config, origin(shards), CPU)
+    assert Trainer(config, origin(shards), CPU, go_on=True).iteration == 0
 
 
 def test_auto_precision_is_off_on_a_cpu() -> None:

@@ -137,7 +137,8 @@ def prepare(
     ] = False,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
     flow: Annotated[
-        FlowChoice, typer.Option(help="Optical flow; tvl1 is what was published, dis 20 times as fast.")
+        FlowChoice,
+        typer.Option(help="Optical flow; tvl1 is what was published, dis takes a fiftieth of its time on a CPU."),
     ] = FlowChoice.dis,
     flow_weights: Annotated[
         Optional[str], typer.Option("--flow-weights", help="State dict of torchvision's RAFT, for --flow raft.")
@@ -202,33 +203,59 @@ def tune(
     concurrent: Annotated[
         Optional[int], typer.Option(min=1, help="Trials at a time; else as many as the cluster holds.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --dry-run: measure a few iterations, and tell the hours.")
+    ] = False,
+    price: Annotated[
+        Optional[float],
+        typer.Option(min=0, help="With --probe: of a GPU (else a worker) for an hour; tells what it costs."),
+    ] = None,
     changes: Set = None,
     address: Address = None,
 ) -> None:
-    """Search for the best configuration with Ray Tune and ASHA on the validation mean class accuracy.
+    """Search for the best configuration with Ray Tune on the validation mean class accuracy.
 
     Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json, and a run for each trial under
     runs/. Costs what the header of the search space says. If it dies: `tune-ego resume STORAGE/NAME`.
     """
     from tune_ego.storage import absolute, join
-    from tune_ego.tune import start_search
 
-    start_search(space, data, absolute(join(storage, name)), _parse_changes(changes), seed, concurrent, address)
+    what = (space, data, absolute(join(storage, name)), _parse_changes(changes), seed, concurrent, address)
+    if (probe and not dry_run) or (price is not None and not probe):
+        raise UserError("--probe belongs to --dry-run, and --price to --probe")
+    if dry_run:
+        from tune_ego.plan import show_plan
+
+        show_plan(*what, probe=probe, price=price)
+    else:
+        from tune_ego.tune import start_search
+
+        start_search(*what)
 
 
 @app.command()
 def resume(
     experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    samples: Annotated[
+        Optional[int], typer.Option(min=1, help="Raise the search space's `samples`: more configurations are drawn.")
+    ] = None,
+    iterations: Annotated[
+        Optional[int], typer.Option(min=1, help="Raise the budget: finished trials go on, stopped ones stay stopped.")
+    ] = None,
+    concurrent: Annotated[
+        Optional[int], typer.Option(min=1, help="Trials at a time from now on; else as before.")
+    ] = None,
     address: Address = None,
 ) -> None:
-    """Go on with a search that was killed.
+    """Go on with a search that was killed or interrupted, or make it larger.
 
-    Reads and writes the experiment: unfinished trials go on from their last checkpoint, finished and stopped ones
-    stay as they are. Costs what was left of the search.
+    Reads and writes the experiment: unfinished and failed trials go on from their last checkpoint, finished and
+    stopped ones stay as they are. Costs what was left of the search.
     """
     from tune_ego.tune import resume_search
 
-    resume_search(experiment, address)
+    resume_search(experiment, address, samples=samples, iterations=iterations, concurrent=concurrent)
 
 
 @app.command()
@@ -238,11 +265,12 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
     Reads the experiment's files alone, writes nothing, takes a second.
     """
     from tune_ego.console import print_table, say
-    from tune_ego.experiment import read_experiment, trial_table
+    from tune_ego.experiment import configuration_table, read_experiment, trial_table
 
     found = read_experiment(experiment)
-    columns, rows = trial_table(found)
-    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", columns, rows)
+    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", *trial_table(found))
+    if found.space.repeats > 1:
+        print_table("Configurations, over their repeats", *configuration_table(found))
     for trial in found.trials:
         if trial.warning:
             say(f"{trial.id}: {trial.warning}")
@@ -261,7 +289,8 @@ def export(
     from tune_ego.export import export_best
 
     best = export_best(experiment, out)
-    say(f"{out}: trial {best.id}, validation mean class accuracy {percent(best.accuracy)}")
+    repeats = f", mean of {len(best.accuracies)} repeats" if len(best.trials) > 1 else ""
+    say(f"{out}: trial {best.id}, validation mean class accuracy {percent(best.accuracy)}{repeats}")
 
 
 @app.command()
@@ -273,13 +302,17 @@ def train(
     iterations: Annotated[
         Optional[int], typer.Option(min=1, help="Optimizer steps; else as the configuration says.")
     ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Test the final weights, as `evaluate` does.")
+    ] = True,
     changes: Set = None,
     address: Address = None,
 ) -> None:
-    """Train one configuration to its end; started again with the same arguments it goes on.
+    """Train one configuration to its end and test it; started again with the same arguments it goes on.
 
     Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints and at the end
-    final/model.pt. 3,000 iterations of 12 two-stream samples at 224 x 224 are hours on one data-centre GPU.
+    final/model.pt and evaluation.json. 3,000 iterations of 12 two-stream samples at 224 x 224 are hours on one
+    data-centre GPU.
     """
     from tune_ego.config import load_config, override_config
     from tune_ego.final import train_final
@@ -288,7 +321,8 @@ def train(
     settings = _parse_changes(changes)
     if iterations is not None:
         settings["train.iterations"] = iterations
-    train_final(override_config(load_config(config), settings, "--set"), data, join(storage, name), address)
+    resolved = override_config(load_config(config), settings, "--set")
+    train_final(resolved, data, join(storage, name), address, test=evaluate)
 
 
 @app.command()
@@ -319,3 +353,66 @@ def evaluate(
     from tune_ego.evaluation_tables import show
 
     show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)
+
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure on this machine: speeds beside their yardsticks, as a table and JSON."
+)
+app.add_typer(bench, name="bench")
+Record = Annotated[Optional[str], typer.Option("--out", help="JSON file to write, or URI.")]
+
+
+@bench.command("prepare")
+def bench_prepare(
+    egtea: Annotated[
+        Optional[str], typer.Argument(help="EGTEA folder to measure on; else synthetic clips, 640 x 480, are made.")
+    ] = None,
+    out: Record = None,
+) -> None:
+    """`prepare` against a plain loop, TV-L1 against DIS, and the feed against bare decoding.
+
+    Writes temporary files only, and --out. Takes about 7 minutes on two CPU cores; nothing else should run.
+    """
+    from tune_ego.bench.prepare import bench_prepare as run
+
+    benchmark = run(egtea)
+    benchmark.show()
+    if out is not None:
+        benchmark.write(out)
+
+
+@bench.command("resume")
+def resume_after_kills(
+    search: Annotated[bool, typer.Option("--search", help="A search of 8 trials instead of one run.")] = False,
+    kills: Annotated[Optional[int], typer.Option(min=1, help="How often; else 20, of a search 5.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    out: Record = None,
+) -> None:
+    """Kill a run, or a search, at random moments: it has to end as one that was left alone, to the bit.
+
+    Writes temporary files only, and --out. On two CPU cores about 25 seconds a kill, with --search 15 minutes.
+    """
+    from tune_ego.bench.resume import bench_resume, bench_resume_search
+
+    benchmark = bench_resume_search(kills or 5, seed) if search else bench_resume(kills or 20, seed)
+    benchmark.show()
+    if out is not None:
+        benchmark.write(out)
+
+
+@bench.command("search")
+def bench_search(
+    trials: Annotated[int, typer.Option(min=16, help="Stub trials of each search.")] = 1000,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches to average over.")] = 20,
+    out: Record = None,
+) -> None:
+    """The real scheduler over stub learning curves: what ASHA saves, what it misses, what a report costs it.
+
+    Writes temporary files only, and --out. Takes about 40 seconds.
+    """
+    from tune_ego.bench.search import bench_search as run
+
+    benchmark = run(trials, seeds)
+    benchmark.show()
+    if out is not None:
+        benchmark.write(out)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
+from tune_ego.console import say
 from tune_ego.errors import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -18,6 +23,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # reports are polled at this rate; the default is 2 s
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed for good says so in its files
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -40,9 +47,11 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        with _sigterm_as_sigint():
+            yield
         return
-    options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if local else {"address": address}
+    alone = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    options: dict[str, Any] = alone if local else {"address": address}
     for name in ("ray.data", "ray.train", "ray.tune"):  # what goes wrong in a trial is told by us
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -51,6 +60,36 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         where = "Ray does not start here" if local else f"--address {address}: no Ray cluster answers there"
         raise UserError(f"{where} ({error})") from error
     try:
-        yield
+        with _sigterm_as_sigint():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """What schedulers and clouds send does what Ctrl+C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell's background process ignores Ctrl+C
+            raise KeyboardInterrupt
+        handler(number, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted, as shells have it."""
+
+
+def end_interrupted(to_go_on: str) -> NoReturn:
+    say(f"Interrupted; to go on from the last checkpoint: {to_go_on}")
+    raise SystemExit(INTERRUPTED)

@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Strict types would refuse the lists that YAML gives where a field is a tuple.
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+Workers = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 Milestones = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)]
 
 
@@ -92,7 +93,8 @@ class RangerConfig(_Node):
 
 class _ScheduleNode(_Node):
     warmup: int = Field(0, ge=0)
-    """Iterations over which the learning rate rises linearly to `optimizer.lr` before anything else is done to it."""
+    """Iterations over which the learning rate rises linearly to `optimizer.lr` before anything else is done to it;
+    validations in between do not count for `plateau`."""
 
 
 class PlateauConfig(_ScheduleNode):
@@ -132,12 +134,16 @@ class TrainConfig(_Node):
     batch_size: int = Field(12, ge=1)
     """Samples per iteration, over all workers and accumulation steps (Lu)."""
     accumulate: int = Field(1, ge=1)
-    """Forward-backward passes per iteration; each worker's share of the batch is cut into so many."""
+    """Forward-backward passes per iteration and worker; each one's share of the batch is cut into so many."""
+    deterministic: bool = False
+    """Kernels that give the same bits at each run, on GPUs too, where they are slower. On a CPU all are."""
     precision: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """Mixed precision. auto: bf16 where the GPU has it, else fp16 with loss scaling; off on a CPU, where 16 bits are
-    slow and bf16 is not to be trusted: torch 2.15's weight gradients of some 3x3x3 convolutions were wrong there."""
+    """Mixed precision. auto: bf16 where the GPU has it, else fp16 with loss scaling; off on a CPU, where 16
+    bits are slow."""
     validate_every: int = Field(100, ge=1)
     """Iterations between validations (and checkpoints); the last iteration always validates."""
+    average_checkpoints: int = Field(1, ge=1)
+    """The weights of a final run are the mean of those at its last so many validations."""
     validation_windows: int = Field(1, ge=1)
     """Windows per validation clip, evenly spaced."""
     log_every: int = Field(10, ge=1)
@@ -145,8 +151,9 @@ class TrainConfig(_Node):
 
 
 class ComputeConfig(_Node):
-    workers: int = Field(1, ge=1)
-    """Training processes (DDP)."""
+    workers: Union[Annotated[int, Field(ge=1)], Workers] = 1
+    """Training processes (DDP). [least, most]: as many as the cluster has room for, while it has; the batch, and what
+    it is cut into, stay those of the most. For final runs only."""
     gpus_per_worker: Union[Literal["auto"], Annotated[float, Field(ge=0)]] = "auto"
     """auto: one where the cluster has GPUs, else none."""
     cpus_per_worker: Positive = 1.0
@@ -154,7 +161,15 @@ class ComputeConfig(_Node):
     readers: int = Field(1, ge=1)
     """Reader tasks at a time per worker, a quarter of a CPU reserved for each."""
     max_failures: int = Field(3, ge=-1)
-    """Restarts from the last checkpoint after a worker died; -1: without end."""
+    """Restarts from the last checkpoint after a worker died; -1: without end. A spot machine's end counts for none."""
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class InitConfig(_Node):
@@ -188,17 +203,23 @@ class Config(_Node):
         return ("rgb", "flow") if self.streams == "both" else (self.streams,)
 
     @property
+    def passes(self) -> int:
+        """Forward passes of an iteration, over all workers, however many there are."""
+        return self.compute.most_workers * self.train.accumulate
+
+    @property
     def micro_batch(self) -> int:
-        """Samples of one worker's forward pass."""
-        return self.train.batch_size // (self.compute.workers * self.train.accumulate)
+        """Samples of one forward pass."""
+        return self.train.batch_size // self.passes
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Config:
-        passes = self.compute.workers * self.train.accumulate
-        if self.train.batch_size % passes:
+        if self.compute.least_workers > self.compute.most_workers:
+            raise ValueError(f"compute.workers = {list(self.compute.workers)}: expected [least, most]")  # type: ignore[arg-type]
+        if self.train.batch_size % self.passes:
             raise ValueError(
                 f"train.batch_size = {self.train.batch_size} is not a multiple of compute.workers x "
-                f"train.accumulate = {passes}"
+                f"train.accumulate = {self.passes}"
             )
         return self
 

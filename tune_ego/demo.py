@@ -17,7 +17,7 @@ from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.evaluation_tables import show
-from tune_ego.experiment import METRIC, Experiment, Trial, config_value, trial_table
+from tune_ego.experiment import METRIC, Configuration, Experiment, Trial, config_value, trial_table
 from tune_ego.final import train_final
 from tune_ego.tune import start_search
 
@@ -84,7 +84,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
     return summary
 
 
-def _searched(search: Experiment, trial: Trial) -> dict[str, str]:
+def _searched(search: Experiment, trial: Trial | Configuration) -> dict[str, str]:
     return {key: config_value(trial.config, key) for key in search.space.searched_keys}
 
 

@@ -1,4 +1,4 @@
-"""The one exception type for what a user can put right."""
+"""What a user can put right, or asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ class UserError(ValueError):
     The command line prints it as one line and exits with 2. Any other exception is a bug of ours
     and keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """A run was asked to stop before its end, and has written a checkpoint."""
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import Origin, read_checkpoint, rebuild
+from tune_ego.checkpoint import Origin, load_model_state, read_checkpoint, rebuild
 from tune_ego.config import Config
 from tune_ego.console import clip_progress
 from tune_ego.dataset.shards import Clip, Shards, open_shards
@@ -37,6 +37,7 @@ from tune_ego.metrics import (
 )
 from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
+from tune_ego.model.weights import unpack
 from tune_ego.train import autocast_dtype
 
 _BATCH = 8
@@ -48,7 +49,7 @@ def _run_of(checkpoint: str) -> str:
     """The run's folder of a checkpoint's file; of a file that lies elsewhere, its own folder."""
     folder = checkpoint.rpartition("/")[0]
     above, _, name = folder.rpartition("/")
-    return above if experiment.is_checkpoint_name(name) else folder
+    return above if experiment.is_checkpoint_name(name) or checkpoint.endswith(f"/{experiment.MODEL_FILE}") else folder
 
 
 def evaluate(
@@ -57,12 +58,17 @@ def evaluate(
     """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
 
     `split` is 1 to 3, else the one it was trained on. `fusion_weight` is RGB's share of the fused scores, else the
-    configuration's. Without `out` the file is written beside the checkpoint's run. Raises `UserError` where
+    configuration's. Of a run that has ended the final weights are tested. Without `out` the file is written beside the
+    checkpoint's run. Raises `UserError` where
     checkpoint and shards do not belong together, and where the model's scores are not finite.
     """
     source = experiment.find_checkpoint(checkpoint)
     content = read_checkpoint(source)
     config, origin, model = rebuild(content, source)
+    final = storage.join(storage.absolute(checkpoint), experiment.MODEL_FILE)
+    if storage.is_file(final):  # a run that has ended: its weights may be the mean of several checkpoints'
+        source = final
+        load_model_state(model, unpack(storage.read_bytes(final), final), final)
     shards = open_shards(storage.absolute(data))
     _check_same_kind(origin, config, shards, source)
     if fusion_weight is not None:
@@ -86,7 +92,7 @@ def evaluate(
     }
     if "fused" in result:
         result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(found, label_N)}
-    storage.write_json(out or storage.join(_run_of(source), "evaluation.json"), result)
+    storage.write_json(out or storage.join(_run_of(source), experiment.EVALUATION_FILE), result)
     return result
 
 

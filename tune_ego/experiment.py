@@ -1,29 +1,43 @@
 """The files of runs and experiments, and reading them: no Ray and no torch here.
 
-<storage>/<name>/   a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.pt, final/model.pt
-<storage>/<name>/   an experiment: experiment.json, trials.json, runs/<trial>/ (runs as above), tune/ (Ray's)
+<storage>/<name>/   a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.{pt,json}, final/model.pt
+<storage>/<name>/   an experiment: experiment.json, trials.json, tune/ (Ray's), runs/<trial>/ (as above, with
+                    decisions.json)
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from tune_ego import storage
-from tune_ego.config import Config, load_config
+from tune_ego import driver, storage
+from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.search_space import SearchSpace, parse_space
 
+_READERS = 16
+"""Threads that read files."""
 METRIC = "val_mean_class_accuracy"
+VALIDATION_SECONDS = "validation_seconds"
+TIMES = ("clips_per_second", VALIDATION_SECONDS)
+"""What differs between two runs that are the same to the bit."""
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"
+DECISIONS_FILE = "decisions.json"
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
 CHECKPOINT_FILE = "checkpoint.pt"
+CHECKSUM_FILE = "checkpoint.json"
+"""Beside a checkpoint: its size and SHA-256. Written last: a checkpoint without it is not whole."""
 MODEL_FILE = "final/model.pt"
+EVALUATION_FILE = "evaluation.json"
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
@@ -82,14 +96,31 @@ def checkpoint_name(iteration: int) -> str:
     return f"{_CHECKPOINT_PREFIX}{iteration:06d}"
 
 
+def checkpoint_iterations(run: str) -> list[int]:
+    """The iterations of a run's whole checkpoints, ascending."""
+    files = (CHECKPOINT_FILE, CHECKSUM_FILE)
+    return [n for n in _named_iterations(run) if all(storage.exists(checkpoint_uri(run, n, file)) for file in files)]
+
+
 def is_checkpoint_name(name: str) -> bool:
     return name.startswith(_CHECKPOINT_PREFIX) and name.removeprefix(_CHECKPOINT_PREFIX).isdecimal()
 
 
-def checkpoints(run: str) -> list[str]:
-    """URIs of the folders of a run's checkpoints, oldest first."""
-    names = [name for name in storage.list_names(run) if is_checkpoint_name(name)]
-    return [storage.join(run, name) for name in sorted(names, key=lambda name: (len(name), name))]
+def _named_iterations(run: str) -> list[int]:
+    names = filter(is_checkpoint_name, storage.list_names(run))
+    return sorted(int(name.removeprefix(_CHECKPOINT_PREFIX)) for name in names)
+
+
+def checkpoint_uri(run: str, iteration: int, file: str = CHECKPOINT_FILE) -> str:
+    return storage.join(run, checkpoint_name(iteration), file)
+
+
+def remove_checkpoints(run: str, keep: Container[int] = ()) -> None:
+    """Delete a run's checkpoints, broken ones too, but those of the iterations to keep."""
+    for iteration in _named_iterations(run):
+        if iteration not in keep:
+            storage.remove(checkpoint_uri(run, iteration, CHECKSUM_FILE))  # first: half a checkpoint is none
+            storage.remove_folder(storage.join(run, checkpoint_name(iteration)))
 
 
 def find_checkpoint(uri: str) -> str:
@@ -100,10 +131,10 @@ def find_checkpoint(uri: str) -> str:
     uri = storage.absolute(uri)
     if storage.is_file(uri) or not storage.exists(uri):
         return uri
-    for folder in [*reversed(checkpoints(uri)), uri]:
-        file = storage.join(folder, CHECKPOINT_FILE)
-        if storage.exists(file):
-            return file
+    saved = checkpoint_iterations(uri)
+    file = checkpoint_uri(uri, saved[-1]) if saved else storage.join(uri, CHECKPOINT_FILE)
+    if storage.exists(file):
+        return file
     raise UserError(f"{uri}: no checkpoint in this folder; give a run, of a search one below runs/")
 
 
@@ -113,12 +144,20 @@ class Trial:
 
     id: str
     state: str
-    """pending, running, finished, stopped (by ASHA) or failed."""
+    """pending, running, interrupted (with its driver), finished, stopped (by the scheduler) or failed."""
     run: str
-    config: Config | None
+    sampled: dict[str, Any]
+    """What was drawn for it: name -> value."""
+    repeat: int
+    """Which of its configuration's repeats it is."""
+    config: Config
     metrics: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     """Why it failed."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -131,7 +170,7 @@ class Trial:
     @property
     def warning(self) -> str:
         """What should make its result be doubted; empty where nothing does."""
-        return collapsed_rate(self.config, self.metrics) if self.config else ""
+        return collapsed_rate(self.config, self.metrics)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -150,21 +189,154 @@ class Experiment:
     """`experiment.json`: search space, data set, seed, versions, the command."""
     trials: list[Trial]
 
-    @property
+    @cached_property
     def space(self) -> SearchSpace:
-        return parse_space(self.spec["space"], self.spec["space_source"], self.spec["overrides"])
+        spec = self.spec
+        space = parse_space(spec["space"], spec["space_source"], spec["overrides"], check=False)
+        return replace(space, samples=spec["samples"])
 
     @property
-    def best(self) -> Trial:
-        """The trial with the highest validation mean class accuracy; raises `UserError` where none has one yet."""
-        scored = [trial for trial in self.trials if trial.accuracy is not None]
+    def best(self) -> Configuration:
+        """The configuration with the highest mean of its repeats' best validation accuracies.
+
+        One of which not all repeats have been validated comes after all of which they have. Raises `UserError` where
+        nothing has been validated yet.
+        """
+        scored = [found for found in by_configuration(self.trials) if found.accuracies]
         if not scored:
             raise UserError(f"{self.root}: no trial has been validated yet")
-        return max(scored, key=lambda trial: trial.accuracy or 0.0)
+        whole = self.space.repeats
+        return max(scored, key=lambda found: (len(found.accuracies) == whole, found.accuracy))
+
+
+@dataclass
+class Configuration:
+    """The trials that differ in nothing but their seed."""
+
+    trials: list[Trial]
+
+    @property
+    def id(self) -> str:
+        return self.trials[0].id.partition(_REPEAT)[0]
+
+    @property
+    def config(self) -> Config:
+        """With the first repeat's seed."""
+        return self.trials[0].config
+
+    @property
+    def accuracies(self) -> list[float]:
+        """The best validation mean class accuracies of those that have been validated."""
+        return [trial.accuracy for trial in self.trials if trial.accuracy is not None]
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean of these."""
+        return mean(self.accuracies) if self.accuracies else None
+
+    @property
+    def spread(self) -> float | None:
+        """Their standard deviation."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+def by_configuration(trials: list[Trial]) -> list[Configuration]:
+    """In the order of their drawing."""
+    found: dict[str, Configuration] = {}
+    for trial in sorted(trials, key=lambda trial: trial.id):
+        found.setdefault(trial.id.partition(_REPEAT)[0], Configuration([])).trials.append(trial)
+    return list(found.values())
+
+
+_REPEAT = "-"
+
+
+def trial_name(number: int, repeat: int, repeats: int) -> str:
+    """Of repeat `repeat` of configuration `number`: 00007, or 00007-2."""
+    return f"{number:05d}" + (f"{_REPEAT}{repeat}" if repeats > 1 else "")
+
+
+ENDED = ("finished", "stopped", "failed")
+
+
+class TrialRecords:
+    """`trials.json` in the hands of the one process that writes it: each trial's draw, state and reason."""
+
+    def __init__(self, root: str) -> None:
+        self._uri = storage.join(root, TRIALS_FILE)
+        self._records: dict[str, dict[str, Any]] = read_records(root)
+
+    def __contains__(self, trial: str) -> bool:
+        return trial in self._records
+
+    def state(self, trial: str) -> str:
+        return str(self._records[trial]["state"])
+
+    def draws(self) -> list[dict[str, Any]]:
+        """What Tune gets as configuration of each trial that has not ended."""
+        return [
+            {"trial": trial, "repeat": record["repeat"], "sampled": record["sampled"]}
+            for trial, record in self._records.items()
+            if record["state"] not in ENDED
+        ]
+
+    def add(self, draws: list[dict[str, Any]]) -> None:
+        for draw in draws:
+            rest = {"repeat": draw["repeat"], "sampled": draw["sampled"]}
+            self._records[draw["trial"]] = {"state": "pending", "reason": "", **rest}
+        self._write()
+
+    def note(self, trial: str, state: str, reason: str = "") -> None:
+        self._records[trial] |= {"state": state, "reason": reason}
+        self._write()
+
+    def reopen(self, states: Container[str]) -> None:
+        """Trials in one of these states wait again."""
+        for record in self._records.values():
+            if record["state"] in states:
+                record |= {"state": "pending", "reason": ""}
+        self._write()
+
+    def _write(self) -> None:
+        storage.write_json(self._uri, self._records)
+
+
+def read_records(root: str) -> dict[str, dict[str, Any]]:
+    uri = storage.join(root, TRIALS_FILE)
+    return storage.read_json(uri) if storage.exists(uri) else {}
 
 
 def run_folder(root: str, trial: str) -> str:
     return storage.join(root, "runs", trial)
+
+
+class Decision(NamedTuple):
+    """What the scheduler was told of a trial, and what it said."""
+
+    order: int
+    """Its place among all of the search."""
+    trial: str
+    iteration: int
+    accuracy: float
+    action: str
+    """CONTINUE or STOP."""
+
+
+def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
+    storage.write_json(storage.join(run_folder(root, trial), DECISIONS_FILE), decisions)
+
+
+def trial_decisions(root: str, trial: str) -> list[Decision]:
+    uri = storage.join(run_folder(root, trial), DECISIONS_FILE)
+    return [Decision(*line) for line in storage.read_json(uri)] if storage.exists(uri) else []
+
+
+def read_decisions(root: str) -> list[Decision]:
+    """All of a search, in the order in which they were made."""
+    trials = storage.list_names(storage.join(root, "runs"))
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda trial: trial_decisions(root, trial), trials)
+        return sorted(decision for decisions in found for decision in decisions)
 
 
 def read_experiment(root: str) -> Experiment:
@@ -172,19 +344,20 @@ def read_experiment(root: str) -> Experiment:
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
-    states_uri = storage.join(root, TRIALS_FILE)
-    states = storage.read_json(states_uri) if storage.exists(states_uri) else {}
-    trials = []
-    for trial, record in states.items():
-        run = run_folder(root, trial)
-        config_uri = storage.join(run, CONFIG_FILE)
-        config = load_config(config_uri) if storage.exists(config_uri) else None
-        reason = record["reason"]
-        trials.append(Trial(trial, record["state"], run, config, read_metrics(run), reason))
-    return Experiment(storage.absolute(root), storage.read_json(uri), trials)
+    found = Experiment(storage.absolute(root), storage.read_json(uri), [])
+    space, dead = found.space, not driver.is_alive(found.root)
+
+    def read(trial: str, record: dict[str, Any]) -> Trial:
+        run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
+        state = "interrupted" if state == "running" and dead else state
+        return Trial(trial, state, run, drawn, repeat, space.config(drawn, repeat), read_metrics(run), record["reason"])
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())
+    return found
 
 
-def config_value(config: Config | None, key: str) -> str:
+def config_value(config: Config, key: str) -> str:
     """A dotted key's value as text; `-` where the configuration has no such key."""
     node: Any = config
     for part in key.split("."):
@@ -207,4 +380,18 @@ def trial_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [trial.id, state, str(trial.iteration), accuracy, *(config_value(trial.config, key) for key in keys)]
         )
+    return columns, rows
+
+
+def configuration_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows) of the configurations with the mean and spread of their repeats, best first."""
+    keys = experiment.space.searched_keys
+    columns = ["configuration", "repeats validated", "mean of best val. mean class acc.", "standard deviation", *keys]
+    rows = []
+    found = by_configuration(experiment.trials)
+    for one in sorted(found, key=lambda one: -1 if one.accuracy is None else one.accuracy, reverse=True):
+        middle = "-" if one.accuracy is None else f"{100 * one.accuracy:.1f} %"
+        spread = "-" if one.spread is None else f"{100 * one.spread:.1f} points"
+        values = [config_value(one.config, key) for key in keys]
+        rows.append([one.id, str(len(one.accuracies)), middle, spread, *values])
     return columns, rows

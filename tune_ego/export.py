@@ -8,22 +8,20 @@ import yaml
 
 from tune_ego import __version__, storage
 from tune_ego.config import Config
-from tune_ego.errors import UserError
-from tune_ego.experiment import METRIC, Experiment, Trial, read_experiment
+from tune_ego.experiment import METRIC, Configuration, Experiment, read_experiment
 
 FINAL_ITERATIONS = 3000
 """Of a final run (the paper), where `train` is not told otherwise."""
 
 
-def export_best(root: str, out: str) -> Trial:
-    """Write the best trial's resolved configuration and its provenance to the YAML file `out`.
+def export_best(root: str, out: str) -> Configuration:
+    """Write the best configuration, resolved, and its provenance to the YAML file `out`.
 
-    The budget becomes the final run's; raises `UserError` where no trial has been validated yet.
+    Of repeats over seeds the mean counts. The budget becomes the final run's; raises `UserError` where no trial has
+    been validated yet.
     """
     found = read_experiment(root)
     best = found.best
-    if best.config is None:
-        raise UserError(f"{best.run}: the trial's config.yaml is gone")
     content: dict[str, Any] = _final(best.config).model_dump(mode="json")
     content["provenance"] = _provenance(found, best)
     header = (
@@ -39,16 +37,22 @@ def _final(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"iterations": FINAL_ITERATIONS})})
 
 
-def _provenance(found: Experiment, best: Trial) -> dict[str, Any]:
-    assert best.best is not None
-    assert best.config is not None
+def _provenance(found: Experiment, best: Configuration) -> dict[str, Any]:
+    repeats = [
+        {"trial": trial.id, METRIC: line[METRIC], "at_iteration": line["iteration"], "seed": trial.config.seed}
+        for trial in best.trials
+        if (line := trial.best) is not None
+    ]
+    config = best.config
     return {
         "experiment": found.root,
         "trial": best.id,
-        METRIC: best.best[METRIC],
-        "at_iteration": best.best["iteration"],
-        "trial_iterations": best.config.train.iterations,
-        "validation": f"{best.config.data.validation} fold {best.config.data.fold} of split {best.config.data.split}",
+        METRIC: best.accuracy,
+        **({"standard_deviation": best.spread} if best.spread is not None else {}),
+        "repeats": repeats,
+        "trial_iterations": config.train.iterations,
+        "validation": f"{config.data.validation} fold {config.data.fold} of split {config.data.split}",
+        "failed": {trial.id: trial.reason for trial in found.trials if trial.state == "failed"},
         "trials": {
             state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}
         },

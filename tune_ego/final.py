@@ -5,22 +5,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tune_ego import __version__, experiment, storage
-from tune_ego.cluster import ray_session
+from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import percent, say
-from tune_ego.errors import UserError
+from tune_ego.driver import DRIVER_FILE, driving, stop_uri
+from tune_ego.errors import UserError, user_error_in
 from tune_ego.experiment import METRIC
 
 _LOOK_EVERY = 1.0  # seconds
+_TO_GO_ON = "the same command"
 
 
-def train_final(config: Config, data: str, run: str, address: str | None) -> str:
+def train_final(config: Config, data: str, run: str, address: str | None, *, test: bool = False) -> str:
     """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
 
-    Returns the URI of the weights. Raises `UserError` where the folder holds another run.
+    With `test` its final weights are tested at the end, on one worker's CPUs and GPUs. Returns the URI of the weights.
+    Raises `UserError` where the folder holds another run.
     """
+    from tune_ego.checkpoint import last_whole
     from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_found_weights
 
     run, data = storage.absolute(run), storage.absolute(data)
@@ -28,17 +33,53 @@ def train_final(config: Config, data: str, run: str, address: str | None) -> str
     check_run(config, data)
     _check_same_run(config, data, run)
     model = storage.join(run, experiment.MODEL_FILE)
-    if storage.exists(model):
+    test = test and not storage.exists(storage.join(run, experiment.EVALUATION_FILE))
+    trained = storage.exists(model)
+    if trained:
         say(f"{run} is finished already: {model}")
-        return model
+        if not test:
+            return model
+    elif _started(run) is not None:
+        saved = last_whole(run)
+        say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
     with ray_session(address):
         gpus = gpus_per_worker(config, live_nodes())
         fitting_runs(config, gpus, live_nodes())
-        storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
-        with _followed(config, run):
-            fit(Job(config, data, run, gpus, final=True))
-    say(f"Weights: {model}")
+        if not trained:
+            with driving(run, _TO_GO_ON):
+                storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
+                with _followed(config, run):
+                    fit(Job(config, data, run, gpus, stop_uri(run), final=True))
+            say(f"Weights: {model}")
+        if test:
+            _test(config, data, run, gpus)
     return model
+
+
+def _test(config: Config, data: str, run: str, gpus: float) -> None:
+    """Test a run's final weights where its workers were: this machine may have no GPU."""
+    import ray
+    from ray.exceptions import RayError
+
+    from tune_ego.evaluation_tables import show
+    from tune_ego.launch import set_up_torch, worker_resources
+
+    def work() -> dict[str, Any]:
+        from tune_ego.evaluate import evaluate
+
+        set_up_torch(config, gpus)
+        return evaluate(run, data)
+
+    resources = worker_resources(config, gpus)
+    say(f"Testing on the test clips of split {config.data.split}")
+    try:
+        task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(work)
+        result = ray.get(task.remote())
+    except KeyboardInterrupt:
+        end_interrupted(_TO_GO_ON)
+    except RayError as error:
+        raise user_error_in(error) or error from error
+    show(result)
 
 
 def _started(run: str) -> Config | None:
@@ -55,9 +96,7 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
         started_on = storage.read_json(storage.join(run, experiment.RUN_FILE))["data"]
         if started_on != data:
             raise UserError(f"{run}: this run was started on the shards {started_on}, not {data}")
-        metrics = experiment.read_metrics(run)
-        say(f"{run} goes on{' after iteration ' + str(metrics[-1]['iteration']) if metrics else ''}")
-    elif set(storage.list_names(run)) - {experiment.RUN_FILE}:
+    elif set(storage.list_names(run)) - {experiment.RUN_FILE, DRIVER_FILE}:
         raise UserError(f"{run}: the folder is not empty and holds no run; choose another --name")
 
 

@@ -5,32 +5,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import signal
+import os
 import sys
-import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import Origin, read_checkpoint, to_bytes
+from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes, write_checkpoint
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
-from tune_ego.errors import UserError, user_error_in
-from tune_ego.experiment import METRIC
+from tune_ego.errors import Interrupted, UserError, user_error_in
 from tune_ego.feed.batches import READER_CPUS, on_device, ray_batches
 from tune_ego.feed.windows import FeedPlan, check_fits
 from tune_ego.model import build_stream, load_weights
-from tune_ego.train import NonFiniteLoss, Trainer, train
+from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
 
 TRIAL_CPUS = 0.1
 """What Ray reserves for a trial's own actor, which only starts and watches its workers."""
 _METRICS_EVERY = 2.0
 """Seconds between two writes of metrics.jsonl, validations aside."""
+_STOP_EVERY = 1.0
+"""Seconds between two looks for the file that asks a run to stop."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Job:
     """The run's folder or URI."""
     gpus: float
     """GPUs of a worker."""
+    stop: str
+    """The file that asks the run to write a checkpoint and end."""
     final: bool
     """Write `final/model.pt` at the end."""
 
@@ -67,7 +70,10 @@ def live_nodes() -> list[dict[str, float]]:
 
 
 def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]]) -> int:
-    """How many runs of this configuration the nodes hold at a time; raises `UserError` where not even one."""
+    """How many runs of this configuration (with the least workers that it may have) the nodes hold at a time.
+
+    Raises `UserError` where not even one.
+    """
     compute = config.compute
     needs = {"CPU": compute.cpus_per_worker + compute.readers * READER_CPUS, "GPU": gpus}
     spare = {"CPU": TRIAL_CPUS, "GPU": 0.0}
@@ -75,22 +81,22 @@ def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]]) -> 
         min(math.floor(max(0.0, node.get(kind, 0) - spare[kind]) / need) for kind, need in needs.items() if need)
         for node in nodes
     )
-    if places < compute.workers:
+    if places < compute.least_workers:
         totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
         raise UserError(
-            f"{compute.workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {TRIAL_CPUS:g} CPUs "
-            f"beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on {len(nodes)} node(s); "
-            "change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
+            f"{compute.least_workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {TRIAL_CPUS:g} "
+            f"CPUs beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on {len(nodes)} "
+            "node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
         )
-    return places // compute.workers
+    return places // compute.least_workers
 
 
 def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     """Run a job to its end on a Ray cluster, from its last checkpoint where it has one.
 
-    Raises `UserError` with the reason where it failed for good.
+    Raises `UserError` with the reason where it failed for good, `Interrupted` where it was asked to stop.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     failure = experiment.read_failure(job.run)
@@ -99,32 +105,35 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     storage.remove(storage.join(job.run, experiment.FAILURE_FILE))  # the user may have put it right
     storage.write_text(storage.join(job.run, experiment.CONFIG_FILE), dump_config(job.config))
     compute = job.config.compute
-    resources = {"CPU": compute.cpus_per_worker, **({"GPU": job.gpus} if job.gpus else {})}
+    workers = compute.workers if isinstance(compute.workers, int) else tuple(compute.workers)
+    resources = worker_resources(job.config, job.gpus)
     folder, _, name = job.run.rpartition("/")
     trainer = _trainer_class(job.run)(
         _worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=folder,
             callbacks=callbacks,
-            failure_config=FailureConfig(max_failures=compute.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=METRIC),  # and the latest
+            failure_config=FailureConfig(max_failures=compute.max_failures, max_preemption_failures=-1),
         ),
     )
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise UserError(f"{job.run}: {_root_cause(error)}") from error
-    finally:
-        if in_main_thread:  # Ray's own handler would keep the run's controller alive
-            signal.signal(signal.SIGINT, interrupt)
+        failure = experiment.read_failure(job.run)
+        raise UserError(failure.reason if failure else f"{job.run}: {_root_cause(error)}") from error
     failure = experiment.read_failure(job.run)
     if failure is not None:
         raise UserError(failure.reason)
+    if job.config.train.iterations not in experiment.checkpoint_iterations(job.run):
+        raise Interrupted(job.run)
+
+
+def worker_resources(config: Config, gpus: float) -> dict[str, float]:
+    """What Ray reserves for a training process, its readers aside."""
+    return {"CPU": config.compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
 
 
 def placement_group_prefix(run: str) -> str:
@@ -133,7 +142,7 @@ def placement_group_prefix(run: str) -> str:
 
 
 def _trainer_class(run: str) -> Any:
-    """Ray's TorchTrainer with named placement groups, and without two helper processes of each run.
+    """Ray's TorchTrainer with named placement groups, without two helper processes of each run and its own Ctrl+C.
 
     A trial that is stopped or dies leaves its placement group behind. Ray's `PlacementGroupCleaner` is a detached
     actor that may outlive the search (it asks the dashboard whether the trial lives, and there may be none), so the
@@ -158,6 +167,9 @@ def _trainer_class(run: str) -> Any:
             kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
             return [*kept, NamedPlacementGroups()]
 
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """None: Ray's waits for the end of the run, stays after it, and may exit with 0."""
+
     return Trainer
 
 
@@ -170,7 +182,6 @@ def _root_cause(error: BaseException) -> str:
 def _worker(settings: dict[str, Any]) -> None:
     """What every training process runs, in trials and final runs alike."""
     import ray.train
-    import torch
     from ray.train.torch import get_device
 
     job: Job = settings["job"]
@@ -178,22 +189,23 @@ def _worker(settings: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
     sys.setswitchinterval(1e-3)
-    if not job.gpus:
-        torch.set_num_threads(math.ceil(job.config.compute.cpus_per_worker))
+    set_up_torch(job.config, job.gpus)
+    if experiment.read_failure(job.run) is not None:
+        return  # another worker's, before Ray started them all again
     shards = open_shards(job.data)
     reporter = _Reporter(job, rank)
     try:
-        trainer = Trainer(job.config, origin_of(shards), get_device(), rank)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                trainer.load(read_checkpoint(folder), checkpoint.path)
+        saved = last_checkpoint(job.run)
+        trainer = Trainer(job.config, origin_of(shards), get_device(), rank, go_on=saved is not None)
+        if saved is not None:
+            trainer.load(*saved)
         reporter.begin(trainer.iteration)
         plan = FeedPlan.of(job.data, job.config, workers, rank)
         first = plan.first_item(trainer.iteration)
         if trainer.iteration < plan.iterations:
             batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
-            train(trainer, plan, on_device(batches, trainer.device), reporter)
+            with watched(job.stop, rank, job.config.train.log_every) as notice:
+                train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is None and not isinstance(error, NonFiniteLoss):
@@ -202,9 +214,62 @@ def _worker(settings: dict[str, Any]) -> None:
         reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
         if reason:
             experiment.write_failure(job.run, experiment.Failure(reason, final))
+        if mistake is not None and workers > 1:
+            raise  # the others may wait for this one
         return
-    if job.final and rank == 0:
-        storage.write_bytes(storage.join(job.run, experiment.MODEL_FILE), to_bytes(trainer.model.state_dict()))
+    if job.final and rank == 0 and trainer.iteration == plan.iterations:
+        last = plan.validations[-job.config.train.average_checkpoints :]
+        weights = mean_weights(job.run, last) if len(last) > 1 else trainer.model.state_dict()
+        storage.write_bytes(storage.join(job.run, experiment.MODEL_FILE), to_bytes(weights))
+
+
+@contextmanager
+def watched(stop: str, rank: int, every: int) -> Iterator[Callable[[int], Notice]]:
+    """What a worker should do after an iteration, from the file `stop` and, every so many, from Ray's spot notices.
+
+    Rank 0 looks for the file, in a thread of its own; the workers agree on what one of them heard.
+    """
+    ended, asked = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_STOP_EVERY) and not asked.is_set():
+            if storage.exists(stop):
+                asked.set()
+
+    on_spot, warned = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0", None
+
+    def notice(iteration: int) -> Notice:
+        import ray.train
+
+        nonlocal warned
+        if asked.is_set():
+            return Notice.STOP
+        if on_spot and iteration % every == 0:  # all workers together
+            info = ray.train.get_preemption_info()
+            if info is not None and info != warned:
+                warned = info
+                return Notice.SAVE
+        return Notice.NONE
+
+    thread = threading.Thread(target=look, daemon=True)
+    if rank == 0:
+        thread.start()
+    try:
+        yield notice
+    finally:
+        ended.set()
+
+
+def set_up_torch(config: Config, gpus: float) -> None:
+    """Threads and kernels, in a process that computes for this configuration."""
+    import torch
+
+    if not gpus:
+        torch.set_num_threads(math.ceil(config.compute.cpus_per_worker))
+    if config.train.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
 
 
 def _batch_bytes(config: Config) -> int:
@@ -213,7 +278,10 @@ def _batch_bytes(config: Config) -> int:
 
 
 class _Reporter:
-    """Writes the run's files on rank 0 and tells Ray Train about validations on every rank."""
+    """Writes the run's files on rank 0 and tells Ray Train about validations on every rank.
+
+    The files are ours and not Ray's: whole or not there, whenever a process dies, and read without Ray.
+    """
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
@@ -221,29 +289,37 @@ class _Reporter:
         self.written = 0.0
 
     def begin(self, iteration: int) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from."""
-        if self.rank == 0:
-            self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
+        """Forget what was logged after the checkpoint that the run goes on from, and report its validation again.
 
-    def __call__(self, metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+        Whoever decides by it may not have heard of it.
+        """
+        self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
+        validations = [line for line in self.lines if experiment.METRIC in line]
+        if validations:
+            self._tell_ray(validations[-1])
+
+    def __call__(self, metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
         if self.rank == 0:
-            self.lines.append(metrics)
+            self.lines += [metrics] if metrics else []
             if checkpoint is not None or time.monotonic() - self.written > _METRICS_EVERY:
                 experiment.write_metrics(self.job.run, self.lines)
                 self.written = time.monotonic()
-        if checkpoint is not None:
-            self._report_to_ray(metrics, checkpoint)
+            if checkpoint is not None:
+                write_checkpoint(
+                    self.job.run, checkpoint, self._keep()
+                )  # after its metrics: those without one are forgotten
+        if metrics and checkpoint is not None:
+            self._tell_ray(metrics)
 
-    def _report_to_ray(self, metrics: dict[str, Any], content: dict[str, Any]) -> None:
+    def _keep(self) -> int:
+        """Two, in case the last is damaged; and what the final weights are the mean of."""
+        return max(2, self.job.config.train.average_checkpoints if self.job.final else 1)
+
+    @staticmethod
+    def _tell_ray(metrics: dict[str, Any]) -> None:
         import ray.train
 
-        name = experiment.checkpoint_name(metrics["iteration"])
-        if self.rank:
-            ray.train.report(metrics, checkpoint_dir_name=name)
-            return
-        with tempfile.TemporaryDirectory(prefix="tune_ego-") as folder:
-            (Path(folder) / experiment.CHECKPOINT_FILE).write_bytes(to_bytes(content))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        ray.train.report(metrics)  # returns when all workers have called it
 
 
 def check_run(config: Config, data: str) -> None:
@@ -256,8 +332,8 @@ def check_run(config: Config, data: str) -> None:
         flow = origin_of(shards).flow
         if modality == "flow" and found.flow_method not in (None, flow):
             raise UserError(f"{source}: trained on {found.flow_method} flow, {data} has {flow}")
-        counts = f"{len(found.loaded)} loaded, {len(found.left_out)} left out, {len(found.fresh)} fresh"
-        say(f"{modality} starts from {source}: {counts}")
+        left_out, fresh = (", ".join(modules) or "nothing" for modules in (found.modules_left_out, found.fresh_modules))
+        say(f"{modality} starts from {source}: {len(found.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
 
 
 def with_found_weights(config: Config, before: Config | None = None) -> Config:

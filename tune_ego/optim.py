@@ -47,12 +47,18 @@ class Ranger(torch.optim.RAdam):
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # RAdam sets its state up only where there is none yet: the slow weights join afterwards.
         slow_start = {p: p.detach().clone() for p in moving if "slow" not in self.state.get(p, {})}
-        super().step()
+        _radam_step(self)
         for p, slow in slow_start.items():
             self.state[p]["slow"] = slow
         for group in self.param_groups:
             self._look_ahead(group)
         return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for group in self.param_groups:  # those of a plain RAdam's state have neither
+            group.setdefault("k", self.defaults["k"])
+            group.setdefault("alpha", self.defaults["alpha"])
 
     def _look_ahead(self, group: dict[str, Any]) -> None:
         due = [p for p in group["params"] if p.grad is not None and int(self.state[p]["step"]) % group["k"] == 0]
@@ -60,6 +66,12 @@ class Ranger(torch.optim.RAdam):
             slow = [self.state[p]["slow"] for p in due]
             torch._foreach_lerp_(slow, due, group["alpha"])
             torch._foreach_copy_(due, slow)
+
+
+def _radam_step(optimizer: Ranger) -> None:
+    """RAdam's step without hooks: torch adds them to the class's step as soon as it has an instance of its own."""
+    step: Any = torch.optim.RAdam.step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -112,7 +124,7 @@ class Schedule:
         self._apply()
 
     def after_validation(self, mean_class_accuracy: float) -> None:
-        if self._plateau is not None:
+        if self._plateau is not None and self._steps >= self._config.schedule.warmup:
             self._plateau.step(mean_class_accuracy)
             self._apply()
 
@@ -127,6 +139,10 @@ class Schedule:
         self._apply()
 
 
+_SMALLEST_SCALE = 2.0**-24
+"""Of the loss; float16's smallest number."""
+
+
 class StreamOptimizer:
     """What moves the weights of one stream: its optimizer, schedule and loss scaler.
 
@@ -137,19 +153,29 @@ class StreamOptimizer:
         self.optimizer = build_optimizer(config, parameters)
         self.schedule = Schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self._stepped = False
+        self.optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
 
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """Apply the accumulated gradients and forget them; where they overflowed, nothing moves but the loss scale."""
-        scale = self.scaler.get_scale()
+        """Apply the accumulated gradients and forget them; where they overflowed, nothing moves but the loss scale.
+
+        Raises `OverflowError` where they still overflow at a scale that leaves nothing of them.
+        """
+        self._stepped = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() >= scale:  # it falls after an overflow
+        if self._stepped:
             self.schedule.after_step()
+        elif self.scaler.get_scale() < _SMALLEST_SCALE:
+            raise OverflowError("its gradients overflow at every loss scale")
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Search spaces: YAML -> validated -> what Ray Tune samples -> a full configuration.
+"""Search spaces: YAML -> validated -> drawn values -> a full configuration.
 
     base: {train: {iterations: 600}}            # differs from Config's defaults, the same for every trial
     space:
@@ -8,8 +8,10 @@
         - {when: {optimizer.name: ranger}, loguniform: [1e-4, 1e-2]}
       model.stam_depth: {grid: [1, 3]}          # every value, for each of the samples
       loss.gaze_weight: 0.1                     # fixed
-    samples: 8
-    asha: {grace: 100, reduction: 3}
+    samples: 8                                  # configurations; times the grid's points
+    repeats: 3                                  # trials of each, over seeds
+    searcher: random                            # or tpe
+    scheduler: {name: asha, grace: 100, reduction: 3}
 
 Forms: choice, grid, uniform, loguniform, randint (upper end left out), value (in a branch), or a plain value.
 """
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,10 @@ from tune_ego.errors import UserError
 
 FORMS = ("choice", "grid", "uniform", "loguniform", "randint")
 _CHECKED_COMBINATIONS = 2000
-_TOP_LEVEL = ("base", "space", "samples", "asha")
+_TOP_LEVEL = ("base", "space", "samples", "repeats", "searcher", "scheduler")
+_SEARCHERS = ("random", "tpe")
+_ORDER = 0x5EA2C4
+"""Apart from the random streams of the runs, which have the same seeds."""
 
 
 class Domain(NamedTuple):
@@ -49,6 +55,29 @@ class Branch(NamedTuple):
     domain: Domain
 
 
+_SCHEDULERS = {
+    "asha": ("grace", "reduction", "keep_stopped"),
+    "median": ("grace", "least_trials", "keep_stopped"),
+    "fifo": (),
+}
+"""Name -> its settings."""
+
+
+class SchedulerSettings(NamedTuple):
+    """Which trials are stopped before their end."""
+
+    name: str
+    """asha, median (those whose best is under the median of the others' running means) or fifo (none)."""
+    grace: int
+    """Iterations before a trial may be stopped."""
+    reduction: int
+    """ASHA keeps one in so many trials at each rung."""
+    least_trials: int
+    """How many others the median rule compares with at least."""
+    keep_stopped: bool
+    """Whether stopped trials keep their checkpoints."""
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """A validated search space."""
@@ -58,44 +87,66 @@ class SearchSpace:
     base: dict[str, Any]
     branches: dict[str, list[Branch]]
     samples: int
-    grace: int
-    """Iterations before ASHA may stop a trial."""
-    reduction: int
-    """ASHA keeps one in so many trials at each rung."""
+    repeats: int
+    """Trials of each configuration, over as many seeds."""
+    searcher: str
+    """`random` (and grid), or `tpe`: Optuna's tree-structured Parzen estimator, which learns from ended trials."""
+    scheduler: SchedulerSettings
 
-    def param_space(self) -> dict[str, Any]:
-        """What Ray Tune samples: a domain per branch, so that any searcher and seed treats branches alike."""
+    def draw(self, seed: int, number: int) -> dict[str, Any]:
+        """Name -> value of configuration `number` of the random search with this seed: it needs no other's."""
         from ray import tune
 
-        make = {"choice": tune.choice, "grid": tune.grid_search}
-        space = {}
-        for name, domain in self.sampled():
-            if domain.form in make:
-                space[name] = make[domain.form](list(domain.values))
-            else:
-                space[name] = getattr(tune, domain.form)(*domain.values)
-        return space
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, number)))
+        grids = [(name, domain) for name, domain in self.sampled() if domain.form == "grid"]
+        points, point = {}, number % self.grid_points
+        for name, domain in reversed(grids):  # the last varies fastest
+            point, place = divmod(point, len(domain.values))
+            points[name] = domain.values[place]
 
-    def config(self, sampled: dict[str, Any]) -> Config:
-        """The full configuration of one draw from `param_space`."""
-        return build_config(override(self.base, self.overrides(sampled)), self.source)
+        def pick(name: str, domain: Domain) -> Any:
+            if domain.form == "grid":
+                return points[name]
+            if domain.form == "choice":
+                return domain.values[random.integers(len(domain.values))]
+            value = getattr(tune, domain.form)(*domain.values).sample(random_state=random)
+            return value.item() if isinstance(value, np.generic) else value
+
+        return self.choose(pick)
+
+    def choose(self, pick: Callable[[str, Domain], Any]) -> dict[str, Any]:
+        """Name -> value of what `pick` answers, asked for the branches alone that are taken."""
+        sampled: dict[str, Any] = {}
+
+        def note(name: str, domain: Domain) -> Any:
+            sampled[name] = pick(name, domain)
+            return sampled[name]
+
+        self._walk(note)
+        return sampled
+
+    def config(self, sampled: dict[str, Any], repeat: int = 0) -> Config:
+        """The full configuration of one draw; the repeats differ in their seeds."""
+        tree = override(self.base, self.overrides(sampled))
+        return build_config({**tree, "seed": tree.get("seed", 0) + repeat}, self.source)
 
     def overrides(self, sampled: dict[str, Any]) -> dict[str, Any]:
         """Dotted key -> value of one draw."""
-        return self._choose(sampled)[0]
+        return self._walk(lambda name, _: sampled[name])[0]
 
     def branch_of(self, sampled: dict[str, Any]) -> dict[str, int]:
         """Dotted key -> the branch that one draw takes."""
-        return self._choose(sampled)[1]
+        return self._walk(lambda name, _: sampled[name])[1]
 
-    def _choose(self, sampled: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    def _walk(self, pick: Callable[[str, Domain], Any]) -> tuple[dict[str, Any], dict[str, int]]:
+        """(dotted key -> value, dotted key -> branch taken) of a draw whose values `pick` gives by name."""
         chosen: dict[str, Any] = {}
         taken: dict[str, int] = {}
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
                 if all(self._value(name, chosen) in allowed for name, allowed in branch.when.items()):
                     domain = branch.domain
-                    value = domain.values[0] if domain.form == "value" else sampled[f"{key}@{index}"]
+                    value = domain.values[0] if domain.form == "value" else pick(f"{key}@{index}", domain)
                     chosen[key] = tuple(value) if isinstance(value, list) else value
                     taken[key] = index
                     break
@@ -117,13 +168,17 @@ class SearchSpace:
     def _value(self, key: str, chosen: dict[str, Any]) -> Any:
         if key in chosen:
             return chosen[key]
-        node: Any = build_config(self.base, self.source).model_dump()
+        node: Any = self._defaults
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return build_config(self.base, self.source).model_dump()
+
     def sampled(self) -> Iterator[tuple[str, Domain]]:
-        """The names under which Ray Tune draws, with their domains."""
+        """The names under which values are drawn, one for each branch, with their domains."""
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
                 if branch.domain.form != "value":
@@ -137,8 +192,16 @@ class SearchSpace:
         ]
 
     @property
+    def grid_points(self) -> int:
+        return math.prod(len(domain.values) for _, domain in self.sampled() if domain.form == "grid")
+
+    @property
+    def configurations(self) -> int:
+        return self.samples * self.grid_points
+
+    @property
     def trials(self) -> int:
-        return self.samples * math.prod(len(domain.values) for _, domain in self.sampled() if domain.form == "grid")
+        return self.configurations * self.repeats
 
 
 def find_space(name: str) -> str:
@@ -167,7 +230,8 @@ def load_space(name: str, changes: dict[str, Any] | None = None) -> SearchSpace:
     return parse_space(text, path, changes)
 
 
-def parse_space(text: str, source: str, changes: dict[str, Any] | None = None) -> SearchSpace:
+def parse_space(text: str, source: str, changes: dict[str, Any] | None = None, *, check: bool = True) -> SearchSpace:
+    """With `check` every configuration that it can give is built; a space that was checked needs that no more."""
     content = parse_yaml(text, source)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{source}: expected the keys {', '.join(_TOP_LEVEL)}")
@@ -190,23 +254,52 @@ def parse_space(text: str, source: str, changes: dict[str, Any] | None = None) -
         later = [name for name in entries if name not in branches]
         branches[key] = _branches(entry, f"{source}: space.{key}", later)
     config = build_config(base, f"{source}: base")
-    asha = _mapping(content.get("asha") or {}, source, "asha")
-    for key in asha:
-        if key not in ("grace", "reduction"):
-            raise UserError(f"{source}: unknown key 'asha.{key}'; allowed: grace, reduction")
+    if not isinstance(config.compute.workers, int):
+        raise UserError(f"{source}: compute.workers: the trials of a search have a fixed number of workers")
+    repeats = _count(content.get("repeats", 1), 1, f"{source}: repeats")
+    if repeats > 1 and "seed" in branches:
+        raise UserError(f"{source}: space.seed: repeats are over seeds; leave one of the two out")
+    searcher = content.get("searcher", "random")
+    if searcher not in _SEARCHERS:
+        raise UserError(f"{source}: searcher: expected one of {', '.join(_SEARCHERS)}, found {searcher!r}")
+    for key, found in branches.items():
+        if searcher == "tpe" and any(branch.domain.form == "grid" for branch in found):
+            raise UserError(f"{source}: space.{key}: a grid has no place in a search by tpe; use choice")
     space = SearchSpace(
         source=source,
         text=text,
         base=base,
         branches=branches,
         samples=_count(content.get("samples", 1), 1, f"{source}: samples"),
-        grace=_count(asha.get("grace", config.train.validate_every), 1, f"{source}: asha.grace"),
-        reduction=_count(asha.get("reduction", 3), 2, f"{source}: asha.reduction"),
+        repeats=repeats,
+        searcher=searcher,
+        scheduler=_scheduler(content.get("scheduler") or {}, source, config),
     )
-    _check_configurations(space)
-    if space.grace > config.train.iterations:
-        raise UserError(f"{source}: asha.grace {space.grace} is over base.train.iterations {config.train.iterations}")
+    if check:
+        _check_configurations(space)
     return space
+
+
+def _scheduler(value: Any, source: str, config: Config) -> SchedulerSettings:
+    settings = _mapping(value, source, "scheduler")
+    name = settings.get("name", "asha")
+    if name not in _SCHEDULERS:
+        raise UserError(f"{source}: scheduler.name: expected one of {', '.join(_SCHEDULERS)}, found {name!r}")
+    for key in settings:
+        if key not in ("name", *_SCHEDULERS[name]):
+            allowed = ", ".join(_SCHEDULERS[name]) or "none"
+            raise UserError(f"{source}: unknown key 'scheduler.{key}'; the settings of {name}: {allowed}")
+    place = f"{source}: scheduler."
+    grace = _count(settings.get("grace", config.train.validate_every), 1, f"{place}grace")
+    if name == "asha" and grace > config.train.iterations:
+        raise UserError(f"{place}grace {grace} is over base.train.iterations {config.train.iterations}")
+    return SchedulerSettings(
+        name,
+        grace,
+        _count(settings.get("reduction", 3), 2, f"{place}reduction"),
+        _count(settings.get("least_trials", 3), 1, f"{place}least_trials"),
+        _flag(settings.get("keep_stopped", False), f"{place}keep_stopped"),
+    )
 
 
 def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
@@ -218,6 +311,12 @@ def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
 def _count(value: Any, least: int, place: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{place}: expected a whole number of at least {least}, found {value!r}")
+    return value
+
+
+def _flag(value: Any, place: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{place}: expected true or false, found {value!r}")
     return value
 
 

@@ -63,6 +63,13 @@ def remove(uri: str | Path) -> None:
         filesystem.delete_file(path)
 
 
+def remove_folder(uri: str | Path) -> None:
+    """Delete a folder with all that is in it, where it is there."""
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
 def list_names(uri: str | Path) -> list[str]:
     """Names directly below a folder, sorted; an absent folder has none."""
     filesystem, path = resolve(uri)

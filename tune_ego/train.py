@@ -6,10 +6,11 @@ profiled anywhere.
 
 from __future__ import annotations
 
+import enum
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tune_ego.checkpoint import Origin, load_model_state, pack
 from tune_ego.config import Config
-from tune_ego.experiment import METRIC
+from tune_ego.experiment import METRIC, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.losses import stream_losses
@@ -28,8 +29,19 @@ from tune_ego.model.two_stream import CHANNELS
 from tune_ego.optim import StreamOptimizer
 
 _WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
-Report = Callable[[dict[str, Any], dict[str, Any] | None], None]
-"""Takes metrics, and after a validation a checkpoint's content too. Every worker calls it equally often."""
+Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], None]
+"""Takes metrics, and after a validation a checkpoint's content too; without metrics, a checkpoint that was asked for in
+between. Every worker calls it equally often."""
+
+
+class Notice(enum.IntEnum):
+    """What a worker is asked for between two iterations."""
+
+    NONE = 0
+    SAVE = 1
+    """Write a checkpoint and go on: a machine will be taken away."""
+    STOP = 2
+    """Write a checkpoint and end."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -51,18 +63,22 @@ class Trainer:
     Nothing passes between the streams, so two trained at once equal two trained apart, to the bit on a CPU.
     """
 
-    def __init__(self, config: Config, origin: Origin, device: torch.device, rank: int = 0) -> None:
+    def __init__(
+        self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, go_on: bool = False
+    ) -> None:
+        """With `go_on` a checkpoint will be loaded: the weights of `init_from` need not be there any more."""
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
         self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
             source = getattr(config.init_from, modality)
-            if source is not None:
+            if source is not None and not go_on:
                 load_weights(self.model[modality], source)  # type: ignore[arg-type]
         self.model.to(device)
         self.parallel: nn.Module = self.model
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self.distributed:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.workers = dist.get_world_size() if self.distributed else 1
         self.dtype = autocast_dtype(config.train.precision, device)
         self.optimizers = {
             modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
@@ -70,6 +86,10 @@ class Trainer:
         }
         self.iteration = 0
         self.best: dict[str, Any] = {}
+        self.heard = 0
+        """The highest notice of all workers at the last step."""
+        self._losses: list[Tensor] = []
+        self._means: list[Tensor] = []
 
     def load(self, content: dict[str, Any], source: str) -> None:
         """Go on from a checkpoint."""
@@ -77,10 +97,12 @@ class Trainer:
         for modality, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][modality])
         self.iteration, self.best = content["iteration"], content["best"]
+        self._means = [losses.to(self.device) for losses in content["losses"]]
 
     def checkpoint(self) -> dict[str, Any]:
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
+            losses=self.losses(),
             model=self.model.state_dict(),
             optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
         )
@@ -89,35 +111,61 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return model(batch.clips(), seeds)
 
-    def step(self, batches: Iterator[ClipBatch]) -> Tensor:
-        """One iteration; returns the mean losses, [streams, (total, action, gaze)]."""
+    def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
+        """One iteration; returns this worker's mean losses, [streams, (total, action, gaze)].
+
+        `batches` gives what the worker takes of it: `FeedPlan.own_passes`. All workers hear the highest `notice`.
+        """
         self.parallel.train()
+        passes = range(self.rank, self.config.passes, self.workers)
         loss_config = self.config.loss
-        passes = self.config.train.accumulate
+        share = self.config.passes / self.workers  # of the passes: one worker's, on average
         losses = torch.zeros(len(self.model), 3, device=self.device)
-        for place in range(passes):
+        for number in passes:
             batch = next(batches)
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
-                self.parallel.require_backward_grad_sync = place == passes - 1
-            outputs = self._forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, self.rank, place))
+                self.parallel.require_backward_grad_sync = number == passes[-1]
+            outputs = self._forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
             gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
             found = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
-            if not self._finite_everywhere(found):
-                raise NonFiniteLoss(self._blame(dict(zip(outputs, found))))
             optimizers = self.optimizers.values()
-            torch.stack([o.scaler.scale(total / passes) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
-            losses += found.detach() / passes
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+            torch.stack([o.scaler.scale(total / share) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
+            losses += found.detach() / share
+        finite, self.heard = self._agree(losses, notice)
+        if not finite:
+            raise NonFiniteLoss(self._blame(dict(zip(self.model, losses))))
+        for modality, optimizer in self.optimizers.items():
+            try:
+                optimizer.step()
+            except OverflowError as error:
+                raise NonFiniteLoss(f"the {modality} stream: {error}") from error
         self.iteration += 1
+        self._losses.append(losses)
         return losses
 
-    def _finite_everywhere(self, losses: Tensor) -> bool:
-        """Whether the losses of all workers are finite: they stop together, or none of them."""
-        finite = torch.isfinite(losses).all().float()
-        if self.distributed:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        return bool(finite)
+    def _agree(self, losses: Tensor, notice: int) -> tuple[bool, int]:
+        """(whether the losses of all workers are finite, the highest notice): they stop together, or none of them."""
+        if not self.distributed:
+            return bool(torch.isfinite(losses).all()), notice
+        heard = torch.stack([(~torch.isfinite(losses).all()).float(), torch.tensor(float(notice), device=self.device)])
+        dist.all_reduce(heard, dist.ReduceOp.MAX)
+        not_finite, highest = heard.tolist()
+        return not not_finite, int(highest)
+
+    def losses(self) -> list[Tensor]:
+        """Mean losses over all workers of each iteration since `forget_losses`; every worker has to call it."""
+        if self._losses:
+            mean = torch.stack(self._losses)
+            if self.distributed:
+                dist.all_reduce(mean, dist.ReduceOp.SUM)
+                mean /= self.workers
+            self._means += list(mean)
+            self._losses = []
+        return self._means
+
+    def forget_losses(self) -> None:
+        """They are in the log."""
+        self._means = []
 
     def _seeds(self, *place: int) -> dict[str, int]:
         """A seed for each stream that depends on the run's seed, the stream and the place alone.
@@ -137,7 +185,7 @@ class Trainer:
             if not torch.isfinite(values[index])
         ]
         if not faults:
-            return ""  # another worker's
+            return ""  # another worker's, or a gradient's
         return f"iteration {self.iteration + 1}: {', '.join(faults)}; a lower optimizer.lr may help"
 
     @torch.no_grad()
@@ -175,28 +223,39 @@ class Trainer:
         return {**sums, **metrics}
 
 
-def train(trainer: Trainer, plan: FeedPlan, batches: Iterator[ClipBatch], report: Report) -> None:
-    """Train from the trainer's iteration to the plan's last one; `batches` begins at that iteration's first item."""
+def train(
+    trainer: Trainer,
+    plan: FeedPlan,
+    batches: Iterator[ClipBatch],
+    report: Report,
+    notice: Callable[[int], Notice] = lambda iteration: Notice.NONE,
+) -> None:
+    """Train from the trainer's iteration to the plan's last one; `batches` begins at that iteration's first item.
+
+    After every iteration this worker's `notice` is asked; what one worker hears all do.
+    """
     config = trainer.config
-    losses: list[Tensor] = []
-    since = time.monotonic()
+    since, before = time.monotonic(), trainer.iteration
     while trainer.iteration < plan.iterations:
-        losses.append(trainer.step(batches))
+        trainer.step(batches, notice(trainer.iteration))
         done = trainer.iteration
         validates = plan.validates_after(done)
-        if done % config.train.log_every and not validates:
-            continue
-        mean = torch.stack(losses).mean(dim=0)
-        if trainer.distributed:
-            dist.all_reduce(mean, dist.ReduceOp.SUM)
-            mean /= dist.get_world_size()
-        seconds = time.monotonic() - since
-        metrics = {
-            "iteration": done,
-            **trainer.training_metrics(mean),
-            "clips_per_second": len(losses) * config.train.batch_size / seconds,
-        }
-        if validates:
-            metrics |= trainer.validate(batches, plan)
-        report(metrics, trainer.checkpoint() if validates else None)
-        losses, since = [], time.monotonic()
+        if validates or done % config.train.log_every == 0:
+            mean = torch.stack(trainer.losses()).mean(dim=0)
+            seconds = time.monotonic() - since
+            metrics = {
+                "iteration": done,
+                **trainer.training_metrics(mean),
+                "clips_per_second": (done - before) * config.train.batch_size / seconds,
+            }
+            if validates:
+                start = time.monotonic()
+                metrics |= trainer.validate(batches, plan)
+                metrics[VALIDATION_SECONDS] = time.monotonic() - start
+            trainer.forget_losses()
+            report(metrics, trainer.checkpoint() if validates else None)
+            since, before = time.monotonic(), done
+        if trainer.heard and not validates:
+            report(None, trainer.checkpoint())
+        if trainer.heard == Notice.STOP:
+            return

@@ -23,8 +23,10 @@ RAFT_SMALLEST_SIDE = 128  # pixels: its correlation pyramid halves maps of an ei
 
 
 class FlowMethod(NamedTuple):
+    view: Callable[[np.ndarray], np.ndarray]
+    """BGR frame, uint8 [H, W, 3] -> what `fields` takes for it."""
     fields: Callable[[Sequence[np.ndarray]], np.ndarray]
-    """N + 1 consecutive RGB frames, uint8 [H, W, 3] -> [N, H, W, 2] float32: the motion to the next one, pixels."""
+    """N + 1 consecutive frames' views -> [N, H, W, 2] float32: the motion to the next one, pixels."""
     batch: int
     """The most pairs it should get at once."""
 
@@ -36,9 +38,12 @@ def flow_method(name: FlowName, weights: str | None = None) -> FlowMethod:
     `weights` is the path or URI of RAFT's state dict (torchvision's `raft_large` or `raft_small`).
     """
     if name == "dis":
-        return FlowMethod(_each_pair(_dis()), 1)
+        # Dense inverse search (Kroeger et al., ECCV 2016). Never give it a field to start from: it would look at the
+        # same one in all later calls, and the order of the clips would matter.
+        dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        return FlowMethod(_grey, _each_pair(lambda before, after: dis.calc(before, after, None)), 1)
     if name == "farneback":
-        return FlowMethod(_each_pair(_farneback), 1)
+        return FlowMethod(_grey, _each_pair(_farneback), 1)
     return _tv_l1() if name == "tvl1" else _raft(weights)
 
 
@@ -46,27 +51,16 @@ def uses_gpu(name: FlowName) -> bool:
     return name in ("tvl1", "raft")
 
 
-def _grey(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+def _grey(frame: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
 
 
-def _each_pair(between: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+def _each_pair(between: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
     def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
-        grey = _grey(frames)
-        return np.stack([between(before, after) for before, after in pairwise(grey)])
+        found = [between(before, after) for before, after in pairwise(frames)]
+        return found[0][None] if len(found) == 1 else np.stack(found)
 
     return fields
-
-
-def _dis() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Dense inverse search (Kroeger et al., ECCV 2016; OpenCV's medium preset)."""
-    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-
-    def between(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
-        # Without an initial field the method would start from its previous result: order must not matter.
-        return method.calc(before_HW, after_HW, np.zeros((*before_HW.shape, 2), np.float32))
-
-    return between
 
 
 def _farneback(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
@@ -82,11 +76,11 @@ def _tv_l1() -> FlowMethod:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
-        grey = torch.from_numpy(np.stack(_grey(frames))).to(device)
+        grey = torch.from_numpy(np.stack(frames)).to(device)
         return tv_l1(grey[:-1], grey[1:]).cpu().numpy()
 
     # On a CPU one pair fits its caches and four do not.
-    return FlowMethod(fields, 64 if device.type == "cuda" else 1)
+    return FlowMethod(_grey, fields, 64 if device.type == "cuda" else 1)
 
 
 def _raft(weights: str | None) -> FlowMethod:
@@ -106,7 +100,7 @@ def _raft(weights: str | None) -> FlowMethod:
         field_N2HW = model(images[:-1], images[1:])[-1][..., :height, :width]
         return field_N2HW.permute(0, 2, 3, 1).cpu().numpy()
 
-    return FlowMethod(fields, 8 if device.type == "cuda" else 1)
+    return FlowMethod(lambda frame: cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), fields, 8 if device.type == "cuda" else 1)
 
 
 def load_raft(weights: str) -> Any:
@@ -133,8 +127,10 @@ def load_raft(weights: str) -> Any:
 
 def quantise(field_HW2: np.ndarray) -> np.ndarray:
     """[H, W, 2] pixels -> [2H, W] uint8, linear from [-20, 20] to [0, 255]; the x component above the y component."""
-    levels = np.rint((np.clip(field_HW2, -BOUND, BOUND) + BOUND) * (255 / (2 * BOUND)))
-    return np.concatenate([levels[..., 0], levels[..., 1]]).astype(np.uint8)
+    levels = np.clip(field_HW2.transpose(2, 0, 1).reshape(-1, field_HW2.shape[1]), -BOUND, BOUND)
+    levels += BOUND
+    levels *= 255 / (2 * BOUND)
+    return np.rint(levels, out=levels).astype(np.uint8)
 
 
 def split_components(grey: np.ndarray) -> np.ndarray:

@@ -39,6 +39,11 @@ class ShardTask(NamedTuple):
     sources: dict[str, int]
     """File name -> bytes, of every video and gaze file: a shard is made anew where they changed."""
 
+    @property
+    def frames(self) -> int:
+        """As the clips' names say."""
+        return sum(_named_frames(clip) for clip in self.clips)
+
 
 class ShardResult(NamedTuple):
     records: list[dict[str, Any]]
@@ -112,6 +117,7 @@ def prepare(
     tasks = plan(annotations, videos, gaze)
     finished = {task.shard: result for task in tasks if (result := _finished(task, out)) is not None}
     waiting = [task for task in tasks if task.shard not in finished]
+    waiting.sort(key=lambda task: -task.frames)  # the longest first: then all workers end at about the same time
     if waiting:
         done = sum(len(task.clips) for task in tasks if task.shard in finished)
         with ray_session(address), clip_progress(len(annotations.clips), done) as advance:
@@ -129,7 +135,7 @@ def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str
     sizes: dict[str, int] = {}
     for clip in annotations.clips:
         folder = shards.shard_folder(clip)
-        frames = max(1, clip.name.last_frame - clip.name.first_frame)
+        frames = _named_frames(clip)
         if folder not in groups or sizes[folder] + frames > FRAMES_PER_SHARD:
             groups.setdefault(folder, []).append([])
             sizes[folder] = 0
@@ -140,6 +146,10 @@ def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str
         for folder, parts in sorted(groups.items())
         for number, clips in enumerate(parts)
     ]
+
+
+def _named_frames(clip: AnnotatedClip) -> int:
+    return max(1, clip.name.last_frame - clip.name.first_frame)
 
 
 def _task(

@@ -15,6 +15,9 @@ from tune_ego.dataset import flow
 from tune_ego.errors import UserError
 
 JPEG_QUALITY = 90
+# FFmpeg's numbers; with the one for "not said", which FFmpeg takes for the same.
+_BT_601 = (2, 5, 6)
+_LIMITED = (0, 1)
 
 
 class EncodedClip(NamedTuple):
@@ -41,7 +44,7 @@ def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) 
     """
     cv2.setNumThreads(1)  # the job runs a task per core
     encoded = EncodedClip([], [])
-    pending: list[np.ndarray] = []  # frames whose flow is still to be computed
+    pending: list[np.ndarray] = []  # what the method sees of frames whose flow is still to be computed
 
     def advance() -> None:
         if len(pending) > 1:
@@ -49,8 +52,8 @@ def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) 
             del pending[:-1]
 
     for frame in decode(uri, image_size):
-        encoded.rgb.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)))
-        pending.append(frame)
+        encoded.rgb.append(_jpeg(frame))
+        pending.append(method.view(frame))
         if len(pending) > method.batch:
             advance()
     advance()
@@ -62,14 +65,14 @@ def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) 
 
 
 def decode(uri: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """RGB frames, uint8 [H, W, 3], resized; raises `UserError` at a damaged one and where the video breaks off."""
+    """BGR frames, uint8 [H, W, 3], resized; raises `UserError` at a damaged one and where the video breaks off."""
     with _opened(uri) as container:
         declared, count = container.streams.video[0].frames, 0
         try:
             for frame in container.decode(video=0):
                 if frame.is_corrupt:
                     raise UserError(f"frame {count} is damaged")
-                yield _resized(frame.to_ndarray(format="rgb24"), image_size)
+                yield _resized(_bgr(frame), image_size)
                 count += 1
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(f"frame {count} cannot be decoded ({error})") from error
@@ -103,6 +106,14 @@ def _opened(uri: str) -> av.container.InputContainer:
         container.close()
         raise UserError("the file holds no video stream")
     return container
+
+
+def _bgr(frame: av.VideoFrame) -> np.ndarray:
+    """[H, W, 3] uint8. What nearly all cameras write, OpenCV converts in half the time that FFmpeg takes."""
+    even = frame.width % 2 == frame.height % 2 == 0
+    if even and frame.format.name == "yuv420p" and frame.colorspace in _BT_601 and frame.color_range in _LIMITED:
+        return cv2.cvtColor(frame.to_ndarray(), cv2.COLOR_YUV2BGR_I420)
+    return frame.to_ndarray(format="bgr24")
 
 
 def _resized(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:

@@ -197,8 +197,9 @@ def check_fits(shards: Shards, config: Config) -> None:
 class FeedPlan:
     """What one worker reads during a run: a sequence of items, each one forward pass of training or validation.
 
-    Iteration i (from 0) has `accumulate` training items; after every `validate_every`-th iteration and after the last
-    come the validation items. Items are numbered from the run's start, so a resumed run begins at an item.
+    An iteration is cut into `passes`, and worker r of n takes those numbered r, r + n, ...: they are its training
+    items. After every `validate_every`-th iteration and after the last come the validation items. Items are numbered
+    from the run's start, so a resumed run begins at an item.
     """
 
     root: str
@@ -207,7 +208,7 @@ class FeedPlan:
     seed: int
     iterations: int
     micro_batch: int
-    accumulate: int
+    passes: int
     validate_every: int
     validation_windows: int
     workers: int = 1
@@ -218,12 +219,22 @@ class FeedPlan:
         train = config.train
         return cls(
             *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
-            *(train.accumulate, train.validate_every, train.validation_windows, workers, rank),
+            *(config.passes, train.validate_every, train.validation_windows, workers, rank),
         )
+
+    @property
+    def own_passes(self) -> range:
+        """The passes of an iteration that this worker takes."""
+        return range(self.rank, self.passes, self.workers)
 
     def validates_after(self, iterations: int) -> bool:
         """Whether a validation follows when `iterations` are done."""
         return iterations % self.validate_every == 0 or iterations == self.iterations
+
+    @property
+    def validations(self) -> list[int]:
+        """The iterations after which a validation follows."""
+        return [done for done in range(1, self.iterations + 1) if self.validates_after(done)]
 
     @property
     def validation_items(self) -> int:
@@ -232,7 +243,7 @@ class FeedPlan:
 
     def first_item(self, iterations: int) -> int:
         """The item that follows when `iterations` are done and validated."""
-        return iterations * self.accumulate + iterations // self.validate_every * self.validation_items
+        return iterations * len(self.own_passes) + iterations // self.validate_every * self.validation_items
 
     @property
     def items(self) -> int:
@@ -241,13 +252,15 @@ class FeedPlan:
 
     def windows(self, item: int) -> tuple[bool, list[Window | None]]:
         """(is it training, this worker's windows) of an item."""
-        cycle = self.validate_every * self.accumulate + self.validation_items
+        passes = self.own_passes
+        cycle = self.validate_every * len(passes) + self.validation_items
         rounds, place = divmod(item, cycle)
-        training_items = min(self.validate_every, self.iterations - rounds * self.validate_every) * self.accumulate
+        training_items = min(self.validate_every, self.iterations - rounds * self.validate_every) * len(passes)
         sources = _sources(self)
         if place < training_items:
-            share = rounds * self.validate_every * self.accumulate + place
-            first = (share * self.workers + self.rank) * self.micro_batch
+            iteration, turn = divmod(place, len(passes))
+            iteration += rounds * self.validate_every
+            first = (iteration * self.passes + passes[turn]) * self.micro_batch
             samples = range(first, first + self.micro_batch)
             size = sources.image_size
             return True, [training_window(sources.train.clips, self.seed, n, size, self.data.crop) for n in samples]

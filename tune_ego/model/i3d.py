@@ -55,8 +55,19 @@ def _pad(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
     return F.pad(x, [amount for pair in reversed(padding) for amount in pair])
 
 
-def _symmetric(padding: list[tuple[int, int]]) -> bool:
-    return all(front == back for front, back in padding)
+def _kernel_pads(x: Tensor, padding: list[tuple[int, int]], stride: Triple) -> bool:
+    """Whether the convolution's kernel may be told to pad, which saves a copy.
+
+    On a CPU, torch 2.15's weight gradients with `padding=` are wrong in 16 bits, and the strided kernel writes past
+    the end of its memory at some odd sizes; after `F.pad` both are right.
+    """
+    if any(front != back for front, back in padding):
+        return False
+    return x.device.type != "cpu" or (stride == (1, 1, 1) and not _in_16_bits(x))
+
+
+def _in_16_bits(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
 
 
 class Unit3D(nn.Module):
@@ -82,7 +93,7 @@ class Unit3D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padding = same_padding(x.shape[2:], self.kernel, self.stride)
         conv = self.conv3d
-        if _symmetric(padding):
+        if _kernel_pads(x, padding, self.stride):
             x = F.conv3d(x, conv.weight, conv.bias, conv.stride, [front for front, _ in padding])
         else:
             x = conv(_pad(x, padding))
@@ -107,6 +118,8 @@ class MaxPool3dSame(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = same_padding(x.shape[2:], self.kernel, self.stride)
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return max_pool3d_deterministic(_pad(x, padding), self.kernel, self.stride)
         front = [front for front, _ in padding]
         pooled = F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True)
         if not self.non_negative:
@@ -117,6 +130,24 @@ class MaxPool3dSame(nn.Module):
                 if after:
                     pooled.narrow(dimension, -1, 1).clamp_(min=0)
         return pooled
+
+
+def max_pool3d_deterministic(x: Tensor, kernel: Triple, stride: Triple) -> Tensor:
+    """`F.max_pool3d`, whose gradient is the same at each call on CUDA too: its kernel there adds in any order.
+
+    One dimension after another; of equal values the first has the gradient, as in the kernel.
+    """
+    for dimension in (4, 3, 2):
+        k, s = kernel[dimension - 2], stride[dimension - 2]
+        outputs = (x.shape[dimension] - k) // s + 1
+        if k == 1 and s == 1:
+            continue
+        steps = [x.narrow(dimension, i, (outputs - 1) * s + 1) for i in range(k)]
+        steps = [step[(slice(None),) * dimension + (slice(None, None, s),)] for step in steps]
+        x = steps[0]
+        for step in steps[1:]:
+            x = torch.where((step > x) | step.isnan(), step, x)
+    return x
 
 
 class InceptionBlock(nn.Module):

@@ -88,11 +88,12 @@ def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
     """Scale each clip's map; float32 under mixed precision too.
 
     `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min. Value and derivative are
-    finite in every floating type: where the derivative exceeds the input's 16-bit type, its largest number stands.
+    finite in every floating type: where the derivative exceeds float16, its largest number stands. Not so under
+    autocast, where the loss is scaled: there an overflow must reach the loss scaler.
     A map with a NaN stays one.
     """
     wide = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
-    if map_BTHW.dtype == torch.float16 and wide.requires_grad:
+    if map_BTHW.dtype == torch.float16 and wide.requires_grad and not torch.is_autocast_enabled(map_BTHW.device.type):
         wide.register_hook(_within_float16)
     low = wide.amin(dim=(1, 2, 3), keepdim=True)
     if how == "subtract_min":

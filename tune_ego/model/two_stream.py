@@ -36,18 +36,19 @@ class Stream(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         attention = stam(channels, model) if model.stam_depth else {}
-        self._attention = tuple(attention)
+        self.attention_modules = tuple(attention)
+        """Names of STAM's modules, in order; the last makes the map."""
         for name, layer in attention.items():
             self.add_module(name, layer)
         self.attention_scale = model.attention_scale
         self.dropout = nn.Dropout(model.dropout)
         self.logits = Unit3D(channels, num_classes, activation=None, batch_norm=False)
         self._copy_init = model.copy_init
-        self.copy_blocks(self._attention)
+        self.copy_blocks(self.attention_modules)
 
     def copy_blocks(self, fresh: Container[str]) -> None:
         """With `copy_init`: make those of STAM's further blocks that are named in `fresh` copies of its first."""
-        first, *further = self._attention[:-1] or ("",)
+        first, *further = self.attention_modules[:-1] or ("",)
         for name in further:
             if self._copy_init and name in fresh:
                 getattr(self, name).load_state_dict(getattr(self, first).state_dict())
@@ -58,9 +59,9 @@ class Stream(nn.Module):
         for name in self._trunk:
             x = getattr(self, name)(x)
         attention_BTHW = None
-        if self._attention:
+        if self.attention_modules:
             a = x
-            for name in self._attention:
+            for name in self.attention_modules:
                 a = getattr(self, name)(a)
             attention_BTHW = scale_attention(a[:, 0], self.attention_scale)
             x = x * attention_BTHW[:, None].to(x.dtype)

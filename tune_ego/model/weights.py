@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.model.two_stream import Stream
 
+_CLASSIFIER = ("logits.conv3d.weight", "logits.conv3d.bias")
+
 
 class LoadedWeights(NamedTuple):
     """Parameter names, as in the model."""
@@ -21,25 +24,47 @@ class LoadedWeights(NamedTuple):
     left_out: list[str]
     """In the file, not taken: a classifier of another number of classes, attention where the stream has none."""
     fresh: list[str]
-    """In the stream, not in the file: they keep their initial values."""
+    """In the stream, not in the file: they keep their initial values, or become copies of block 1 (`copy_init`)."""
     flow_method: str | None = None
     """The flow that a checkpoint of ours was trained on; other files do not say."""
+
+    @property
+    def modules_left_out(self) -> list[str]:
+        return _modules(self.left_out)
+
+    @property
+    def fresh_modules(self) -> list[str]:
+        return _modules(self.fresh)
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def load_tensors(uri: str | Path) -> Any:
     """What `torch.save` wrote, tensors and plain containers only: a file that would run code is refused."""
     try:
-        return torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+        data = storage.read_bytes(uri)
+    except OSError as error:
+        raise UserError(f"{uri}: cannot be read ({error})") from error
+    return unpack(data, str(uri))
+
+
+def unpack(data: bytes, source: str) -> Any:
+    """As `load_tensors`, of a file's content."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes happen to mean
-        raise UserError(f"{uri}: not weights that can be loaded ({' '.join(str(error).split())[:160]})") from error
+        raise UserError(f"{source}: not weights that can be loaded ({' '.join(str(error).split())[:160]})") from error
 
 
 def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     """Load a file of weights into `stream`.
 
     Takes I3D Kinetics files, Lu's "-o" and "-a" files (each with or without DataParallel's `module.` prefix), and
-    `model.pt` or a checkpoint of ours. The classifier is left out where its number of classes differs, attention
-    where the stream has none; any other difference is a `UserError` that names parameter and both shapes.
+    `model.pt` or a checkpoint of ours. A classifier of another number of classes is left out, and attention where the
+    stream has none; attention starts fresh where the file has none, and whole blocks beyond the file's depth do. Any
+    other difference is a `UserError` that names parameter and both shapes.
     """
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
@@ -61,16 +86,19 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
 
 def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
     state = stream.state_dict()
-    left_out = []
-    for name in list(found):
-        attention = name.startswith("attention_") and name not in state
-        classes = name.startswith("logits.") and name in state and found[name].shape != state[name].shape
-        if attention or classes:
-            left_out.append(name)
-            del found[name]
+    left_out = [name for name in found if name.startswith("attention_")] if not stream.attention_modules else []
+    if _has_other_classes(found, state):
+        left_out += _CLASSIFIER
+    found = {name: value for name, value in found.items() if name not in left_out}
+    there = set(_modules(found))
+    may_be_absent = {"logits"} - there
+    if not there & set(stream.attention_modules):
+        may_be_absent |= set(stream.attention_modules)
+    else:  # blocks beyond the file's depth
+        may_be_absent |= set(stream.attention_modules[1:-1]) - there
     unknown = sorted(found.keys() - state.keys())
     absent = [name for name in state if name not in found and not name.endswith("num_batches_tracked")]
-    fresh = [name for name in absent if name.startswith(("attention_", "logits."))]
+    fresh = [name for name in absent if name.partition(".")[0] in may_be_absent]
     if unknown or len(fresh) != len(absent):
         missing = sorted(set(absent) - set(fresh))
         raise UserError(f"{path}: not weights of this model: {_first('unknown', unknown)}{_first('absent', missing)}")
@@ -80,8 +108,16 @@ def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
             other = " (weights of the other modality?)" if name == "Conv3d_1a_7x7.conv3d.weight" else ""
             raise UserError(f"{path}: {name} is {shapes}{other}")
     stream.load_state_dict(found, strict=False)
-    stream.copy_blocks({name.partition(".")[0] for name in fresh})
+    stream.copy_blocks(_modules(fresh))
     return LoadedWeights(sorted(found), left_out, fresh)
+
+
+def _has_other_classes(found: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    """Whether the file's classifier is a whole one of as many inputs, for another number of classes."""
+    weight, bias = (found.get(name) for name in _CLASSIFIER)
+    if weight is None or bias is None or bias.ndim != 1 or bias.shape == state[_CLASSIFIER[1]].shape:
+        return False
+    return weight.shape == (len(bias), *state[_CLASSIFIER[0]].shape[1:])
 
 
 def _first(what: str, names: list[str]) -> str:

@@ -1,0 +1,226 @@
+"""Checkpoints that are whole or not there, and searches that decide the same after the driver died."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import COMMAND, tiny_config
+from tests.test_search import wait_for, write_space
+from tune_ego import driver, experiment
+from tune_ego.bench.resume import bench_resume, descendants
+from tune_ego.checkpoint import DamagedCheckpoint, Origin, last_whole, read_checkpoint, write_checkpoint
+from tune_ego.config import dump_config
+from tune_ego.experiment import METRIC, Decision, checkpoint_iterations, checkpoint_uri, read_decisions, write_decisions
+from tune_ego.launch import Job, fit
+from tune_ego.scheduler import RecordedScheduler
+from tune_ego.search_space import parse_space
+from tune_ego.train import Trainer
+from tune_ego.tune import last_report
+
+
+def trainer() -> Trainer:
+    return Trainer(tiny_config(streams="rgb"), Origin(["a", "b"], (48, 36), "dis"), torch.device("cpu"))
+
+
+def save(run: Path, iteration: int, best: int) -> None:
+    made = trainer()
+    made.iteration, made.best = iteration, {"iteration": best, METRIC: 0.5}
+    write_checkpoint(str(run), made.checkpoint())
+
+
+def test_the_best_and_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
+    for iteration, best in ((10, 10), (20, 20), (30, 20), (40, 20), (50, 20)):
+        save(tmp_path, iteration, best)
+    assert checkpoint_iterations(str(tmp_path)) == [20, 40, 50]
+    assert last_whole(str(tmp_path)) == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"iteration-0000{n}" for n in (20, 40, 50)]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "no checksum", "checksum alone", "half a checksum"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 10, 10)
+    save(tmp_path, 20, 10)
+    file, checksum = (Path(checkpoint_uri(str(tmp_path), 20, name)) for name in ("checkpoint.pt", "checkpoint.json"))
+    data = file.read_bytes()
+    if damage == "a bit":
+        file.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    elif damage == "cut off":
+        file.write_bytes(data[:-1])
+    elif damage == "no checksum":  # the process died between the two
+        checksum.unlink()
+    elif damage == "checksum alone":
+        file.unlink()
+    else:
+        checksum.write_bytes(checksum.read_bytes()[:20])
+    assert last_whole(str(tmp_path)) == 10
+    named = f"{file}: damaged" in capsys.readouterr().out.replace("\n", "")
+    assert named == (damage in ("a bit", "cut off", "half a checksum"))
+    if named:
+        with pytest.raises(DamagedCheckpoint, match="damaged, it is not what was written"):
+            read_checkpoint(str(file))
+    save(tmp_path, 20, 10)  # the run comes by again
+    assert last_whole(str(tmp_path)) == 20
+
+
+def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, ray_cluster: None) -> None:
+    """The last one is damaged: the run does those iterations again and ends with the same weights."""
+    weights = []
+    for name in ("whole", "damaged"):
+        run = str(tmp_path / name)
+        if name == "damaged":
+            fit(Job(tiny_config(train__iterations=4, streams="rgb"), shards, run, 0, driver.stop_uri(run), final=False))
+            Path(checkpoint_uri(run, 4)).write_bytes(b"x" * 100)
+        fit(Job(tiny_config(train__iterations=6, streams="rgb"), shards, run, 0, driver.stop_uri(run), final=True))
+        assert [line["iteration"] for line in experiment.read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+        weights.append((Path(run) / experiment.MODEL_FILE).read_bytes())
+    assert weights[0] == weights[1]
+
+
+def curve(trial: int, iteration: int) -> float:
+    return random.Random(trial).random() * iteration / (iteration + 30)
+
+
+def search(root: Path, space: Any, kill_after: float) -> list[tuple[int, int]]:
+    """One trial after another through the real scheduler; (trial, iteration at its end).
+
+    A kill forgets the scheduler; the trial goes on from its last report, which it makes again.
+    """
+    rng = random.Random(7)
+
+    def start() -> Any:
+        scheduler = RecordedScheduler(str(root), space, 100)
+        scheduler.set_search_properties(METRIC, "max")
+        return scheduler
+
+    scheduler, ends = start(), []
+    for number in range(20):
+        trial = SimpleNamespace(config={"trial": f"t{number}"})
+        for iteration in range(10, 101, 10):
+            result = {"iteration": iteration, METRIC: curve(number, iteration)}
+            action = scheduler.on_trial_result(None, trial, result)
+            if rng.random() < kill_after:
+                scheduler = start()
+                assert scheduler.on_trial_result(None, trial, result) == action
+            if action == "STOP":
+                break
+        ends.append((number, iteration))
+    return ends
+
+
+@pytest.mark.parametrize(("scheduler", "least"), [("asha", 3), ("median", 3), ("fifo", 0)])
+def test_schedulers_decide_the_same_whenever_the_driver_dies(tmp_path: Path, scheduler: str, least: int) -> None:
+    space = parse_space(
+        f"base: {{train: {{iterations: 100, validate_every: 10}}}}\nscheduler: {{name: {scheduler}}}", ""
+    )
+    whole = search(tmp_path / "whole", space, 0)
+    stopped = sum(iteration < 100 for _, iteration in whole)
+    assert least <= stopped < 18 and bool(stopped) == bool(least)
+    assert search(tmp_path / "killed", space, 0.3) == whole
+    assert read_decisions(str(tmp_path / "killed")) == read_decisions(str(tmp_path / "whole"))
+    stops = [decision for decision in read_decisions(str(tmp_path / "whole")) if decision.action == "STOP"]
+    assert [(int(stop.trial[1:]), stop.iteration) for stop in stops] == [end for end in whole if end[1] < 100]
+
+
+def test_a_trial_whose_end_ray_missed_says_its_last_word_again(tmp_path: Path) -> None:
+    """Not a line of training is repeated: neither for one that ASHA stopped nor for one that had finished."""
+    root, config = str(tmp_path), tiny_config(train__iterations=20)
+    run = experiment.run_folder(root, "t1")
+    assert last_report(root, run, config) is None
+    first, last = ({"iteration": n, METRIC: n / 100} for n in (10, 20))
+    experiment.write_metrics(run, [first, {"iteration": 15}, last])
+    save(Path(run), 10, 10)
+    write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "CONTINUE")])
+    assert last_report(root, run, config) is None
+    save(Path(run), 20, 10)
+    assert last_report(root, run, config) == last
+    write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "STOP")])
+    assert last_report(root, run, config) == first
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_one_that_was_not() -> None:
+    """`bench resume` in a short form; it raises where one bit differs."""
+    benchmark = bench_resume(kills=2, seed=1)
+    assert benchmark.about["kills"] == 2 and benchmark.about["of these while a checkpoint was written"] >= 1
+    assert all(0 <= lost < 12 for lost in benchmark.figures[1].values)
+    assert list(itertools.chain.from_iterable(figure.values for figure in benchmark.figures))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["tune", "train"])
+def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, shards: str, command: str) -> None:
+    source = write_space(tmp_path, grace=2000, **{"train.iterations": 2000})
+    if command == "train":
+        source = str(tmp_path / "config.yaml")
+        Path(source).write_text(dump_config(tiny_config(train__iterations=2000)))
+    root = tmp_path / "x"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                COMMAND,
+                command,
+                source,
+                "--data",
+                shards,
+                "--storage",
+                str(tmp_path),
+                "--name",
+                "x",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        )
+        wait_for(lambda: any(root.rglob("checkpoint.json")), 120, process)
+        everything = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=45) == 130
+    hint = f"tune-ego resume {root}" if command == "tune" else "the same command"
+    assert f"Interrupted; to go on from the last checkpoint: {hint}" in (tmp_path / "log").read_text()
+    wait_for_end(everything)
+
+
+def wait_for_end(pids: list[int]) -> None:
+    for _ in range(100):
+        alive = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/exe").exists()]
+        if not alive:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still alive: {[Path(f'/proc/{pid}/cmdline').read_text() for pid in alive]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notice", ["", "notice"])
+def test_a_run_goes_on_when_its_node_is_lost(tmp_path: Path, shards: str, notice: str) -> None:
+    """After a spot notice it writes a checkpoint out of turn."""
+    config, run = tmp_path / "config.yaml", str(tmp_path / "run")
+    config.write_text(dump_config(tiny_config(train__iterations=150, train__validate_every=10)))
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests/node_loss.py"), str(config), shards, run, *notice.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "RAY_ADDRESS": ""},
+        timeout=300,
+    )
+    lost = re.search(r"lost its node after iteration (\d+)", done.stdout)
+    assert done.returncode == 0 and lost is not None, done.stdout + done.stderr
+    assert int(lost[1]) < 150
+    assert bool(int(lost[1]) % 10) == bool(notice)
+    assert [line["iteration"] for line in experiment.read_metrics(run)] == list(range(1, 151))
+    assert (Path(run) / experiment.MODEL_FILE).exists()

@@ -1,0 +1,1 @@
+"""Benchmarks: every speed beside its yardstick, measured in turn in one run."""
