@@ -13,14 +13,15 @@ from tune_ego.checkpoint import mean_weights, read_checkpoint
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, checkpoint_iterations, checkpoint_uri, read_metrics
+from tune_ego.feed.batches import READER_CPUS
 from tune_ego.final import train_final
 
 
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:
-    """Two workers at once, one after the other's share in one worker, and one where one or two were asked for."""
-    fixed = {"compute__workers": 2, "compute__cpus_per_worker": 0.5}
+    """Two workers on all CPUs, one after the other's share in one worker, and one where one or two were asked for."""
+    fixed = {"compute__workers": 2, "compute__cpus_per_worker": 1 - READER_CPUS}  # nothing is left for other tasks
     alone = {"train__accumulate": 2}
-    elastic = {"compute__workers": [1, 2], "compute__cpus_per_worker": 1.0}  # there is no room for two
+    elastic = {"compute__workers": [1, 2], "compute__cpus_per_worker": 1.0}  # no room for two and readers
     losses = []
     for name, changes in (("fixed", fixed), ("alone", alone), ("elastic", elastic)):
         run = str(tmp_path / name)

@@ -44,7 +44,7 @@ def train_final(config: Config, data: str, run: str, address: str | None, *, tes
         say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
     with ray_session(address):
         gpus = gpus_per_worker(config, live_nodes())
-        fitting_runs(config, gpus, live_nodes())
+        fitting_runs(config, gpus, live_nodes(), beside=0)
         if not trained:
             with driving(run, _TO_GO_ON):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})

@@ -69,22 +69,22 @@ def live_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]]) -> int:
+def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]], beside: float = TRIAL_CPUS) -> int:
     """How many runs of this configuration (with the least workers that it may have) the nodes hold at a time.
 
-    Raises `UserError` where not even one.
+    `beside` are CPUs that each node keeps for other processes. Raises `UserError` where not even one.
     """
     compute = config.compute
-    needs = {"CPU": compute.cpus_per_worker + compute.readers * READER_CPUS, "GPU": gpus}
-    spare = {"CPU": TRIAL_CPUS, "GPU": 0.0}
+    needs = worker_resources(config, gpus)
+    spare = {"CPU": beside, "GPU": 0.0}
     places = sum(
-        min(math.floor(max(0.0, node.get(kind, 0) - spare[kind]) / need) for kind, need in needs.items() if need)
+        min(math.floor(max(0.0, node.get(kind, 0) - spare[kind]) / need) for kind, need in needs.items())
         for node in nodes
     )
     if places < compute.least_workers:
-        totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
+        totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in spare}
         raise UserError(
-            f"{compute.least_workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {TRIAL_CPUS:g} "
+            f"{compute.least_workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {beside:g} "
             f"CPUs beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on {len(nodes)} "
             "node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
         )
@@ -132,8 +132,9 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
 
 
 def worker_resources(config: Config, gpus: float) -> dict[str, float]:
-    """What Ray reserves for a training process, its readers aside."""
-    return {"CPU": config.compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    """What Ray reserves for a training process and its readers."""
+    cpus = config.compute.cpus_per_worker + config.compute.readers * READER_CPUS
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
 def placement_group_prefix(run: str) -> str:

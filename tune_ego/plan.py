@@ -11,7 +11,7 @@ from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.console import print_table, say
 from tune_ego.errors import UserError
-from tune_ego.launch import Job, fit, fitting_runs, gpus_per_worker, live_nodes
+from tune_ego.launch import Job, fit, fitting_runs, gpus_per_worker, live_nodes, worker_resources
 from tune_ego.search_space import SearchSpace
 from tune_ego.tune import check_runs, resolved_space
 
@@ -67,7 +67,7 @@ def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> di
         "trials": space.trials,
         "trials_at_a_time": at_a_time,
         "workers": config.compute.most_workers,
-        "cpus_per_worker": config.compute.cpus_per_worker,
+        "cpus_per_worker": worker_resources(config, gpus)["CPU"],
         "gpus_per_worker": gpus,
         "iterations_of_a_trial": budget,
         "iterations_at_most": budget * space.trials,

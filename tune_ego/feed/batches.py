@@ -21,7 +21,8 @@ AHEAD = 16
 """Batches that are read ahead of the trainer."""
 _PAUSE = 0.01  # seconds
 READER_CPUS = 0.25
-"""What one reader task reserves of a CPU."""
+"""What a worker reserves of a CPU for each of its reader tasks: else workers could take every CPU, and the readers wait
+for ever."""
 
 
 class ClipBatch(NamedTuple):
@@ -106,6 +107,8 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
     dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=min(count, BLOCKS))
     pool = ray.data.TaskPoolStrategy(size=readers)
-    dataset = dataset.map_batches(read, batch_size=1, num_cpus=READER_CPUS, compute=pool)
+    # On this node, and without CPUs: the worker reserved them.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    dataset = dataset.map_batches(read, batch_size=1, num_cpus=0, label_selector=here, compute=pool)
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
         yield {name: value[0] for name, value in batch.items()}
