@@ -26,7 +26,6 @@ from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, TIMES, checkpoint_iterations, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
-from tune_ego.launch import fitting_runs
 from tune_ego.model import build_stream, load_weights
 from tune_ego.tune import resume_search, start_search
 
@@ -43,14 +42,6 @@ SPACE = {
 
 RAY_DATA_ACTORS = {"_StatsActor", "_AutoscalingCoordinatorActor"}
 """One of each for the whole cluster."""
-
-
-def test_runs_are_placed_on_nodes_not_on_their_sum() -> None:
-    nodes = [{"CPU": 16.0, "GPU": 1.0}] * 8
-    assert fitting_runs(tiny_config(), 1.0, nodes) == 8
-    assert fitting_runs(tiny_config(compute__workers=2), 1.0, nodes) == 4
-    with pytest.raises(UserError, match=r"2 GPUs each.*8 GPUs on 8 node"):
-        fitting_runs(tiny_config(compute__gpus_per_worker=2.0), 2.0, nodes)
 
 
 def write_space(folder: Path, grace: int = 2, **changes: Any) -> str:

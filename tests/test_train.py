@@ -46,7 +46,7 @@ def run(
             checkpoints.append(to_bytes(checkpoint))
 
     items = range(plan.first_item(trainer.iteration), plan.items)
-    train(trainer, plan, on_device(read_items(plan, items), CPU), report, lambda iteration: notice)
+    train(trainer, plan, on_device(read_items(plan, items), CPU), report, lambda: notice)
     return trainer, lines, checkpoints
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,15 +62,15 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was written."""
 
 
-def write_checkpoint(run: str, content: dict[str, Any], keep: int = 2) -> None:
-    """Write a run's checkpoint; of all, the last `keep` and that of the best validation stay."""
+def write_checkpoint(run: str, content: dict[str, Any], keep: Iterable[int] = ()) -> None:
+    """Write a run's checkpoint; of all, the last two, that of the best validation and the iterations `keep` stay."""
     iteration = content["iteration"]
     earlier = [saved for saved in checkpoint_iterations(run) if saved < iteration]
     data, checksum = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
     storage.remove(checksum)  # of one that was damaged
     storage.write_bytes(checkpoint_uri(run, iteration), data)
     storage.write_json(checksum, _checksum(data))
-    remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[1 - keep :]})
+    remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[-1:], *keep})
 
 
 def mean_weights(run: str, iterations: list[int]) -> dict[str, torch.Tensor]:

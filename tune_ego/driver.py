@@ -28,6 +28,8 @@ STOP_FILE = "stop"
 # Seconds.
 _BEAT_EVERY = 15.0
 _DEAD_AFTER = 60.0
+_CLAIM_STANDS_AFTER = 0.5
+"""Two that claimed a folder at the same moment both see who wrote last."""
 _CHECKPOINTS_WITHIN = 60.0
 """After the first signal; then the driver ends without them."""
 
@@ -98,11 +100,7 @@ def driving(root: str, to_go_on: str) -> Iterator[Interruption]:
     other = _record(root) or {}
     ours = (other.get("host"), other.get("pid")) == (socket.gethostname(), os.getpid())  # of an earlier life
     if is_alive(root) and not ours:
-        raise UserError(
-            f"{root}: process {other.get('pid')} on {other.get('host')} drives it; end that one first (one that died "
-            f"on another machine is forgotten after {_DEAD_AFTER:.0f} seconds)"
-        )
-    storage.remove(stop_uri(root))
+        raise _driven_by(root, other)
     record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     uri, ended = storage.join(root, DRIVER_FILE), threading.Event()
 
@@ -117,6 +115,11 @@ def driving(root: str, to_go_on: str) -> Iterator[Interruption]:
                 say(str(error))
 
     beat()
+    time.sleep(_CLAIM_STANDS_AFTER)
+    if (winner := _record(root) or record)["id"] != record["id"]:
+        raise _driven_by(root, winner)
+    storage.remove(stop_uri(root))
+    storage.remove_partial(root)
     interruption = Interruption(root)
     heart = threading.Thread(target=keep_beating, daemon=True)
     heart.start()
@@ -131,6 +134,13 @@ def driving(root: str, to_go_on: str) -> Iterator[Interruption]:
         interruption.over()
         for file in (DRIVER_FILE, STOP_FILE):
             storage.remove(storage.join(root, file))
+
+
+def _driven_by(root: str, record: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{root}: process {record.get('pid')} on {record.get('host')} drives it; end that one first (one that died on "
+        f"another machine is forgotten after {_DEAD_AFTER:.0f} seconds)"
+    )
 
 
 @contextmanager

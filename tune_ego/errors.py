@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class StorageError(UserError):
+    """A file that cannot be written: the disk is full, or an object store did not answer; the next try may work."""
+
+
 class Interrupted(Exception):
     """A run was asked to stop before its end, and has written a checkpoint."""
 
@@ -20,6 +24,6 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     while error is not None:
         cause = getattr(error, "cause", None) or error.__cause__
         if isinstance(error, UserError) and not isinstance(cause, UserError):
-            return UserError(str(error))
+            return (StorageError if isinstance(error, StorageError) else UserError)(str(error))
         error = cause
     return None

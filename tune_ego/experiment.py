@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,6 +33,8 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
+ERROR_FILE = "error.txt"
+"""The last traceback of a run that was given up."""
 CHECKPOINT_FILE = "checkpoint.pt"
 CHECKSUM_FILE = "checkpoint.json"
 """Beside a checkpoint: its size and SHA-256. Written last: a checkpoint without it is not whole."""
@@ -269,6 +271,9 @@ class TrialRecords:
     def __contains__(self, trial: str) -> bool:
         return trial in self._records
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
     def state(self, trial: str) -> str:
         return str(self._records[trial]["state"])
 
@@ -350,7 +355,11 @@ def read_experiment(root: str) -> Experiment:
     def read(trial: str, record: dict[str, Any]) -> Trial:
         run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
         state = "interrupted" if state == "running" and dead else state
-        return Trial(trial, state, run, drawn, repeat, space.config(drawn, repeat), read_metrics(run), record["reason"])
+        metrics = read_metrics(run)
+        if state == "stopped":  # what it did before the scheduler's word reached it depends on how long that took
+            end = trial_decisions(found.root, trial)[-1].iteration
+            metrics = [line for line in metrics if line["iteration"] <= end]
+        return Trial(trial, state, run, drawn, repeat, space.config(drawn, repeat), metrics, record["reason"])
 
     with ThreadPoolExecutor(_READERS) as pool:
         found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())

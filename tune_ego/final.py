@@ -26,7 +26,8 @@ def train_final(config: Config, data: str, run: str, address: str | None, *, tes
     Raises `UserError` where the folder holds another run.
     """
     from tune_ego.checkpoint import last_whole
-    from tune_ego.launch import Job, check_run, fit, fitting_runs, gpus_per_worker, live_nodes, with_found_weights
+    from tune_ego.launch import Job, check_run, fit, with_found_weights
+    from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
 
     run, data = storage.absolute(run), storage.absolute(data)
     config = with_found_weights(config, _started(run))
@@ -43,8 +44,8 @@ def train_final(config: Config, data: str, run: str, address: str | None, *, tes
         saved = last_whole(run)
         say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
     with ray_session(address):
-        gpus = gpus_per_worker(config, live_nodes())
-        fitting_runs(config, gpus, live_nodes(), beside=0)
+        gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
+        runs_at_a_time(config, gpus, address, beside=0)
         if not trained:
             with driving(run, _TO_GO_ON):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
@@ -62,7 +63,8 @@ def _test(config: Config, data: str, run: str, gpus: float) -> None:
     from ray.exceptions import RayError
 
     from tune_ego.evaluation_tables import show
-    from tune_ego.launch import set_up_torch, worker_resources
+    from tune_ego.launch import set_up_torch
+    from tune_ego.placement import worker_resources
 
     def work() -> dict[str, Any]:
         from tune_ego.evaluate import evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -20,14 +19,13 @@ from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes,
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
-from tune_ego.errors import Interrupted, UserError, user_error_in
-from tune_ego.feed.batches import READER_CPUS, on_device, ray_batches
+from tune_ego.errors import Interrupted, StorageError, UserError, user_error_in
+from tune_ego.feed.batches import on_device, ray_batches
 from tune_ego.feed.windows import FeedPlan, check_fits
 from tune_ego.model import build_stream, load_weights
+from tune_ego.placement import placement_group_prefix, worker_resources
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
 
-TRIAL_CPUS = 0.1
-"""What Ray reserves for a trial's own actor, which only starts and watches its workers."""
 _METRICS_EVERY = 2.0
 """Seconds between two writes of metrics.jsonl, validations aside."""
 _STOP_EVERY = 1.0
@@ -53,42 +51,6 @@ class Job:
 
 def origin_of(shards: Shards) -> Origin:
     return Origin(shards.actions, shards.image_size, shards.info["settings"]["flow"])
-
-
-def gpus_per_worker(config: Config, nodes: list[dict[str, float]]) -> float:
-    """What `compute.gpus_per_worker` means on a cluster of these nodes."""
-    if config.compute.gpus_per_worker != "auto":
-        return config.compute.gpus_per_worker
-    return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
-
-
-def live_nodes() -> list[dict[str, float]]:
-    """The resources of each node of the cluster."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def fitting_runs(config: Config, gpus: float, nodes: list[dict[str, float]], beside: float = TRIAL_CPUS) -> int:
-    """How many runs of this configuration (with the least workers that it may have) the nodes hold at a time.
-
-    `beside` are CPUs that each node keeps for other processes. Raises `UserError` where not even one.
-    """
-    compute = config.compute
-    needs = worker_resources(config, gpus)
-    spare = {"CPU": beside, "GPU": 0.0}
-    places = sum(
-        min(math.floor(max(0.0, node.get(kind, 0) - spare[kind]) / need) for kind, need in needs.items())
-        for node in nodes
-    )
-    if places < compute.least_workers:
-        totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in spare}
-        raise UserError(
-            f"{compute.least_workers} worker(s) ask for {needs['CPU']:g} CPUs and {gpus:g} GPUs each, {beside:g} "
-            f"CPUs beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on {len(nodes)} "
-            "node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
-        )
-    return places // compute.least_workers
 
 
 def fit(job: Job, callbacks: list[Any] | None = None) -> None:
@@ -123,23 +85,15 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         failure = experiment.read_failure(job.run)
-        raise UserError(failure.reason if failure else f"{job.run}: {_root_cause(error)}") from error
+        if failure is not None:
+            raise UserError(failure.reason) from error
+        storage.write_text(storage.join(job.run, experiment.ERROR_FILE), str(error))
+        raise UserError(f"{job.run}: {_root_cause(error)} (all of it in {experiment.ERROR_FILE} there)") from error
     failure = experiment.read_failure(job.run)
     if failure is not None:
         raise UserError(failure.reason)
     if job.config.train.iterations not in experiment.checkpoint_iterations(job.run):
         raise Interrupted(job.run)
-
-
-def worker_resources(config: Config, gpus: float) -> dict[str, float]:
-    """What Ray reserves for a training process and its readers."""
-    cpus = config.compute.cpus_per_worker + config.compute.readers * READER_CPUS
-    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-
-
-def placement_group_prefix(run: str) -> str:
-    """How the names of all placement groups of a run (its folder or URI) begin, and those of no other."""
-    return f"tune_ego-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
 
 
 def _trainer_class(run: str) -> Any:
@@ -194,24 +148,24 @@ def _worker(settings: dict[str, Any]) -> None:
     if experiment.read_failure(job.run) is not None:
         return  # another worker's, before Ray started them all again
     shards = open_shards(job.data)
-    reporter = _Reporter(job, rank)
+    plan = FeedPlan.of(job.data, job.config, workers, rank)
+    reporter = _Reporter(job, rank, plan)
     try:
         saved = last_checkpoint(job.run)
         trainer = Trainer(job.config, origin_of(shards), get_device(), rank, go_on=saved is not None)
         if saved is not None:
             trainer.load(*saved)
         reporter.begin(trainer.iteration)
-        plan = FeedPlan.of(job.data, job.config, workers, rank)
         first = plan.first_item(trainer.iteration)
         if trainer.iteration < plan.iterations:
             batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
-            with watched(job.stop, rank, job.config.train.log_every) as notice:
+            with watched(job.stop, rank) as notice:
                 train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
     except Exception as error:
         mistake = user_error_in(error)
-        if mistake is None and not isinstance(error, NonFiniteLoss):
-            raise
-        # Ray would try again, and this would fail again. The driver finds the reason in the run's folder.
+        if isinstance(mistake, StorageError) or (mistake is None and not isinstance(error, NonFiniteLoss)):
+            raise  # Ray tries again
+        # This would fail again. The driver finds the reason in the run's folder.
         reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
         if reason:
             experiment.write_failure(job.run, experiment.Failure(reason, final))
@@ -225,31 +179,37 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def watched(stop: str, rank: int, every: int) -> Iterator[Callable[[int], Notice]]:
-    """What a worker should do after an iteration, from the file `stop` and, every so many, from Ray's spot notices.
+def watched(stop: str, rank: int) -> Iterator[Callable[[], Notice]]:
+    """What a worker should do after an iteration, from the file `stop` and from Ray's spot notices.
 
-    Rank 0 looks for the file, in a thread of its own; the workers agree on what one of them heard.
+    Rank 0 looks for the file, in a thread of its own, and Ray tells every rank of a notice. What rank 0 heard all do:
+    `Trainer.step` passes it on.
     """
     ended, asked = threading.Event(), threading.Event()
 
     def look() -> None:
         while not ended.wait(_STOP_EVERY) and not asked.is_set():
-            if storage.exists(stop):
-                asked.set()
+            try:
+                if storage.exists(stop):
+                    asked.set()
+            except (OSError, UserError):  # of an object store: the next look may work
+                continue
 
-    on_spot, warned = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0", None
+    heard = None
 
-    def notice(iteration: int) -> Notice:
-        import ray.train
+    def notice() -> Notice:
+        from ray.train.v2._internal.execution.context import get_train_context
 
-        nonlocal warned
+        nonlocal heard
+        if rank != 0:
+            return Notice.NONE
         if asked.is_set():
             return Notice.STOP
-        if on_spot and iteration % every == 0:  # all workers together
-            info = ray.train.get_preemption_info()
-            if info is not None and info != warned:
-                warned = info
-                return Notice.SAVE
+        # Not `ray.train.get_preemption_info`, a barrier of all workers: this is called after every iteration.
+        info = get_train_context().preemption_context.preemption_info
+        if info is not None and info != heard:
+            heard = info
+            return Notice.SAVE
         return Notice.NONE
 
     thread = threading.Thread(target=look, daemon=True)
@@ -284,20 +244,23 @@ class _Reporter:
     The files are ours and not Ray's: whole or not there, whenever a process dies, and read without Ray.
     """
 
-    def __init__(self, job: Job, rank: int) -> None:
+    def __init__(self, job: Job, rank: int, plan: FeedPlan) -> None:
         self.job, self.rank = job, rank
+        last = plan.validations[-job.config.train.average_checkpoints :] if job.final else ()
+        self.needed = {*last} if len(last) > 1 else set()
+        """Checkpoints that the final weights will be the mean of."""
         self.lines: list[dict[str, Any]] = []
         self.written = 0.0
 
     def begin(self, iteration: int) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from, and report its validation again.
+        """Forget what was logged after the checkpoint that the run goes on from, and report its validations again.
 
-        Whoever decides by it may not have heard of it.
+        A search's scheduler may not have heard of some of them; what it has heard changes nothing.
         """
         self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
-        validations = [line for line in self.lines if experiment.METRIC in line]
-        if validations:
-            self._tell_ray(validations[-1])
+        for line in [] if self.job.final else self.lines:
+            if experiment.METRIC in line:
+                self._tell_ray(line)
 
     def __call__(self, metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
         if self.rank == 0:
@@ -306,15 +269,10 @@ class _Reporter:
                 experiment.write_metrics(self.job.run, self.lines)
                 self.written = time.monotonic()
             if checkpoint is not None:
-                write_checkpoint(
-                    self.job.run, checkpoint, self._keep()
-                )  # after its metrics: those without one are forgotten
+                # After its metrics: those without one are forgotten.
+                write_checkpoint(self.job.run, checkpoint, self.needed)
         if metrics and checkpoint is not None:
             self._tell_ray(metrics)
-
-    def _keep(self) -> int:
-        """Two, in case the last is damaged; and what the final weights are the mean of."""
-        return max(2, self.job.config.train.average_checkpoints if self.job.final else 1)
 
     @staticmethod
     def _tell_ray(metrics: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.console import print_table, say
 from tune_ego.errors import UserError
-from tune_ego.launch import Job, fit, fitting_runs, gpus_per_worker, live_nodes, worker_resources
+from tune_ego.launch import Job, fit
+from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, worker_resources
 from tune_ego.search_space import SearchSpace
 from tune_ego.tune import check_runs, resolved_space
 
@@ -50,9 +51,8 @@ def show_plan(
     with ray_session(address):
         nodes = live_nodes()
         config = space.config(space.draw(seed, 0) if space.searcher == "random" else next(space.draws()))
-        gpus = gpus_per_worker(config, nodes)
-        fits = fitting_runs(config, gpus, nodes)
-        plan = _plan(space, config, gpus, min(concurrent or fits, fits, space.trials))
+        gpus = gpus_per_worker(config, [*nodes, *nodes_to_come(address)])
+        plan = _plan(space, config, gpus, runs_at_a_time(config, gpus, address, space.trials, concurrent))
         measured = _measure(config, data, f"{root}-probe", gpus) if probe else None
     if measured is not None:
         plan |= _cost(plan, config, measured, price)

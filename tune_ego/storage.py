@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from tune_ego.errors import UserError
+from tune_ego.errors import StorageError, UserError
 
 _PARTIAL = ".partial"
 
@@ -100,11 +100,11 @@ def read_text(uri: str | Path) -> str:
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Write a whole file so that no reader ever sees half of it; raises `UserError` where it cannot be."""
+    """Write a whole file so that no reader ever sees half of it; raises `StorageError` where it cannot be."""
     try:
         _write_bytes(uri, data)
     except OSError as error:
-        raise UserError(f"{uri}: cannot be written ({error})") from error
+        raise StorageError(f"{uri}: cannot be written ({error})") from error
 
 
 def _write_bytes(uri: str | Path, data: bytes) -> None:
@@ -123,8 +123,8 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
 
 
 def remove_partial(folder: str | Path) -> None:
-    """Delete what writers left below a folder that were killed while they wrote."""
-    for file in find_files(folder, _PARTIAL):
+    """Delete what writers left below a folder that were killed while they wrote; object stores have no such files."""
+    for file in find_files(folder, _PARTIAL) if is_local(folder) else ():
         remove(file.uri)
 
 

@@ -228,7 +228,7 @@ def train(
     plan: FeedPlan,
     batches: Iterator[ClipBatch],
     report: Report,
-    notice: Callable[[int], Notice] = lambda iteration: Notice.NONE,
+    notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> None:
     """Train from the trainer's iteration to the plan's last one; `batches` begins at that iteration's first item.
 
@@ -237,7 +237,7 @@ def train(
     config = trainer.config
     since, before = time.monotonic(), trainer.iteration
     while trainer.iteration < plan.iterations:
-        trainer.step(batches, notice(trainer.iteration))
+        trainer.step(batches, notice())
         done = trainer.iteration
         validates = plan.validates_after(done)
         if validates or done % config.train.log_every == 0:

@@ -13,23 +13,14 @@ from ray import tune
 
 from tune_ego import __version__, driver, experiment, storage
 from tune_ego.checkpoint import last_whole
-from tune_ego.cluster import end_interrupted, is_local, ray_session
+from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config
 from tune_ego.console import print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.experiment import METRIC, Experiment, Trial, TrialRecords
-from tune_ego.launch import (
-    TRIAL_CPUS,
-    Job,
-    check_run,
-    fit,
-    fitting_runs,
-    gpus_per_worker,
-    initial_weights,
-    live_nodes,
-    with_found_weights,
-)
+from tune_ego.launch import Job, check_run, fit, initial_weights, with_found_weights
+from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
 from tune_ego.scheduler import STOP, RecordedScheduler
 from tune_ego.search_space import SearchSpace, load_space
 from tune_ego.searcher import TrialSource, import_optuna
@@ -67,7 +58,7 @@ def start_search(
             "data_settings": open_shards(data).info["settings"],
             "seed": seed,
             "concurrent": concurrent,
-            "gpus_per_worker": gpus_per_worker(any_config(space), live_nodes()),
+            "gpus_per_worker": gpus_per_worker(any_config(space), [*live_nodes(), *nodes_to_come(address)]),
             "version": __version__,
             "ray": ray.__version__,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -129,9 +120,7 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
     """Run the trials of an experiment that have not ended, those in one of the states `again` too."""
     root, spec, space = found.root, found.spec, found.space
     config, gpus = any_config(space), spec["gpus_per_worker"]
-    fits = fitting_runs(config, gpus, live_nodes())
-    # What is asked for may exceed what fits now: a cluster that scales starts nodes for the trials that wait.
-    at_a_time = min(spec["concurrent"] or fits, fits if is_local(address) else space.trials, space.trials)
+    at_a_time = runs_at_a_time(config, gpus, address, space.trials, spec["concurrent"])
     to_go_on = shlex.join(["tune-ego", "resume", root])
     with driver.driving(root, to_go_on) as interruption:
         storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
@@ -141,7 +130,7 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
         if source.left:
             say(f"{source.left} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
             tune.Tuner(
-                _trainable(space, spec["data"], root, gpus),
+                tune.with_resources(_trainable(space, spec["data"], root, gpus), trial_resources(at_a_time)),
                 tune_config=tune.TuneConfig(
                     metric=METRIC,
                     mode="max",
@@ -225,7 +214,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
         except Interrupted:
             pass
 
-    return tune.with_resources(trial, {"CPU": TRIAL_CPUS})
+    return trial
 
 
 def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:

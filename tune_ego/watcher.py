@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from tune_ego import experiment
 from tune_ego.console import percent, say
 from tune_ego.experiment import METRIC, TrialRecords
-from tune_ego.launch import placement_group_prefix
+from tune_ego.placement import placement_group_prefix
 from tune_ego.scheduler import STOP
 from tune_ego.search_space import SearchSpace
 
@@ -81,7 +81,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         self._sweep([name])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        reason = str(trial.get_pickled_error() or "died").strip().splitlines()[-1]
+        reason = (str(trial.get_pickled_error() or "").strip() or "died").splitlines()[-1]
         self._end(trial.config["trial"], "failed", f"failed: {reason}", reason)
 
     def _end(self, name: str, state: str, told: str = "", reason: str = "") -> None:
@@ -105,7 +105,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         for _ in range(_LAST_SWEEPS):  # what a controller asked for with its last breath may come late
             self._sweep(trial.config["trial"] for trial in trials)
             time.sleep(0.2)
-        self._remove_losers(trial.config["trial"] for trial in trials)
+        self._remove_losers(self.records)  # those of a driver that died too
 
     def _sweep(self, names: Iterable[str]) -> None:
         """Remove the placement groups of trials that have ended; a controller that still lives may make another."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "train": {"batch_size": 4, "validate_every": 4, "log_every": 1},
 }
 _ITERATIONS_A_KILL = 12
-_IN_WRITING = 4
+_IN_WRITING = 2
 """Every so many kills, one waits for the moment when a checkpoint is half written."""
 _LOOK_EVERY = 0.002  # seconds
 _COMMAND = "from tune_ego.cli import main; main()"
@@ -59,9 +59,10 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
             metrics = folder / "killed" / experiment.METRICS_FILE
             _wait(process, functools.partial(_is_newer, metrics, start))
             until_first.append(time.time() - start)
-            caught = _let_it_run(process, folder / "killed", rng, in_writing=kill % _IN_WRITING == 0)
-            in_writing += caught
+            _let_it_run(process, folder / "killed", rng, in_writing=kill % _IN_WRITING == 0)
             kill_all(process)
+            caught = _is_half_written(folder / "killed", set())
+            in_writing += caught
             done, saved = _last_logged(folder / "killed"), _last_saved(folder / "killed")
             lost.append(done - saved)
             where = "while a checkpoint was written" if caught else f"after iteration {done}"
@@ -118,25 +119,41 @@ def _is_newer(file: Path, moment: float) -> bool:
     return file.exists() and file.stat().st_mtime > moment
 
 
-def _let_it_run(process: subprocess.Popen[bytes], run: Path, rng: random.Random, in_writing: bool) -> bool:
-    """Wait for some iterations and a part of one; with `in_writing`, then for a half-written file of a checkpoint."""
+def _let_it_run(process: subprocess.Popen[bytes], run: Path, rng: random.Random, in_writing: bool) -> None:
+    """Wait for some iterations and a part of one; with `in_writing`, then for a half-written checkpoint, and kill."""
     target = _last_logged(run) + rng.randrange(_ITERATIONS_A_KILL // 2)
     _wait(process, lambda: _last_logged(run) >= target)
-    if in_writing:
-        _wait(process, lambda: any(run.glob("iteration-*/*.partial")))
-        return process.poll() is None
-    time.sleep(rng.uniform(0, 0.5))
+    if not in_writing:
+        time.sleep(rng.uniform(0, 0.5))
+        return
+    pids, whole = descendants(process.pid), set[str]()  # found out now: it takes longer than the writing
+    while process.poll() is None and not _is_half_written(run, whole):
+        pass  # the moment is short
+    _kill(reversed(pids))
+
+
+def _is_half_written(run: Path, whole: set[str]) -> bool:
+    """Whether a checkpoint is begun and not whole; `whole`, and added to it, are the names of those that are."""
+    for name in os.listdir(run):
+        if experiment.is_checkpoint_name(name) and name not in whole:
+            if not (run / name / experiment.CHECKSUM_FILE).exists():
+                return True
+            whole.add(name)
     return False
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a process and all its descendants, as when the machine loses power."""
-    for pid in descendants(process.pid):
+    _kill(descendants(process.pid))
+    process.wait()
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.wait()
 
 
 def descendants(root: int) -> list[int]:
@@ -179,7 +196,7 @@ _SPACE = {
     "samples": 2,
     "scheduler": {"name": "asha", "grace": 8, "reduction": 2},
 }
-_LONGEST_BEFORE_A_KILL = 25.0  # seconds after the first sign of life
+_LONGEST_BEFORE_A_KILL = 12.0  # seconds after the first sign of life
 
 
 def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:

@@ -1,0 +1,111 @@
+"""What runs ask of a Ray cluster, and how many it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from tune_ego.cluster import is_local
+from tune_ego.config import Config, read_yaml
+from tune_ego.errors import UserError
+from tune_ego.feed.batches import READER_CPUS
+
+TRIAL_CPUS = 0.1
+"""What Ray reserves for a trial's own actor, which only starts and watches its workers."""
+_HEAD = "node:__internal_head__"
+"""A resource that Ray gives to the head of a cluster alone."""
+_BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""What `ray up` leaves on the head: the description of the cluster, with the resources of each type of node."""
+
+Node = dict[str, float]
+"""Its resources."""
+
+
+def live_nodes() -> list[Node]:
+    """The nodes of the cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_to_come(address: str | None) -> list[Node]:
+    """The nodes that a cluster made by `ray up` may start, where this process is on its head; else none."""
+    file = Path(_BOOTSTRAP).expanduser()
+    if is_local(address) or not file.exists():
+        return []
+    cluster = read_yaml(file)
+    kinds: dict[str, dict[str, Any]] = cluster.get("available_node_types", {})
+    workers = [kind for name, kind in kinds.items() if name != cluster.get("head_node_type")]
+    nodes = [kind.get("resources", {}) for kind in workers for _ in range(kind.get("max_workers", 0))]
+    return nodes[: cluster.get("max_workers", 0)]
+
+
+def gpus_per_worker(config: Config, nodes: list[Node]) -> float:
+    """What `compute.gpus_per_worker` means on a cluster of these nodes."""
+    if config.compute.gpus_per_worker != "auto":
+        return config.compute.gpus_per_worker
+    return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+
+
+def worker_resources(config: Config, gpus: float) -> Node:
+    """What Ray reserves for a training process and its readers.
+
+    CPUs in 16ths, rounded up: Ray counts how many workers fit by dividing floats, and 2.85 // 0.95 is 2.
+    """
+    cpus = config.compute.cpus_per_worker + config.compute.readers * READER_CPUS
+    return {"CPU": math.ceil(16 * cpus) / 16, **({"GPU": gpus} if gpus else {})}
+
+
+def runs_at_a_time(
+    config: Config,
+    gpus: float,
+    address: str | None,
+    trials: int = 1,
+    concurrent: int | None = None,
+    beside: float = TRIAL_CPUS,
+) -> int:
+    """How many of `trials` runs of this configuration, with the least workers that it may have, go on at a time.
+
+    As many as the nodes hold now; where the cluster can start nodes, `concurrent` may be more, and a run may wait for
+    its node. `beside` are CPUs that each node keeps for other processes. Raises `UserError` where not one run fits.
+    """
+    nodes, coming = live_nodes(), nodes_to_come(address)
+    fits = fitting_runs(config, gpus, nodes, beside)
+    most = fits if is_local(address) else trials
+    if not fits:
+        if not fitting_runs(config, gpus, coming, beside):
+            raise _fits_nowhere(config, gpus, [*nodes, *coming], beside)
+        fits = 1
+    return min(concurrent or fits, most, trials)
+
+
+def fitting_runs(config: Config, gpus: float, nodes: list[Node], beside: float = TRIAL_CPUS) -> int:
+    """How many runs of this configuration these nodes hold."""
+    needs, spare = worker_resources(config, gpus), {"CPU": beside}
+    places = sum(
+        min(math.floor(max(0.0, node.get(kind, 0) - spare.get(kind, 0)) / need) for kind, need in needs.items())
+        for node in nodes
+    )
+    return places // config.compute.least_workers
+
+
+def _fits_nowhere(config: Config, gpus: float, nodes: list[Node], beside: float) -> UserError:
+    totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    return UserError(
+        f"{config.compute.least_workers} worker(s) ask for {worker_resources(config, gpus)['CPU']:g} CPUs and {gpus:g} "
+        f"GPUs each, {beside:g} CPUs beside, and the cluster has {totals['CPU']:g} CPUs and {totals['GPU']:g} GPUs on "
+        f"{len(nodes)} node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
+    )
+
+
+def trial_resources(at_a_time: int) -> Node:
+    """What Tune reserves for a trial's own actor: on the head, where it has the CPUs, for other nodes may go."""
+    room = any(_HEAD in node and node.get("CPU", 0) >= at_a_time * TRIAL_CPUS for node in live_nodes())
+    return {"CPU": TRIAL_CPUS, **({_HEAD: 1e-3} if room else {})}
+
+
+def placement_group_prefix(run: str) -> str:
+    """How the names of all placement groups of a run (its folder or URI) begin, and those of no other."""
+    return f"tune_ego-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
