@@ -1,6 +1,7 @@
-"""A final run on a cluster of two worker nodes, one of which is lost, with `notice` after a spot notice.
+"""A final run or a search on a cluster of two worker nodes, one of which is lost, with `notice` after a spot notice.
 
-`python tests/node_loss.py CONFIG SHARDS RUN [notice]`: a program of its own, for it needs its own Ray.
+`python tests/node_loss.py train CONFIG SHARDS RUN [notice]` or `... tune SPACE SHARDS ROOT [notice]`: a program of its
+own, for it needs its own Ray. Prints the last iteration that was saved, and raises where something is left behind.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
+from tests.test_search import assert_it_went_on, assert_nothing_is_left
 from tune_ego import experiment
 from tune_ego.cluster import _ENVIRONMENT
 from tune_ego.config import load_config
 from tune_ego.final import train_final
+from tune_ego.tune import start_search
 
 
-def main(config: str, shards: str, run: str, notice: str = "") -> None:
+def main(command: str, source: str, shards: str, root: str, notice: str = "") -> None:
     os.environ.update(_ENVIRONMENT)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 1, "include_dashboard": False}  # for a trial's own actor, and too few for a worker
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2) for _ in range(2))}
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    run = root if command == "train" else experiment.run_folder(root, "00000")
+    before: list[dict[str, Any]] = []
 
     def lose_the_workers_node() -> None:
         while not experiment.checkpoint_iterations(run):
@@ -33,22 +40,34 @@ def main(config: str, shards: str, run: str, notice: str = "") -> None:
         workers = [actor for actor in actors().values() if actor["ActorClassName"] == "RayTrainWorker"]
         (node,) = {actor["Address"]["NodeID"] for actor in workers if actor["State"] == "ALIVE"}
         if notice:
+            known = experiment.checkpoint_iterations(run)
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
             deadline = ["--deadline-remaining-seconds", "60"]
             subprocess.run(["ray", "drain-node", "--address", cluster.address, "--node-id", node, *reason, *deadline])
-            while not between_validations():
-                time.sleep(0.1)
+            while all(iteration in known or is_validation(iteration) for iteration in saved()):
+                time.sleep(0.05)
+            print("a checkpoint was written out of turn")
         cluster.remove_node(nodes[node], allow_graceful=False)
-        print(f"lost its node after iteration {experiment.checkpoint_iterations(run)[-1]}")
+        last = saved()[-1]
+        before.extend(line for line in experiment.read_metrics(run) if line["iteration"] <= last)
+        print(f"lost its node after iteration {last}")
 
-    def between_validations() -> bool:
-        every = load_config(config).train.validate_every
-        return any(iteration % every for iteration in experiment.checkpoint_iterations(run))
+    def saved() -> list[int]:
+        return experiment.checkpoint_iterations(run)
 
-    thread = threading.Thread(target=lose_the_workers_node)
+    def is_validation(iteration: int) -> bool:
+        return iteration % load_config(f"{run}/{experiment.CONFIG_FILE}").train.validate_every == 0
+
+    thread = threading.Thread(target=lose_the_workers_node, daemon=True)
     thread.start()
-    train_final(load_config(config), shards, run, None)
-    thread.join()
+    if command == "train":
+        train_final(load_config(source), shards, root, None)
+    else:
+        found = start_search(source, shards, root, {}, 0, 1, cluster.address)
+        print([trial.state for trial in found.trials])
+    thread.join(10)
+    assert_it_went_on(before, experiment.read_metrics(run))
+    assert_nothing_is_left()
     ray.shutdown()
     cluster.shutdown()
 

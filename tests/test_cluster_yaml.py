@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -60,7 +61,8 @@ def test_a_search_as_a_job(tmp_path: Path, shards: str) -> None:
     port, dashboard, agent = free_ports(3)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "token"}
+    environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     space = write_space(tmp_path, grace=4, **{"train.iterations": 4, "compute.cpus_per_worker": 0.5})
     listening = ["--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
     head = subprocess.Popen(

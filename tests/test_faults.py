@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.test_search import assert_nothing_is_left, live_actors, write_space
-from tune_ego.experiment import checkpoint_iterations, run_folder
+from tests.test_search import assert_it_went_on, assert_nothing_is_left, live_actors, write_space
+from tune_ego.experiment import checkpoint_iterations, read_metrics, run_folder
 from tune_ego.export import export_best
 from tune_ego.tune import resume_search, start_search
 
@@ -27,21 +27,32 @@ FAULTS = {
 """Whom it strikes: how the class of its actor ends; Tune's name for a trainable made from a function is the third."""
 
 
-def strike_once(root: Path, fault: str) -> threading.Thread:
-    """Kill such a process of the first trial, or leave it without memory, when that has a checkpoint."""
+Lines = list[dict[str, Any]]
+
+
+def strike_once(root: Path, fault: str) -> tuple[threading.Thread, Lines]:
+    """Kill such a process of the first trial, or leave it without memory, when that has a checkpoint.
+
+    Also returns what will be the lines of its metrics up to that.
+    """
+    run, before = run_folder(str(root), "00000"), Lines()
 
     def work() -> None:
-        while not checkpoint_iterations(run_folder(str(root), "00000")):
+        end = time.monotonic() + 120
+        while not checkpoint_iterations(run):
+            assert time.monotonic() < end, "no checkpoint"
             time.sleep(0.05)
+        saved = checkpoint_iterations(run)[-1]
+        before.extend(line for line in read_metrics(run) if line["iteration"] <= saved)
         (actor,) = [actor for actor in live_actors() if actor["ActorClassName"].endswith(FAULTS[fault])]
         if fault == "out of memory":
             resource.prlimit(actor["Pid"], resource.RLIMIT_AS, (1 << 20, 1 << 20))
         else:
             os.kill(actor["Pid"], signal.SIGKILL)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    return thread
+    return thread, before
 
 
 LONG = {"train.iterations": 120, "train.validate_every": 20, "train.log_every": 1}
@@ -52,12 +63,13 @@ LONG = {"train.iterations": 120, "train.validate_every": 20, "train.log_every": 
 def test_a_trial_goes_on_when_one_of_its_processes_dies(
     tmp_path: Path, shards: str, ray_cluster: None, fault: str
 ) -> None:
-    striker = strike_once(tmp_path / "search", fault)
+    striker, before = strike_once(tmp_path / "search", fault)
     found = start_search(one_by_one(tmp_path, {}, **LONG), shards, str(tmp_path / "search"), {}, 0, 1, None)
     striker.join()
     assert [trial.state for trial in found.trials] == ["finished", "finished"]
     for trial in found.trials:
         assert [line["iteration"] for line in trial.metrics] == list(range(1, 121))
+    assert_it_went_on(before, found.trials[0].metrics)
     assert_nothing_is_left()
 
 
@@ -65,7 +77,7 @@ def test_a_trial_goes_on_when_one_of_its_processes_dies(
 def test_a_trial_that_may_not_fail_again_has_failed_with_its_reason(
     tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    striker = strike_once(tmp_path / "search", "worker")
+    striker, before = strike_once(tmp_path / "search", "worker")
     space = one_by_one(tmp_path, {}, **LONG, **{"compute.max_failures": 0})
     found = start_search(space, shards, str(tmp_path / "search"), {}, 0, 1, None)
     striker.join()
@@ -75,7 +87,9 @@ def test_a_trial_that_may_not_fail_again_has_failed_with_its_reason(
     provenance = yaml.safe_load((tmp_path / "best.yaml").read_text())["provenance"]
     assert provenance["failed"] == {"00000": found.trials[0].reason}
     capsys.readouterr()
-    assert [trial.state for trial in resume_search(found.root, None).trials] == ["finished", "finished"]
+    resumed = resume_search(found.root, None)
+    assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
+    assert_it_went_on(before, resumed.trials[0].metrics)
     assert "00000: failed, goes on from iteration" in capsys.readouterr().out
     assert_nothing_is_left()
 

@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from tests.conftest import tiny_config
 from tests.test_search import assert_nothing_is_left
+from tune_ego import storage
 from tune_ego.checkpoint import mean_weights, read_checkpoint
-from tune_ego.errors import UserError
+from tune_ego.driver import stop_uri
+from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, checkpoint_iterations, checkpoint_uri, read_metrics
 from tune_ego.feed.batches import READER_CPUS
 from tune_ego.final import train_final
+from tune_ego.launch import Job, fit
 
 
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:
-    """Two workers on all CPUs, one after the other's share in one worker, and one where one or two were asked for."""
-    fixed = {"compute__workers": 2, "compute__cpus_per_worker": 1 - READER_CPUS}  # nothing is left for other tasks
+    """Two workers on all CPUs, nothing left for other tasks; one for both; and one or two, without and with room."""
+    half = ray.cluster_resources()["CPU"] / 2 - READER_CPUS
+    wide = {"compute__workers": 2, "compute__cpus_per_worker": half}
     alone = {"train__accumulate": 2}
-    elastic = {"compute__workers": [1, 2], "compute__cpus_per_worker": 1.0}  # no room for two and readers
+    elastic = {"compute__workers": [1, 2]}
+    narrow = {**elastic, "compute__cpus_per_worker": half + 0.1}
     losses = []
-    for name, changes in (("fixed", fixed), ("alone", alone), ("elastic", elastic)):
+    for name, changes in (("wide", wide), ("alone", alone), ("narrow", narrow), ("elastic", {**wide, **elastic})):
         run = str(tmp_path / name)
         train_final(tiny_config(train__iterations=3, train__validate_every=3, **changes), shards, run, None)
         lines = read_metrics(run)
@@ -31,8 +37,25 @@ def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, sh
         assert METRIC in lines[-1]
         losses.append([line["train_loss"] for line in lines])
         assert_nothing_is_left()
-    assert losses[2] == losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    wide_losses, alone_losses, narrow_losses, elastic_losses = losses
+    assert narrow_losses == alone_losses
+    assert elastic_losses == pytest.approx(wide_losses, rel=1e-6) == pytest.approx(alone_losses, rel=1e-5)
+
+
+def test_two_workers_stop_together_also_where_spot_notices_are_watched(
+    tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    config = tiny_config(
+        compute__workers=2, compute__cpus_per_worker=0.5, train__iterations=2000, train__validate_every=2000
+    )
+    run = str(tmp_path / "run")
+    storage.write_text(stop_uri(run), "")
+    with pytest.raises(Interrupted):
+        fit(Job(config, shards, run, 0, stop_uri(run), final=True))
+    (saved,) = checkpoint_iterations(run)
+    assert 0 < saved < 2000
+    assert_nothing_is_left()
 
 
 def test_averaged_weights_are_tested_at_the_end(

@@ -19,6 +19,7 @@ from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import COMMAND, TINY, tiny_config
+from tune_ego.bench.resume import descendants
 from tune_ego.config import Config, load_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
@@ -74,6 +75,12 @@ def assert_nothing_is_left() -> None:
             return
         time.sleep(0.5)
     raise AssertionError(f"left behind: {live}, CPUs free: {ray.available_resources().get('CPU')}")
+
+
+def assert_it_went_on(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """The lines of a run up to a checkpoint are not made again: they keep what no two runs have alike, their speed."""
+    assert before and after[: len(before)] == before
+    assert len(after) > len(before)
 
 
 def test_tune_export_train_evaluate(
@@ -148,6 +155,15 @@ def wait_for(condition: Any, seconds: float, process: subprocess.Popen[bytes]) -
         time.sleep(0.1)
 
 
+def wait_for_end(pids: list[int]) -> None:
+    for _ in range(100):
+        alive = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/exe").exists()]
+        if not alive:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still alive: {[Path(f'/proc/{pid}/cmdline').read_text() for pid in alive]}")
+
+
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
@@ -176,13 +192,16 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
         )
 
     wait_for(second_trial_has_a_checkpoint, 240, process)
+    everything = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    wait_for_end(everything)
     before = read_experiment(str(root))
     first, second = before.trials
     assert first.state == "finished" and second.state == "interrupted"
     first_metrics = (Path(first.run) / "metrics.jsonl").read_bytes()
     assert 30 <= second.iteration < 400
+    saved = checkpoint_iterations(second.run)[-1]
 
     output = subprocess.run(
         [sys.executable, "-c", COMMAND, "resume", str(root)],
@@ -199,6 +218,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
     iterations = [line["iteration"] for line in after.trials[1].metrics]
     assert iterations == list(range(10, 401, 10))
     assert timeless(after.trials[1].metrics)[: len(second.metrics)] == timeless(second.metrics)
+    assert_it_went_on([line for line in second.metrics if line["iteration"] <= saved], after.trials[1].metrics)
     best = export_best(str(root), str(tmp_path / "best.yaml"))
     assert best.accuracy == max(line[METRIC] for trial in after.trials for line in trial.validations)
 

@@ -52,19 +52,22 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
         _to_the_end(log, *_train(folder, "whole"))
         until_first: list[float] = []
         lost: list[float] = []
-        in_writing = 0
+        in_writing, kept = 0, list[dict[str, Any]]()
         for kill in range(kills):
             start = time.time()
             process = _start(log, *_train(folder, "killed"))
             metrics = folder / "killed" / experiment.METRICS_FILE
             _wait(process, functools.partial(_is_newer, metrics, start))
             until_first.append(time.time() - start)
+            if experiment.read_metrics(str(folder / "killed"))[: len(kept)] != kept:  # their speeds too
+                raise UserError("the run did not go on from its last whole checkpoint")
             _let_it_run(process, folder / "killed", rng, in_writing=kill % _IN_WRITING == 0)
             kill_all(process)
             caught = _is_half_written(folder / "killed", set())
             in_writing += caught
             done, saved = _last_logged(folder / "killed"), _last_saved(folder / "killed")
             lost.append(done - saved)
+            kept = [line for line in experiment.read_metrics(str(folder / "killed")) if line["iteration"] <= saved]
             where = "while a checkpoint was written" if caught else f"after iteration {done}"
             say(f"kill {kill + 1} of {kills}, {where}; the last whole checkpoint is of iteration {saved}")
         _to_the_end(log, *_train(folder, "killed"))
