@@ -9,7 +9,8 @@ import pytest
 from tests.test_search import assert_nothing_is_left, write_space
 from tune_ego.bench.search import draw_curves, run_asha
 from tune_ego.errors import UserError
-from tune_ego.plan import share_of_iterations, show_plan
+from tune_ego.plan import show_plan
+from tune_ego.progress import share_of_iterations
 from tune_ego.search_space import parse_space
 
 

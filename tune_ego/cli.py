@@ -260,15 +260,22 @@ def resume(
 
 
 @app.command()
-def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")]) -> None:
-    """Show the trials of a search, running or not, best first.
+def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run.")]) -> None:
+    """Show where a search or run stands, whether it goes on or not; of a search its trials, best first.
 
-    Reads the experiment's files alone, writes nothing, takes a second.
+    Reads the experiment's files alone, from any machine; writes nothing, takes a second.
     """
+    from tune_ego import storage
+    from tune_ego.config import load_config
     from tune_ego.console import print_table, say
-    from tune_ego.experiment import configuration_table, read_experiment, trial_table
+    from tune_ego.experiment import CONFIG_FILE, configuration_table, read_experiment, trial_table
+    from tune_ego.progress import facts, run_facts
 
+    if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
+        print_table("", ["", ""], run_facts(load_config(config), storage.absolute(experiment)))
+        return
     found = read_experiment(experiment)
+    print_table("", ["", ""], facts(found))
     print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", *trial_table(found))
     if found.space.repeats > 1:
         print_table("Configurations, over their repeats", *configuration_table(found))

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mean, stdev
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tune_ego import driver, storage
@@ -24,7 +25,9 @@ _READERS = 16
 """Threads that read files."""
 METRIC = "val_mean_class_accuracy"
 VALIDATION_SECONDS = "validation_seconds"
-TIMES = ("clips_per_second", VALIDATION_SECONDS)
+GPU_BYTES = "gpu_bytes"
+"""The most of a GPU's memory that a worker has had; logged where there is one."""
+TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES)
 """What differs between two runs that are the same to the bit."""
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"
@@ -344,8 +347,8 @@ def read_decisions(root: str) -> list[Decision]:
         return sorted(decision for decisions in found for decision in decisions)
 
 
-def read_experiment(root: str) -> Experiment:
-    """An experiment from its folder or URI alone, running or not."""
+def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
+    """An experiment from its folder or URI alone, running or not; trials `known` to have ended are not read again."""
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
@@ -354,6 +357,8 @@ def read_experiment(root: str) -> Experiment:
 
     def read(trial: str, record: dict[str, Any]) -> Trial:
         run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
+        if trial in known and known[trial].state == state:
+            return known[trial]
         state = "interrupted" if state == "running" and dead else state
         metrics = read_metrics(run)
         if state == "stopped":  # what it did before the scheduler's word reached it depends on how long that took

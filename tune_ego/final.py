@@ -10,10 +10,11 @@ from typing import Any
 from tune_ego import __version__, experiment, storage
 from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config, load_config
-from tune_ego.console import percent, say
+from tune_ego.console import console, percent, say
 from tune_ego.driver import DRIVER_FILE, driving, stop_uri
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.experiment import METRIC
+from tune_ego.progress import run_shown
 
 _LOOK_EVERY = 1.0  # seconds
 _TO_GO_ON = "the same command"
@@ -49,7 +50,7 @@ def train_final(config: Config, data: str, run: str, address: str | None, *, tes
         if not trained:
             with driving(run, _TO_GO_ON):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
-                with _followed(config, run):
+                with run_shown(config, run), _followed(config, run):
                     fit(Job(config, data, run, gpus, stop_uri(run), final=True))
             say(f"Weights: {model}")
         if test:
@@ -104,7 +105,10 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 @contextmanager
 def _followed(config: Config, run: str) -> Iterator[None]:
-    """Print a run's validations while the body runs: they are read from its files, wherever its workers are."""
+    """Print a run's validations while the body runs: they are read from its files, wherever its workers are.
+
+    On a terminal only its warnings.
+    """
     ended = threading.Event()
     shown = sum(METRIC in line for line in experiment.read_metrics(run))
     warned = False
@@ -113,9 +117,14 @@ def _followed(config: Config, run: str) -> Iterator[None]:
         nonlocal shown, warned
         while True:
             last = ended.wait(_LOOK_EVERY)
-            lines = experiment.read_metrics(run)
+            try:
+                lines = experiment.read_metrics(run)
+            except (OSError, UserError):  # an object store did not answer: the next look may do
+                lines = []
             for line in [line for line in lines if METRIC in line][shown:]:
                 shown += 1
+                if console.is_terminal:  # there it is in what is drawn anew
+                    continue
                 rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(experiment.learning_rates(line).values()))
                 say(
                     f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate {rates}, "

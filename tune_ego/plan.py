@@ -13,6 +13,7 @@ from tune_ego.console import print_table, say
 from tune_ego.errors import UserError
 from tune_ego.launch import Job, fit
 from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, worker_resources
+from tune_ego.progress import share_of_iterations
 from tune_ego.search_space import SearchSpace
 from tune_ego.tune import check_runs, resolved_space
 
@@ -73,20 +74,6 @@ def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> di
         "iterations_at_most": budget * space.trials,
         "share_expected": share_of_iterations(space, budget),
     }
-
-
-def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
-    """The part of all trials' iterations that ASHA runs when at each rung one in `reduction` goes on; None: unknown."""
-    settings = space.scheduler
-    if settings.name == "fifo":
-        return 1.0
-    if settings.name != "asha":
-        return None
-    spent, rung, reaching, before = 0.0, settings.grace, 1.0, 0
-    while rung < budget:
-        spent += reaching * (rung - before)
-        before, rung, reaching = rung, rung * settings.reduction, reaching / settings.reduction
-    return (spent + reaching * (budget - before)) / budget
 
 
 def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:

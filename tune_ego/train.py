@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tune_ego.checkpoint import Origin, load_model_state, pack
 from tune_ego.config import Config
-from tune_ego.experiment import METRIC, VALIDATION_SECONDS
+from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.losses import stream_losses
@@ -211,6 +211,10 @@ class Trainer:
             optimizer.schedule.after_validation(found[modality]["mean_class_accuracy"])
         return metrics
 
+    def memory(self) -> dict[str, int]:
+        """What this worker has had of its GPU's memory at most, bytes; nothing on a CPU."""
+        return {GPU_BYTES: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+
     def training_metrics(self, losses: Tensor) -> dict[str, float]:
         """Lines of the log from mean losses [streams, (total, action, gaze)]: per stream, and their sums."""
         metrics: dict[str, float] = {}
@@ -247,6 +251,7 @@ def train(
                 "iteration": done,
                 **trainer.training_metrics(mean),
                 "clips_per_second": (done - before) * config.train.batch_size / seconds,
+                **trainer.memory(),
             }
             if validates:
                 start = time.monotonic()

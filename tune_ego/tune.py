@@ -21,6 +21,7 @@ from tune_ego.errors import Interrupted, UserError
 from tune_ego.experiment import METRIC, Experiment, Trial, TrialRecords
 from tune_ego.launch import Job, check_run, fit, initial_weights, with_found_weights
 from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
+from tune_ego.progress import search_shown
 from tune_ego.scheduler import STOP, RecordedScheduler
 from tune_ego.search_space import SearchSpace, load_space
 from tune_ego.searcher import TrialSource, import_optuna
@@ -129,7 +130,7 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
         source = TrialSource(root, space, spec["seed"], records, at_a_time, interruption.__bool__)
         if source.left:
             say(f"{source.left} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
-            tune.Tuner(
+            tuner = tune.Tuner(
                 tune.with_resources(_trainable(space, spec["data"], root, gpus), trial_resources(at_a_time)),
                 tune_config=tune.TuneConfig(
                     metric=METRIC,
@@ -146,7 +147,9 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
                     failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
                     callbacks=[Watcher(root, space, config.train.iterations, records)],
                 ),
-            ).fit()
+            )
+            with search_shown(root):
+                tuner.fit()
         done = experiment.read_experiment(root)
         _show(done)
         if interruption and not all(trial.ended for trial in done.trials):

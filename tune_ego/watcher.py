@@ -12,7 +12,7 @@ from ray._private.state import actors
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from tune_ego import experiment
-from tune_ego.console import percent, say
+from tune_ego.console import console, percent, say
 from tune_ego.experiment import METRIC, TrialRecords
 from tune_ego.placement import placement_group_prefix
 from tune_ego.scheduler import STOP
@@ -48,8 +48,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]
     ) -> None:
         name = trial.config["trial"]
         if METRIC in result:
-            accuracy = percent(result[METRIC])
-            say(f"  {name}: iteration {result['iteration']}, validation mean class accuracy {accuracy}")
+            if not console.is_terminal:  # there it is in the table that is drawn anew
+                accuracy = percent(result[METRIC])
+                say(f"  {name}: iteration {result['iteration']}, validation mean class accuracy {accuracy}")
             if name not in self.warned:
                 self._warn(name, trial.config)
 
