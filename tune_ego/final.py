@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,19 @@ from tune_ego.driver import DRIVER_FILE, driving, stop_uri
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.experiment import METRIC
 from tune_ego.progress import run_shown
+from tune_ego.tracking import run_tracked
 
 _LOOK_EVERY = 1.0  # seconds
 _TO_GO_ON = "the same command"
 
 
-def train_final(config: Config, data: str, run: str, address: str | None, *, test: bool = False) -> str:
+def train_final(
+    config: Config, data: str, run: str, address: str | None, *, test: bool = False, track: Sequence[str] = ()
+) -> str:
     """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
 
-    With `test` its final weights are tested at the end, on one worker's CPUs and GPUs. Returns the URI of the weights.
+    With `test` its final weights are tested at the end, on one worker's CPUs and GPUs; `track` names trackers, of
+    `tracking.TRACKERS`, that it is written to. Returns the URI of the weights.
     Raises `UserError` where the folder holds another run.
     """
     from tune_ego.checkpoint import last_whole
@@ -50,7 +54,7 @@ def train_final(config: Config, data: str, run: str, address: str | None, *, tes
         if not trained:
             with driving(run, _TO_GO_ON):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
-                with run_shown(config, run), _followed(config, run):
+                with run_tracked(track, config, run), run_shown(config, run), _followed(config, run):
                     fit(Job(config, data, run, gpus, stop_uri(run), final=True))
             say(f"Weights: {model}")
         if test:

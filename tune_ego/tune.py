@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -25,6 +25,7 @@ from tune_ego.progress import search_shown
 from tune_ego.scheduler import STOP, RecordedScheduler
 from tune_ego.search_space import SearchSpace, load_space
 from tune_ego.searcher import TrialSource, import_optuna
+from tune_ego.tracking import search_tracked
 from tune_ego.watcher import Watcher
 
 
@@ -36,8 +37,13 @@ def start_search(
     seed: int,
     concurrent: int | None,
     address: str | None,
+    *,
+    track: Sequence[str] = (),
 ) -> Experiment:
-    """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken."""
+    """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken.
+
+    `track` names the trackers, of `tracking.TRACKERS`, that its trials are written to.
+    """
     space, changes = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
     check_runs(space, data)
@@ -59,6 +65,7 @@ def start_search(
             "data_settings": open_shards(data).info["settings"],
             "seed": seed,
             "concurrent": concurrent,
+            "track": list(track),
             "gpus_per_worker": gpus_per_worker(any_config(space), [*live_nodes(), *nodes_to_come(address)]),
             "version": __version__,
             "ray": ray.__version__,
@@ -148,7 +155,7 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
                     callbacks=[Watcher(root, space, config.train.iterations, records)],
                 ),
             )
-            with search_shown(root):
+            with search_tracked(spec["track"], root), search_shown(root):
                 tuner.fit()
         done = experiment.read_experiment(root)
         _show(done)

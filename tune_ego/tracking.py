@@ -1,0 +1,250 @@
+"""`--track`: each run's configuration and metrics in MLflow or Weights & Biases, for searches and final runs alike.
+
+The driver reads them from the runs' files, wherever its workers are. Ray Tune's own callbacks know no final runs, and
+of a trial only its validations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from tune_ego import experiment, storage
+from tune_ego.config import Config
+from tune_ego.console import say
+from tune_ego.errors import UserError
+from tune_ego.experiment import Trial
+
+TRACKERS = ("mlflow", "wandb")
+_LOOK_EVERY = 10.0  # seconds
+_METRICS_A_REQUEST = 900
+"""MLflow takes 1,000."""
+_PARAMS_A_REQUEST = 100
+_RUN_TAG = "tune_ego.run"
+_MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+
+
+class Tracker(Protocol):
+    """What follows the runs of one search or final run."""
+
+    def begin(self, trial: Trial) -> Any:
+        """Open the tracker's own run, the one of an earlier start where there is one."""
+
+    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
+        """Lines of metrics, each with its `iteration`; those that are there already are passed over."""
+
+    def end(self, run: Any, state: str) -> None: ...
+
+
+def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
+    """Raises `UserError` for an unknown name, and where the package or the place to write is not there."""
+    made: dict[str, Tracker] = {}
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--track {name}: expected {' or '.join(TRACKERS)}")
+        try:
+            made[name] = Mlflow(root) if name == "mlflow" else WandB(root)
+        except ImportError as error:
+            raise UserError(f"--track {name}: pip install 'tune_ego[{name}]' ({error})") from error
+    return made
+
+
+@contextmanager
+def tracked(trackers: dict[str, Tracker], look: Callable[[], list[Trial]]) -> Iterator[None]:
+    """Hand the trackers what `look` finds, every few seconds and at the end, while the body runs."""
+    if not trackers:
+        yield
+        return
+    followers = [_Follower(name, tracker) for name, tracker in trackers.items()]
+    ended = threading.Event()
+
+    def follow(last: bool = False) -> None:
+        try:
+            trials = look()
+        except (OSError, UserError):  # an object store did not answer: the next look will do
+            return
+        for follower in followers:
+            follower.hand_on(trials, last)
+
+    def keep_following() -> None:
+        while not ended.wait(_LOOK_EVERY):
+            follow()
+
+    thread = threading.Thread(target=keep_following, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        follow(last=True)
+
+
+class _Follower:
+    """What one tracker has been told."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._runs: dict[str, Any] = {}
+        self._told: dict[str, int] = {}
+        """Trial -> the last iteration."""
+        self._over: set[str] = set()
+        self._complaint = ""
+
+    def hand_on(self, trials: list[Trial], last: bool) -> None:
+        for trial in trials:
+            if trial.id in self._over or not trial.metrics:
+                continue
+            try:
+                self._hand_on(trial, last)
+            except Exception as error:  # a tracker's trouble must not end a search
+                complaint = f"{self._name}: {' '.join(str(error).split())[:200]}"
+                if complaint != self._complaint:
+                    self._complaint = complaint
+                    say(f"  {complaint}; training goes on")
+
+    def _hand_on(self, trial: Trial, last: bool) -> None:
+        if trial.id not in self._runs:
+            self._runs[trial.id] = self._tracker.begin(trial)
+        told = self._told.get(trial.id, 0)
+        lines = [_numbers(line) for line in trial.metrics if line["iteration"] > told]
+        self._tracker.log(self._runs[trial.id], lines)
+        self._told[trial.id] = trial.iteration
+        if trial.ended or last:
+            self._tracker.end(self._runs[trial.id], trial.state)
+            self._over.add(trial.id)
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, of the whole configuration."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def _name(root: str) -> str:
+    return root.rpartition("/")[2]
+
+
+class Mlflow:
+    """At MLFLOW_TRACKING_URI, else in `mlflow.db` in the folder of the search or run."""
+
+    def __init__(self, root: str) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        if not os.environ.get("MLFLOW_TRACKING_URI") and not storage.is_local(root):
+            raise UserError(f"--track mlflow: {root} is no place for its database; set MLFLOW_TRACKING_URI")
+        try:
+            storage_uri = os.environ.get("MLFLOW_TRACKING_URI") or _database(root)
+            self._client = MlflowClient(tracking_uri=storage_uri)
+            found = self._client.get_experiment_by_name(_name(root))
+            self._experiment = self._client.create_experiment(_name(root)) if found is None else found.experiment_id
+        except MlflowException as error:
+            raise UserError(f"--track mlflow: {' '.join(str(error).split())[:300]}") from error
+
+    def begin(self, trial: Trial) -> Any:
+        from mlflow.entities import Param
+
+        known = self._client.search_runs([self._experiment], f"tags.`{_RUN_TAG}` = '{trial.run}'")
+        if known:
+            self._client.update_run(known[0].info.run_id, status="RUNNING")
+            return known[0].info.run_id
+        tags = {_RUN_TAG: trial.run}
+        run = self._client.create_run(self._experiment, run_name=trial.id, tags=tags).info.run_id
+        params = [Param(key, str(value)) for key, value in flat(trial.config).items()]
+        for start in range(0, len(params), _PARAMS_A_REQUEST):
+            self._client.log_batch(run, params=params[start : start + _PARAMS_A_REQUEST])
+        return run
+
+    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
+        from mlflow.entities import Metric
+
+        history = self._client.get_metric_history(run, "train_loss")
+        last = max((point.step for point in history), default=0)
+        now = int(1000 * time.time())
+        metrics = [
+            Metric(key, float(value), now, int(line["iteration"]))
+            for line in lines
+            if line["iteration"] > last
+            for key, value in line.items()
+            if key != "iteration"
+        ]
+        for start in range(0, len(metrics), _METRICS_A_REQUEST):
+            self._client.log_batch(run, metrics=metrics[start : start + _METRICS_A_REQUEST])
+
+    def end(self, run: Any, state: str) -> None:
+        self._client.set_tag(run, "tune_ego.state", state)
+        self._client.set_terminated(run, _MLFLOW_STATUS.get(state, "KILLED"))
+
+
+def _database(root: str) -> str:
+    Path(root).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{root}/mlflow.db"
+
+
+class WandB:
+    """As the environment says (WANDB_MODE=offline works); its files go into the folder of a local search or run."""
+
+    def __init__(self, root: str) -> None:
+        import wandb
+
+        self._wandb, self._project = wandb, _name(root)
+        self._folder = root if storage.is_local(root) else None
+
+    def begin(self, trial: Trial) -> Any:
+        return self._wandb.init(
+            project=self._project,
+            id=hashlib.sha256(trial.run.encode()).hexdigest()[:16],
+            name=trial.id,
+            config=flat(trial.config),
+            dir=self._folder,
+            resume="allow",
+            reinit="create_new",  # several trials at a time
+            settings=self._wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
+        for line in lines:
+            if line["iteration"] >= run.step:
+                run.log({key: value for key, value in line.items() if key != "iteration"}, step=int(line["iteration"]))
+
+    def end(self, run: Any, state: str) -> None:
+        run.summary["state"] = state
+        run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
+
+
+def search_tracked(names: Sequence[str], root: str) -> Any:
+    """`tracked` for the search at `root`."""
+    return tracked(make_trackers(names, root), lambda: experiment.read_experiment(root).trials)
+
+
+def run_tracked(names: Sequence[str], config: Config, run: str) -> Any:
+    """`tracked` for one run."""
+
+    def look() -> list[Trial]:
+        done = storage.exists(storage.join(run, experiment.MODEL_FILE))
+        state = "finished" if done else "interrupted"
+        return [Trial(_name(run), state, run, {}, 0, config, experiment.read_metrics(run))]
+
+    return tracked(make_trackers(names, run), look)
