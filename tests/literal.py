@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,7 @@ def gaze_target(
     return maps
 
 
-def gaze_loss(attention: Tensor, gaze: Tensor, valid: Tensor, sigma: float) -> float:
+def gaze_loss(attention: Tensor, gaze: Tensor, valid: Tensor, sigma: float) -> Tensor:
     """Mean squared error over the cells of all slices that have gaze."""
     _, slices, height, width = attention.shape
     errors = []
@@ -151,8 +152,14 @@ def gaze_loss(attention: Tensor, gaze: Tensor, valid: Tensor, sigma: float) -> f
             for i in range(height):
                 for j in range(width):
                     if target is not None:
-                        errors.append((attention[b, t, i, j].item() - target[i][j]) ** 2)
-    return sum(errors) / len(errors) if errors else 0.0
+                        errors.append((attention[b, t, i, j] - target[i][j]) ** 2)
+    return torch.stack(errors).mean() if errors else 0 * attention.sum()
+
+
+def cross_entropy(logits: Tensor, labels: list[int]) -> Tensor:
+    """Minus the mean logarithm of the softmax score of each row's class."""
+    rows = [-torch.log(torch.exp(row[k]) / torch.exp(row).sum()) for row, k in zip(logits, labels)]
+    return torch.stack(rows).mean()
 
 
 def ranger(start: Tensor, gradients: list[Tensor | None], lr: float, k: int, alpha: float) -> Tensor:
@@ -189,7 +196,7 @@ def mean_class_accuracy(predicted: list[int], true: list[int]) -> float:
     return sum(recalls) / len(recalls)
 
 
-def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
+def auc(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
     """The share of pairs of a gaze cell and another cell in which the map is higher at the gaze; ties are halves."""
     looked_at = sorted(set(cells))
     won = []
@@ -200,3 +207,40 @@ def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
                     here, there = map_HW[i, j].item(), map_HW[k, m].item()
                     won.append(1.0 if here > there else 0.5 if here == there else 0.0)
     return sum(won) / len(won)
+
+
+def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
+    """The MIT benchmark's: a point of the curve for each threshold, the map's value at a gaze cell; trapezoids."""
+    looked_at = sorted(set(cells))
+    values = map_HW.flatten().tolist()
+    at_gaze = [map_HW[i, j].item() for i, j in looked_at]
+    points = [(0.0, 0.0)]
+    for threshold in sorted(at_gaze, reverse=True):
+        hits = sum(value >= threshold for value in at_gaze)
+        above = sum(value >= threshold for value in values)
+        points.append(((above - hits) / (len(values) - len(at_gaze)), hits / len(at_gaze)))
+    points.append((1.0, 1.0))
+    return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in pairwise(points))
+
+
+def best_f1(maps: list[Tensor], points: list[list[tuple[float, float]]], radius: float, steps: int) -> float:
+    """The best, over thresholds 0, 1 / steps, ..., of the harmonic mean of precision and recall; both are means over
+    all gaze points, of the cells where a map [R, R], scaled to [0, 1], is above the threshold against the disc around
+    the point (x, y in [0, 1])."""
+    best = 0.0
+    for step in range(steps):
+        precisions, recalls = [], []
+        for map_RR, of_map in zip(maps, points):
+            scaled = (map_RR - map_RR.min()) / (map_RR.max() - map_RR.min())
+            side = map_RR.shape[0]
+            found = scaled > step / steps
+            centre = (torch.arange(side) + 0.5).double()
+            for x, y in of_map:
+                disc = (centre[None, :] - x * side) ** 2 + (centre[:, None] - y * side) ** 2 <= radius**2
+                hits = (found & disc).sum().item()
+                precisions.append(hits / found.sum().item() if found.any() else 0.0)
+                recalls.append(hits / disc.sum().item())
+        precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+        if precision + recall:
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best

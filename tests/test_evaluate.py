@@ -75,12 +75,19 @@ def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pyt
     assert [entry["clips"] for entry in result["classes"]] == [true.count(label) for label in range(4)]
     assert result["fusion_sweep"][6]["mean_class_accuracy"] == result["fused"]["mean_class_accuracy"]
     assert {"rgb", "flow", "centre"} == result["attention"].keys()
-    assert all(0 <= scores["auc_judd"] <= 1 and scores["frames"] > 0 for scores in result["attention"].values())
+    for scores in result["attention"].values():
+        assert 0 <= scores["auc"] <= 1 and 0 <= scores["auc_judd"] <= 1 and scores["frames"] > 0
+        assert scores["auc"] != scores["auc_judd"]
 
     capsys.readouterr()
     show(result, sweep=True, compare=True)
     printed = capsys.readouterr().out
-    assert "this checkpoint, fused" in printed and "Weakest classes, fused" in printed and "AUC (Judd)" in printed
+    assert (
+        "this checkpoint, fused" in printed
+        and "Weakest classes, fused" in printed
+        and "AUC (Judd)    AUC " in printed
+        and "window frames" in printed
+    )
     assert printed.count("published: ") == len(PUBLISHED) and "60.54 %" in printed and "best" in printed
 
 
@@ -142,8 +149,36 @@ def test_where_a_checkpoint_is_looked_for_and_its_evaluation_goes(tmp_path: Path
     shutil.copy(run / "iteration-000000/checkpoint.pt", tmp_path / "apart")
     evaluate(str(tmp_path / "apart"), shards)
     assert (tmp_path / "apart/evaluation.json").exists()
-    with pytest.raises(UserError, match="no checkpoint in this folder; give a run"):
+    with pytest.raises(UserError, match="no whole checkpoint in this folder; give a run"):
         evaluate(str(tmp_path), shards)
+
+
+def test_a_run_that_has_ended_is_tested_by_its_final_weights(tmp_path: Path, shards: str) -> None:
+    """Given as the run or as the file; the configuration is that of its last whole checkpoint."""
+    trainer = checkpoint(tmp_path, shards)
+    run, final = tmp_path / "run", tmp_path / "run/final/model.pt"
+    before = evaluate(str(run), shards)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    final.parent.mkdir()
+    torch.save(trainer.model.state_dict(), final)
+    result = evaluate(str(run), shards)
+    assert result["checkpoint"] == str(final) and result["iteration"] == trainer.config.train.iterations
+    assert result["attention"] != before["attention"]
+    (run / "evaluation.json").unlink()
+    assert evaluate(str(final), shards) == result
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert evaluate(str(run / "iteration-000000"), shards) == before
+    config = with_found_weights(tiny_config(init_from__rgb=str(run), init_from__flow=str(final)))
+    assert config.init_from.rgb == config.init_from.flow == str(final)
+    check_run(config, shards)
+    torch.save([1], final)
+    with pytest.raises(UserError, match=r"model\.pt: holds no state dict of a model"):
+        evaluate(str(final), shards)
+    shutil.rmtree(run / "iteration-000000")
+    with pytest.raises(UserError, match=r"model\.pt: its run has no whole checkpoint"):
+        evaluate(str(final), shards)
 
 
 def test_one_stream_without_attention(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,3 +217,6 @@ def test_a_collapsed_learning_rate_is_told() -> None:
     assert not collapsed_rate(config, [line(120, 1.1e-6), line(1500, 3e-8)])
     warming = tiny_config(optimizer__lr=1e-3, train__iterations=3000, schedule__warmup=1200)
     assert not collapsed_rate(warming, [line(1, 1e-3 / 1200)])
+    cosine = {"schedule__name": "cosine", "train__iterations": 100, "optimizer__lr": 1e-3}
+    assert not collapsed_rate(tiny_config(**cosine), [line(60, 1e-8)])
+    assert collapsed_rate(tiny_config(**cosine, schedule__horizon=3000), [line(60, 1e-8)])  # half is 1,500 here

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import literal
-from tune_ego.gaze_scores import GAZE_RADIUS, RESOLUTION, GazeScores, auc_judd, enlarge, nss, overlaps
+from tune_ego.gaze_scores import GAZE_RADIUS, RESOLUTION, GazeScores, auc, auc_judd, enlarge, nss, overlaps
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,16 @@ def random_fixations(seed: int, maps: int, side: int) -> tuple[torch.Tensor, tor
 
 def test_auc_and_nss_equal_their_formulas() -> None:
     maps, cells, valid = random_fixations(0, 20, 9)
-    auc, saliency = auc_judd(maps, cells, valid), nss(maps, cells, valid)
+    pairs, judd, saliency = (score(maps, cells, valid) for score in (auc, auc_judd, nss))
+    assert not torch.allclose(pairs[2:], judd[2:], atol=0.01)
     for index in range(20):
         points = [divmod(int(cell), 9) for cell, ok in zip(cells[index], valid[index]) if ok]
         if not points:
-            assert auc[index].isnan() and saliency[index].isnan()
+            assert pairs[index].isnan() and judd[index].isnan() and saliency[index].isnan()
             continue
         image = maps[index].reshape(9, 9)
-        assert auc[index].item() == pytest.approx(literal.auc_judd(image, points), rel=1e-5)
+        assert pairs[index].item() == pytest.approx(literal.auc(image, points), rel=1e-5)
+        assert judd[index].item() == pytest.approx(literal.auc_judd(image, points), rel=1e-5)
         flat = image.flatten().tolist()
         mean = sum(flat) / len(flat)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in flat) / len(flat))
@@ -84,13 +86,45 @@ def test_attention_at_the_gaze_beats_the_centre_and_the_centre_beats_noise() -> 
     middle = centre.result()
     noise = scored(torch.rand(20, 2, 7, 7), gaze, valid)
     assert middle is not None and found["frames"] == middle["frames"] == 320 and found["maps"] == 40
-    for key in ("auc_judd", "nss", "f1"):
+    for key in ("auc_judd", "auc", "nss", "f1"):
         assert found[key] > middle[key] > noise[key]
     assert found["auc_judd"] > 0.95 and abs(noise["nss"]) < 0.5
     for value in (0.25, 0.3, 0.7):
         even = scored(torch.full((20, 2, 7, 7), value), gaze, valid)
-        assert (even["nss"], even["auc_judd"], even["f1"]) == (0, 0.5, 0)
+        assert (even["nss"], even["auc_judd"], even["auc"], even["f1"]) == (0, 0.5, 0.5, 0)
     assert scored(torch.rand(20, 2, 1, 1), gaze, valid)["auc_judd"] == 0.5
+
+
+def test_auc_by_hand() -> None:
+    """Four cells, gaze at the second highest: Judd's curve goes by (1/3, 1), two of three others are lower."""
+    maps, cells, valid = torch.tensor([[0.1, 0.8, 0.9, 0.2]]), torch.tensor([[1]]), torch.tensor([[True]])
+    assert auc_judd(maps, cells, valid).item() == pytest.approx(1 - 1 / 3 / 2)
+    assert auc(maps, cells, valid).item() == pytest.approx(2 / 3)
+
+
+def test_f1_equals_its_formula() -> None:
+    torch.manual_seed(0)
+    attention, gaze, valid = torch.rand(3, 2, 3, 3), torch.rand(3, 4, 2), torch.rand(3, 4) < 0.7
+    found = scored(attention, gaze, valid)
+    maps = [one.reshape(RESOLUTION, RESOLUTION) for one in enlarge(attention)]
+    points = [
+        [(x, y) for (x, y), ok in zip(gaze[b, at : at + 2].tolist(), valid[b, at : at + 2]) if ok]
+        for b in range(3)
+        for at in (0, 2)
+    ]
+    assert found["f1"] == pytest.approx(literal.best_f1(maps, points, GAZE_RADIUS, 50), rel=1e-4)
+    assert found["f1"] == pytest.approx(2 / (1 / found["precision"] + 1 / found["recall"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_maps_that_are_not_finite_have_no_score(value: float) -> None:
+    torch.manual_seed(0)
+    attention, gaze, valid = torch.rand(3, 2, 7, 7), torch.rand(3, 16, 2), torch.ones(3, 16, dtype=torch.bool)
+    attention[1, 0, 2, 2] = value
+    spoilt = scored(attention, gaze, valid)
+    assert all(math.isnan(spoilt[key]) for key in ("auc_judd", "auc", "nss", "f1", "precision", "recall"))
+    valid[1, :8] = False  # nobody looks there
+    assert all(math.isfinite(score) for score in scored(attention, gaze, valid).values())
 
 
 def test_maps_are_enlarged_on_the_grid_of_the_gaze_loss() -> None:

@@ -43,7 +43,19 @@ def test_gaze_target_and_loss_equal_their_formulas(sizes: tuple[int, int, int], 
                 torch.testing.assert_close(target[b, t], torch.tensor(expected[b][t]), rtol=1e-5, atol=0)
     attention = torch.rand(5, *sizes)
     loss = gaze_loss(attention, gaze, valid, sigma).item()
-    assert loss == pytest.approx(literal.gaze_loss(attention, gaze, valid, sigma), rel=1e-5)
+    assert loss == pytest.approx(literal.gaze_loss(attention, gaze, valid, sigma).item(), rel=1e-5)
+
+
+def test_gaze_that_is_not_finite_is_no_gaze() -> None:
+    gaze, valid = random_gaze(4)
+    spoiled = valid | (torch.arange(16) % 3 == 0)  # says that there is gaze where it is NaN
+    assert (spoiled & ~valid).any()
+    expected, has_target = gaze_target(gaze, valid)
+    target, found = gaze_target(gaze, spoiled)
+    assert torch.equal(found, has_target) and torch.equal(target, expected)
+    assert not gaze_target(torch.full_like(gaze, torch.inf), torch.ones_like(valid))[1].any()
+    with pytest.raises(ValueError, match=r"valid_BT is of type torch\.float32"):
+        gaze_target(gaze, valid.float())
 
 
 def test_gradient_of_the_gaze_loss() -> None:
@@ -58,7 +70,8 @@ def test_stream_losses_are_cross_entropy_and_weighted_gaze_loss() -> None:
     action = -sum(math.log(math.exp(row[k]) / sum(map(math.exp, row))) for row, k in zip(logits.tolist(), label)) / 5
     found = stream_losses(StreamOutput(logits, attention), label, gaze, valid, 0.1, 3.0)
     assert found.action.item() == pytest.approx(action, rel=1e-5)
-    assert found.total.item() == pytest.approx(action + 0.1 * literal.gaze_loss(attention, gaze, valid, 3.0), rel=1e-5)
+    taught = literal.gaze_loss(attention, gaze, valid, 3.0).item()
+    assert found.total.item() == pytest.approx(action + 0.1 * taught, rel=1e-5)
     without = stream_losses(StreamOutput(logits, None), label, gaze, valid, 0.1, 3.0)
     assert without.total.item() == without.action.item() and without.gaze.item() == 0
 
@@ -83,6 +96,11 @@ def test_mean_class_accuracy_ignores_absent_classes() -> None:
     assert counts[0].tolist() == [2, 1, 0, 0]
     assert micro_accuracy(counts) == pytest.approx(4 / 5)
     assert mean_class_accuracy(counts) == pytest.approx((2 / 3 + 1 + 1) / 3)
+
+
+def test_accuracies_of_no_clips_are_nan() -> None:
+    nothing = confusion(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert math.isnan(mean_class_accuracy(nothing)) and math.isnan(micro_accuracy(nothing))
 
 
 def test_clip_scores_average_windows_and_ignore_padding() -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import literal
 from tests.conftest import tiny_config
-from tune_ego.checkpoint import Origin, pack, read_checkpoint, rebuild, to_bytes
 from tune_ego.config import ModelConfig
-from tune_ego.errors import UserError
-from tune_ego.model import TwoStream, build_stream, load_weights
+from tune_ego.model import Stream, TwoStream, build_stream
 from tune_ego.model.i3d import MaxPool3dSame, Triple, Unit3D, _pad, max_pool3d_deterministic, same_padding
 from tune_ego.model.stam import AttentionBlock, scale_attention
 from tune_ego.model.two_stream import CHANNELS
-from tune_ego.model.weights import load_tensors
 
 
 @pytest.mark.parametrize(
@@ -180,7 +177,39 @@ def test_attention_scaling_is_finite(how: str, span: float, dtype: torch.dtype) 
     assert scaled.isfinite().all() and a.grad is not None and a.grad.isfinite().all()
     if how == "min_max":
         assert scaled.min() == 0 and scaled.max() in (0, 1)
-        assert (scaled.max() == 1) == (a.detach().float().amax() - a.detach().float().amin() > 1e-12)
+        assert (scaled.max() == 1) == (a.detach().float().amax() > a.detach().float().amin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_only_maps_of_equal_values_scale_to_zeros(dtype: torch.dtype) -> None:
+    """Down to the type's smallest difference; a derivative beyond the type is its largest number, with its sign."""
+    spans = [1e-3, 1e-6, 2.0**-24] + ([1e-20, torch.finfo(dtype).tiny] if dtype != torch.float16 else [])
+    for span in spans:
+        a = torch.zeros(1, 2, 2, 2, dtype=dtype)
+        a[0, 0, 0, 0], a[0, 1, 0, 1] = span, span / 2 if span > 1e-6 else 0.0
+        a.requires_grad_()
+        scaled = scale_attention(a, "min_max")
+        torch.testing.assert_close(scaled, literal.scale(a.detach().to(scaled.dtype), "min_max"), rtol=1e-6, atol=0)
+        assert scaled.max() == 1 and scaled.min() == 0
+        weight = torch.zeros_like(scaled)
+        weight[0, 0, 1, 1] = 1e3
+        (scaled * weight).sum().backward()
+        assert a.grad is not None and a.grad.isfinite().all()
+        # Lower cells rise with theirs, and the lowest are all the minimum that is taken off.
+        assert a.grad[0, 0, 1, 1] > 0 > a.grad[0, 1, 1, 1]
+        assert a.grad[0, 0, 1, 1] <= torch.finfo(dtype).max
+
+
+def test_gradient_of_the_attention_scaling_with_ties() -> None:
+    """As torch has it: equal extremes share their derivative."""
+    torch.manual_seed(0)
+    a = torch.randint(0, 3, (4, 2, 3, 3)).double().requires_grad_()
+    weight = torch.randn(a.shape, dtype=torch.float64)
+    (scale_attention(a, "min_max") * weight).sum().backward()
+    twin = a.detach().clone().requires_grad_()
+    low, high = twin.amin((1, 2, 3), keepdim=True), twin.amax((1, 2, 3), keepdim=True)
+    ((twin - low) / (high - low) * weight).sum().backward()
+    torch.testing.assert_close(a.grad, twin.grad)
 
 
 def test_an_overflow_before_the_attention_scaling_stays_visible() -> None:
@@ -207,6 +236,64 @@ def test_gradient_of_the_attention_scaling(how: str) -> None:
     scale_attention(equal, how).square().sum().backward()
     assert equal.grad is not None and (equal.grad == 0).all()
     torch.testing.assert_close(scale_attention(a, how), literal.scale(a.detach(), how), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.2])
+def test_dropout_is_applied_in_training_alone(dropout: float) -> None:
+    """A classifier that hands on its input shows what dropout made of it: nothing, or 1 / (1 - p) of it."""
+    torch.manual_seed(0)
+    model = ModelConfig(width=0.05, stam_depth=0, dropout=dropout)
+    stream = build_stream("rgb", 50, model)
+    with torch.no_grad():
+        stream.logits.conv3d.weight.copy_(torch.eye(50).reshape(50, 50, 1, 1, 1))  # type: ignore[union-attr,operator]
+        stream.logits.conv3d.bias.zero_()  # type: ignore[union-attr,operator]
+    clip = torch.randn(8, 3, 16, 32, 32)
+    plain, _ = build_with(stream, model, 0.0).train()(clip)
+    logits, _ = stream.train()(clip)
+    seen = plain.abs() > 1e-6
+    ratio = (logits / plain)[seen]
+    kept = ratio.abs() > 1e-6
+    assert ((1 - kept.double().mean()) - dropout).abs() < 0.1
+    torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / (1 - dropout)), rtol=1e-3, atol=0)
+    assert torch.equal(stream.eval()(clip)[0], stream(clip)[0])
+    fresh = build_with(stream, model, 0.0)
+    assert torch.equal(stream(clip)[0], fresh.eval()(clip)[0])
+
+
+def build_with(stream: Stream, model: ModelConfig, dropout: float) -> Stream:
+    twin = build_stream("rgb", 50, model.model_copy(update={"dropout": dropout}))
+    twin.load_state_dict(stream.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_batch_norm_s_running_statistics_equal_their_formula(momentum: float | None) -> None:
+    """running = (1 - m) running + m of the batch, everywhere, with the unbiased variance; m is 0.01 by default."""
+    torch.manual_seed(0)
+    changes = {} if momentum is None else {"bn_momentum": momentum}
+    stream = randomised(build_stream("flow", 5, ModelConfig(width=0.06, stam_depth=2, **changes))).train()
+    share = 0.01 if momentum is None else momentum
+    expected = {}
+
+    def note(name: str, norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        x = inputs[0].detach().double().transpose(0, 1).flatten(1)
+        mean = (1 - share) * norm.running_mean.double() + share * x.mean(dim=1)  # type: ignore[operator,union-attr]
+        squares = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=1) / (x.shape[1] - 1)
+        expected[name] = (mean, (1 - share) * norm.running_var.double() + share * squares)  # type: ignore[operator,union-attr]
+
+    norms = {name: part for name, part in stream.named_modules() if isinstance(part, torch.nn.BatchNorm3d)}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(functools.partial(note, name))
+    stream(torch.randn(2, 2, 16, 48, 48))
+    assert expected.keys() == norms.keys() and "attention_pred.bn" in norms
+    for name, (mean, variance) in expected.items():
+        torch.testing.assert_close(norms[name].running_mean, mean.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(norms[name].running_var, variance.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_modality_is_refused() -> None:
+    with pytest.raises(ValueError, match="no stream 'audio'; allowed: rgb, flow"):
+        build_stream("audio", 5, ModelConfig())
 
 
 def test_self_attention_equals_its_formula() -> None:
@@ -254,127 +341,6 @@ def test_self_attention_has_about_the_parameters_of_the_inception_block() -> Non
             for block in ("inception", "attention")
         ]
     assert counts[1] == pytest.approx(counts[0], rel=0.02)
-
-
-def test_copy_init_copies_the_first_block_unless_a_file_has_the_others(tmp_path: Path) -> None:
-    model = ModelConfig(width=0.05, stam_depth=3, copy_init=True)
-
-    def blocks(stream: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
-        return [
-            {key.partition(".")[2]: value for key, value in stream.state_dict().items() if key.startswith(f"{name}.")}
-            for name in ("attention_inc", "attention_inc_2", "attention_inc_3")
-        ]
-
-    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-        return all(torch.equal(value, other[key]) for key, value in one.items())
-
-    first, second, third = blocks(build_stream("rgb", 5, model))
-    assert same(first, second) and same(first, third)
-    first, second, _ = blocks(build_stream("rgb", 5, model.model_copy(update={"copy_init": False})))
-    assert not same(first, second)
-    torch.save(small(depth=2).state_dict(), tmp_path / "two.pt")
-    stream = build_stream("rgb", 5, model)
-    load_weights(stream, tmp_path / "two.pt")
-    loaded = load_tensors(tmp_path / "two.pt")
-    first, second, third = blocks(stream)
-    assert torch.equal(first["b0.conv3d.weight"], loaded["attention_inc.b0.conv3d.weight"])
-    assert torch.equal(second["b0.conv3d.weight"], loaded["attention_inc_2.b0.conv3d.weight"])
-    assert same(first, third) and not same(first, second)
-
-
-def small(modality: str = "rgb", classes: int = 5, depth: int = 1) -> torch.nn.Module:
-    return build_stream(modality, classes, ModelConfig(width=0.05, stam_depth=depth))
-
-
-def test_published_weights_without_attention_and_with_other_classes(tmp_path: Path) -> None:
-    published = small(classes=9, depth=0)
-    torch.save({f"module.{name}": value for name, value in published.state_dict().items()}, tmp_path / "w.pt")
-    stream = small()
-    report = load_weights(stream, tmp_path / "w.pt")  # type: ignore[arg-type]
-    assert sorted(report.left_out) == ["logits.conv3d.bias", "logits.conv3d.weight"]
-    assert report.modules_left_out == ["logits"]
-    assert report.fresh_modules == ["attention_inc", "attention_pred", "logits"]
-    name = "Mixed_4b.b1b.conv3d.weight"
-    assert name in report.loaded
-    assert torch.equal(stream.state_dict()[name], published.state_dict()[name])
-
-
-def test_attention_is_left_out_only_where_the_stream_has_none(tmp_path: Path) -> None:
-    torch.save(small(depth=2).state_dict(), tmp_path / "deep.pt")
-    report = load_weights(small(depth=0), tmp_path / "deep.pt")  # type: ignore[arg-type]
-    assert report.modules_left_out == ["attention_inc", "attention_inc_2", "attention_pred"] and not report.fresh
-    with pytest.raises(UserError, match=r"unknown \(first attention_inc_2\."):
-        load_weights(small(depth=1), tmp_path / "deep.pt")  # type: ignore[arg-type]
-    torch.save(small(depth=1).state_dict(), tmp_path / "shallow.pt")
-    report = load_weights(small(depth=2), tmp_path / "shallow.pt")  # type: ignore[arg-type]
-    assert report.fresh_modules == ["attention_inc_2"] and not report.left_out
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("attention_pred.conv3d.weight", r"1 absent \(first attention_pred\.conv3d\.weight"),
-        ("attention_inc.b0.bn.weight", r"1 absent \(first attention_inc\.b0\.bn\.weight"),
-        ("logits.conv3d.bias", r"1 absent \(first logits\.conv3d\.bias"),
-    ],
-)
-def test_weights_with_a_hole_are_refused(tmp_path: Path, change: str, reason: str) -> None:
-    state = small().state_dict()
-    del state[change]
-    torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=reason):
-        load_weights(small(), tmp_path / "w.pt")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("shape", [(9, 7, 1, 1, 1), (9, 50, 3, 1, 1), (8, 50, 1, 1, 1), (9, 50)])
-def test_a_classifier_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    state = small().state_dict()
-    assert state["logits.conv3d.weight"].shape == (5, 50, 1, 1, 1)
-    state.update({"logits.conv3d.weight": torch.zeros(shape), "logits.conv3d.bias": torch.zeros(9)})
-    torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"logits\.conv3d\.(weight|bias) is \("):
-        load_weights(small(), tmp_path / "w.pt")  # type: ignore[arg-type]
-
-
-def test_weights_of_the_other_modality_are_refused(tmp_path: Path) -> None:
-    torch.save(small("flow").state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"Conv3d_1a_7x7\.conv3d\.weight.*\(3, 2, 7, 7, 7\).*\(3, 3, 7, 7, 7\)"):
-        load_weights(small("rgb"), tmp_path / "w.pt")  # type: ignore[arg-type]
-
-
-class Runs:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (print, ("this ran",))
-
-
-def test_files_that_are_no_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"a": Runs()}, tmp_path / "code.pt")
-    good = tmp_path / "good.pt"
-    torch.save(small().state_dict(), good)
-    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
-    for name in ("code.pt", "cut.pt", "absent.pt"):
-        with pytest.raises(UserError, match=name):
-            load_weights(small(), tmp_path / name)  # type: ignore[arg-type]
-    assert "this ran" not in capsys.readouterr().out
-
-
-def test_a_checkpoint_rebuilds_its_model_and_refuses_another(tmp_path: Path) -> None:
-    config = tiny_config()
-    origin = Origin(["a", "b"], (48, 36), "dis")
-    model = TwoStream(config.stream_names, 2, config.model)
-    content = pack(config, origin, 7, {}, model=model.state_dict())
-    (tmp_path / "checkpoint.pt").write_bytes(to_bytes(content))
-    loaded = read_checkpoint(str(tmp_path))
-    again_config, again_origin, again = rebuild(loaded, "c")
-    assert (again_config, again_origin) == (config, origin)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    loaded["model"]["rgb.logits.conv3d.bias"] = "text"
-    with pytest.raises(UserError, match=r"another model: rgb\.logits\.conv3d\.bias is absent there, \(2,\) in"):
-        rebuild(loaded, "c")
-    loaded["model"] = model.state_dict()
-    loaded["config"]["model"]["stam_depth"] = 2
-    with pytest.raises(UserError, match=r"another model: flow\.attention_inc_2.*absent"):
-        rebuild(loaded, "c")
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), (2, 2, 2)), ((1, 3, 3), (1, 2, 2)), ((2, 2, 2), (2, 2, 2))])

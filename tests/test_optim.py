@@ -201,6 +201,45 @@ def test_cosine_ends_on_its_floor() -> None:
     assert rates(config_with(name="cosine", floor=0.25), 60)[40:] == pytest.approx([0.1] * 20)
 
 
+def test_a_short_run_follows_the_first_part_of_a_longer_cosine() -> None:
+    longer = rates(config_with(name="cosine", warmup=5, horizon=200), 40)
+    assert longer == rates(override_config(config_with(name="cosine", warmup=5), {"train.iterations": 200}, "t"), 40)
+    assert longer != rates(config_with(name="cosine", warmup=5), 40)
+    assert config_with(name="cosine", horizon=200).horizon == 200 and config_with(name="cosine").horizon == 40
+    assert config_with(name="plateau").horizon == 40
+
+
+@pytest.mark.parametrize(
+    "group", [{"k": 0}, {"k": -1}, {"k": 2.5}, {"alpha": 0.0}, {"alpha": 1.5}, {"alpha": math.nan}], ids=str
+)
+def test_ranger_checks_every_group(group: dict[str, Any]) -> None:
+    p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="LookAhead needs a whole k"):
+        Ranger([p], **group)
+    with pytest.raises(ValueError, match="LookAhead needs a whole k"):
+        Ranger([{"params": [p], **group}])
+    optimizer = Ranger([p])
+    with pytest.raises(ValueError, match="LookAhead needs a whole k"):
+        optimizer.add_param_group({"params": [q], **group})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "sgd", "lr": 0.3, "momentum": 0.7, "weight_decay": 1e-3},
+        {"name": "ranger", "lr": 0.2, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 1e-2, "k": 3, "alpha": 0.7},
+    ],
+    ids=lambda settings: settings["name"],
+)
+def test_every_setting_reaches_the_optimizer(settings: dict[str, Any]) -> None:
+    config = tiny_config(**{f"optimizer__{key}": value for key, value in settings.items()})
+    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.ones(1))])
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is {"sgd": torch.optim.SGD, "ranger": Ranger}[settings["name"]]
+    assert {key: group[key] for key in settings if key != "name"} == {k: v for k, v in settings.items() if k != "name"}
+
+
 def test_plateau_is_stepped_by_validations_only() -> None:
     config = config_with(name="plateau", patience=1, warmup=4)
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])

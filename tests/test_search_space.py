@@ -51,6 +51,9 @@ def test_table1_is_the_papers() -> None:
         "3_stacked_stam": ("auto", "ranger", "plateau", 3),
     }
     assert {config.streams for config in rows.values()} == {"rgb"}
+    batches = {label: (c.train.batch_size, c.train.accumulate) for label, c in rows.items()}
+    assert batches.pop("lu_original") == (48, 4)  # 12 a pass, as in Lu's code
+    assert set(batches.values()) == {(12, 1)}
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config, build_config
-from tune_ego.console import say
-from tune_ego.errors import UserError
-from tune_ego.experiment import (
+from tune_ego.checkpoint_files import (
     CHECKPOINT_FILE,
     CHECKSUM_FILE,
     checkpoint_iterations,
     checkpoint_uri,
+    checksum,
+    read_last_whole,
+    read_whole,
     remove_checkpoints,
 )
+from tune_ego.checkpoint_files import DamagedCheckpoint as DamagedCheckpoint
+from tune_ego.config import Config, build_config
+from tune_ego.errors import UserError
 from tune_ego.model import TwoStream
-from tune_ego.model.weights import unpack
+from tune_ego.model.weights import unpack, unusable
 
 FORMAT = 3
 
@@ -58,25 +61,21 @@ def to_bytes(content: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what was written."""
-
-
 def write_checkpoint(run: str, content: dict[str, Any], keep: Iterable[int] = ()) -> None:
     """Write a run's checkpoint; of all, the last two, that of the best validation and the iterations `keep` stay."""
     iteration = content["iteration"]
     earlier = [saved for saved in checkpoint_iterations(run) if saved < iteration]
-    data, checksum = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
-    storage.remove(checksum)  # of one that was damaged
+    data, beside = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
+    storage.remove(beside)  # of one that was damaged
     storage.write_bytes(checkpoint_uri(run, iteration), data)
-    storage.write_json(checksum, _checksum(data))
+    storage.write_json(beside, checksum(data))
     remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[-1:], *keep})
 
 
-def mean_weights(run: str, iterations: list[int]) -> dict[str, torch.Tensor]:
+def mean_weights(run: str, iterations: list[int]) -> dict[str, Tensor]:
     """The mean of the weights in a run's checkpoints of these iterations; counters are the last one's."""
     states = [read_checkpoint(checkpoint_uri(run, iteration))["model"] for iteration in iterations]
-    last: dict[str, torch.Tensor] = states[-1]
+    last: dict[str, Tensor] = states[-1]
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
         if value.is_floating_point()
@@ -85,44 +84,19 @@ def mean_weights(run: str, iterations: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def _checksum(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def last_whole(run: str) -> int | None:
     """The iteration of a run's last checkpoint whose checksum is right; each damaged one after it is named."""
-    found = _last_whole(run)
+    found = read_last_whole(run)
     return found[0] if found else None
 
 
 def last_checkpoint(run: str) -> tuple[dict[str, Any], str] | None:
     """(content, URI) of that checkpoint."""
-    found = _last_whole(run)
+    found = read_last_whole(run)
     if found is None:
         return None
     uri = checkpoint_uri(run, found[0])
     return _content(found[1], uri), uri
-
-
-def _last_whole(run: str) -> tuple[int, bytes] | None:
-    for iteration in reversed(checkpoint_iterations(run)):
-        try:
-            return iteration, _read_whole(checkpoint_uri(run, iteration))
-        except DamagedCheckpoint as error:
-            say(f"{error}; going back to the one before")
-    return None
-
-
-def _read_whole(uri: str) -> bytes:
-    data = storage.read_bytes(uri)
-    checksum = storage.join(uri.rpartition("/")[0], CHECKSUM_FILE)
-    try:
-        right = not storage.exists(checksum) or storage.read_json(checksum) == _checksum(data)
-    except UserError:  # it is damaged itself
-        right = False
-    if not right:
-        raise DamagedCheckpoint(f"{uri}: damaged, it is not what was written")
-    return data
 
 
 def read_checkpoint(uri: str) -> dict[str, Any]:
@@ -134,16 +108,67 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
         raise UserError(f"{uri}: there is no checkpoint here")
     if storage.exists(storage.join(uri, CHECKPOINT_FILE)):
         uri = storage.join(uri, CHECKPOINT_FILE)
-    return _content(_read_whole(uri), uri)
+    return _content(read_whole(uri), uri)
 
 
 def _content(data: bytes, uri: str) -> dict[str, Any]:
     content = unpack(data, uri)
+    check_content(content, uri)
+    return dict(content)
+
+
+_KINDS: dict[str, type] = {
+    "config": dict,
+    "actions": list,
+    "image_size": list,
+    "flow_method": str,
+    "iteration": int,
+    "best": dict,
+    "model": dict,
+}
+_MORE_KINDS: dict[str, type] = {"losses": list, "optimizers": dict}
+"""What a run that goes on needs beside."""
+_OPTIMIZER_KINDS: dict[str, type] = {"optimizer": dict, "schedule": dict, "scaler": dict}
+_NAMED = ("optimizer", "schedule")
+
+
+def check_content(content: Any, source: str, goes_on: Config | None = None) -> None:
+    """Raise `UserError` where this is not what `pack` makes: what is absent, or of another type.
+
+    `goes_on`: the configuration of the run that is to go on from it. Its optimizer and schedule have to be those that
+    the checkpoint holds the states of.
+    """
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
-        raise UserError(f"{uri}: not a checkpoint of tune_ego")
+        raise UserError(f"{source}: not a checkpoint of tune_ego")
     if content["format"] != FORMAT:
-        raise UserError(f"{uri}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
-    return content
+        raise UserError(f"{source}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
+    _check_kinds(content, _KINDS | (_MORE_KINDS if goes_on else {}), "", source)
+    sizes = content["image_size"]
+    if not all(isinstance(name, str) for name in content["actions"]) or not content["actions"]:
+        raise UserError(f"{source}: a damaged checkpoint: its actions are not names")
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{source}: a damaged checkpoint: its image_size is {sizes}, not width and height")
+    if goes_on is None:
+        return
+    if not all(isinstance(losses, Tensor) for losses in content["losses"]):
+        raise UserError(f"{source}: a damaged checkpoint: its losses are not tensors")
+    for modality in goes_on.stream_names:
+        _check_kinds(content["optimizers"], {modality: dict}, "optimizers.", source)
+        _check_kinds(content["optimizers"][modality], _OPTIMIZER_KINDS, f"optimizers.{modality}.", source)
+    saved = build_config(content["config"], source)
+    for part in _NAMED:
+        theirs, ours = getattr(saved, part).name, getattr(goes_on, part).name
+        if theirs != ours:
+            raise UserError(f"{source}: a checkpoint of a run with {part}.name: {theirs}, not {ours}")
+
+
+def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type], above: str, source: str) -> None:
+    for key, kind in kinds.items():
+        if key not in content:
+            raise UserError(f"{source}: a damaged checkpoint: it has no {above}{key}")
+        if not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise UserError(f"{source}: a damaged checkpoint: its {above}{key} is a {found}, not a {kind.__name__}")
 
 
 def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoStream]:
@@ -155,13 +180,16 @@ def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoSt
     return config, origin, model
 
 
-def load_model_state(model: TwoStream, state: dict[str, Any], source: str) -> None:
+def load_model_state(model: TwoStream, state: Any, source: str) -> None:
     """Load strictly; the first difference is a `UserError` with both shapes."""
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{source}: holds no state dict of a model")
     ours = model.state_dict()
     for name in sorted(ours.keys() | state.keys()):
-        shapes = [
-            tuple(side[name].shape) if isinstance(side.get(name), torch.Tensor) else "absent" for side in (state, ours)
-        ]
+        value, fault = state.get(name), ""
+        if isinstance(value, Tensor) and (fault := unusable(value)):
+            raise UserError(f"{source}: {name} is {fault}")
+        shapes = [tuple(side[name].shape) if isinstance(side.get(name), Tensor) else "absent" for side in (state, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one"

@@ -340,7 +340,9 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A run (its last checkpoint), a checkpoint's folder or its file.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run (its final weights, else its last checkpoint), a checkpoint's folder or file.")
+    ],
     data: Data,
     split: Annotated[
         Optional[int],

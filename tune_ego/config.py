@@ -114,7 +114,10 @@ class MultiStepConfig(_ScheduleNode):
 class CosineConfig(_ScheduleNode):
     name: Literal["cosine"] = "cosine"
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The learning rate at the run's end, as a fraction of `optimizer.lr`."""
+    """The learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
+    horizon: Union[Annotated[int, Field(ge=1)], None] = None
+    """The iteration at which the floor is reached; null: `train.iterations`. A search whose trials are shorter than the
+    final run, or may be made longer when it is resumed, sets the final run's."""
 
 
 class ConstantConfig(_ScheduleNode):
@@ -132,7 +135,8 @@ class TrainConfig(_Node):
     iterations: int = Field(3000, ge=1)
     """Optimizer steps of the run (the paper)."""
     batch_size: int = Field(12, ge=1)
-    """Samples per iteration, over all workers and accumulation steps (Lu)."""
+    """Samples per iteration, over all workers and accumulation steps. 12 are one forward pass of Lu's code, of which 4
+    make a step: its iteration is `batch_size: 48, accumulate: 4`."""
     accumulate: int = Field(1, ge=1)
     """Forward-backward passes per iteration and worker; each one's share of the batch is cut into so many."""
     deterministic: bool = False
@@ -212,6 +216,12 @@ class Config(_Node):
         """Samples of one forward pass."""
         return self.train.batch_size // self.passes
 
+    @property
+    def horizon(self) -> int:
+        """The iteration that the schedule is laid out for."""
+        horizon = self.schedule.horizon if isinstance(self.schedule, CosineConfig) else None
+        return self.train.iterations if horizon is None else horizon
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Config:
         if self.compute.least_workers > self.compute.most_workers:
@@ -228,6 +238,15 @@ class Config(_Node):
         if self.schedule.warmup >= self.train.iterations:
             raise ValueError(
                 f"schedule.warmup = {self.schedule.warmup} does not end within train.iterations = "
+                f"{self.train.iterations}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _horizon_is_not_before_the_end(self) -> Config:
+        if self.horizon < self.train.iterations:
+            raise ValueError(
+                f"schedule.horizon = {self.horizon} is before the end of the run, train.iterations = "
                 f"{self.train.iterations}"
             )
         return self

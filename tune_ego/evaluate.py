@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tune_ego import experiment, storage
-from tune_ego.checkpoint import Origin, load_model_state, read_checkpoint, rebuild
+from tune_ego.checkpoint import Origin, last_checkpoint, load_model_state, read_checkpoint, rebuild
+from tune_ego.checkpoint_files import find_checkpoint, is_final, run_of
 from tune_ego.config import Config
 from tune_ego.console import clip_progress
 from tune_ego.dataset.shards import Clip, Shards, open_shards
@@ -37,7 +38,7 @@ from tune_ego.metrics import (
 )
 from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
-from tune_ego.model.weights import unpack
+from tune_ego.model.weights import load_tensors
 from tune_ego.train import autocast_dtype
 
 _BATCH = 8
@@ -45,30 +46,19 @@ _BATCH = 8
 _SWEEP_STEPS = 20
 
 
-def _run_of(checkpoint: str) -> str:
-    """The run's folder of a checkpoint's file; of a file that lies elsewhere, its own folder."""
-    folder = checkpoint.rpartition("/")[0]
-    above, _, name = folder.rpartition("/")
-    return above if experiment.is_checkpoint_name(name) or checkpoint.endswith(f"/{experiment.MODEL_FILE}") else folder
-
-
 def evaluate(
     checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
 ) -> dict[str, Any]:
     """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
 
-    `split` is 1 to 3, else the one it was trained on. `fusion_weight` is RGB's share of the fused scores, else the
-    configuration's. Of a run that has ended the final weights are tested. Without `out` the file is written beside the
-    checkpoint's run. Raises `UserError` where
-    checkpoint and shards do not belong together, and where the model's scores are not finite.
+    `checkpoint` is a run (the final weights of one that has ended, else its last whole checkpoint), a checkpoint's
+    folder, or the file of a checkpoint or of final weights. `split` is 1 to 3, else the one it was trained on.
+    `fusion_weight` is RGB's share of the fused scores, else the configuration's. Without `out` the file is written in
+    the checkpoint's run. Raises `UserError` where checkpoint and shards do not belong together, and where the model's
+    scores are not finite.
     """
-    source = experiment.find_checkpoint(checkpoint)
-    content = read_checkpoint(source)
-    config, origin, model = rebuild(content, source)
-    final = storage.join(storage.absolute(checkpoint), experiment.MODEL_FILE)
-    if storage.is_file(final):  # a run that has ended: its weights may be the mean of several checkpoints'
-        source = final
-        load_model_state(model, unpack(storage.read_bytes(final), final), final)
+    source = find_checkpoint(checkpoint)
+    config, origin, model, iteration = _load(source)
     shards = open_shards(storage.absolute(data))
     _check_same_kind(origin, config, shards, source)
     if fusion_weight is not None:
@@ -85,15 +75,31 @@ def evaluate(
         "clips": len(clips),
         "clips_trained_on": len({clip.name for clip in clips} & set(shards.names("train", config.data.split))),
         "chance": 1 / len(origin.actions),
-        "iteration": content["iteration"],
+        "iteration": iteration,
         "checkpoint": source,
         **action_results(found, label_N, shards),
         "attention": attention,
     }
     if "fused" in result:
         result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(found, label_N)}
-    storage.write_json(out or storage.join(_run_of(source), experiment.EVALUATION_FILE), result)
+    storage.write_json(out or storage.join(run_of(source), experiment.EVALUATION_FILE), result)
     return result
+
+
+def _load(source: str) -> tuple[Config, Origin, TwoStream, int]:
+    """(configuration, data set, model, iteration) of a checkpoint's file or of a run's final weights.
+
+    Weights alone do not say what they are: the run's last whole checkpoint does.
+    """
+    if not (is_final(source) and storage.is_file(source)):
+        content = read_checkpoint(source)
+        return *rebuild(content, source), content["iteration"]
+    last = last_checkpoint(run_of(source))
+    if last is None:
+        raise UserError(f"{source}: its run has no whole checkpoint, which would say what model these weights are of")
+    config, origin, model = rebuild(*last)
+    load_model_state(model, load_tensors(source), source)  # they may be the mean of several checkpoints'
+    return config, origin, model, config.train.iterations
 
 
 def _run(

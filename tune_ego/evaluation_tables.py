@@ -65,10 +65,10 @@ def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) 
 
 def _show_attention(attention: dict[str, dict[str, Any] | None]) -> None:
     scored = {name: scores for name, scores in attention.items() if scores is not None}
-    keys = ("auc_judd", "nss", "f1", "precision", "recall")
+    keys = ("auc_judd", "auc", "nss", "f1", "precision", "recall")
     rows = [[name, *(f"{scores[key]:.3f}" for key in keys), f"{scores['frames']:,}"] for name, scores in scored.items()]
     if rows:
-        columns = ["", "AUC (Judd)", "NSS", "F1", "precision", "recall", "frames"]
+        columns = ["", "AUC (Judd)", "AUC", "NSS", "F1", "precision", "recall", "window frames"]
         print_table("Attention against gaze; centre is a Gaussian that knows no image", columns, rows)
 
 

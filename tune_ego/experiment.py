@@ -1,4 +1,4 @@
-"""The files of runs and experiments, and reading them: no Ray and no torch here.
+"""The files of runs and experiments, and reading them: no Ray and no torch here. More in `checkpoint_files`.
 
 <storage>/<name>/   a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.{pt,json}, final/model.pt
 <storage>/<name>/   an experiment: experiment.json, trials.json, tune/ (Ray's), runs/<trial>/ (as above, with
@@ -17,6 +17,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tune_ego import driver, storage
+from tune_ego.checkpoint_files import MODEL_FILE as MODEL_FILE
+from tune_ego.checkpoint_files import checkpoint_iterations as checkpoint_iterations
+from tune_ego.checkpoint_files import checkpoint_uri as checkpoint_uri
+from tune_ego.checkpoint_files import find_checkpoint as find_checkpoint
+from tune_ego.checkpoint_files import remove_checkpoints as remove_checkpoints
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.search_space import SearchSpace, parse_space
@@ -38,10 +43,6 @@ METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
 ERROR_FILE = "error.txt"
 """The last traceback of a run that was given up."""
-CHECKPOINT_FILE = "checkpoint.pt"
-CHECKSUM_FILE = "checkpoint.json"
-"""Beside a checkpoint: its size and SHA-256. Written last: a checkpoint without it is not whole."""
-MODEL_FILE = "final/model.pt"
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -84,63 +85,14 @@ def learning_rates(line: dict[str, Any]) -> dict[str, float]:
 
 
 def collapsed_rate(config: Config, lines: list[dict[str, Any]]) -> str:
-    """Where a learning rate fell under a thousandth of its start before half the iterations; empty where none did."""
+    """Where a learning rate fell under a thousandth of its start before half its horizon; empty where none did."""
     for line in lines:
-        early = config.schedule.warmup < line["iteration"] < config.train.iterations / 2
+        early = config.schedule.warmup < line["iteration"] < config.horizon / 2
         for stream, rate in learning_rates(line).items():
             if early and rate < _COLLAPSED * config.optimizer.lr:
                 start = f"{config.optimizer.lr:.2g} to {rate:.2g} by iteration {line['iteration']}"
                 return f"the learning rate of the {stream} stream fell from {start} of {config.train.iterations}"
     return ""
-
-
-_CHECKPOINT_PREFIX = "iteration-"
-
-
-def checkpoint_name(iteration: int) -> str:
-    return f"{_CHECKPOINT_PREFIX}{iteration:06d}"
-
-
-def checkpoint_iterations(run: str) -> list[int]:
-    """The iterations of a run's whole checkpoints, ascending."""
-    files = (CHECKPOINT_FILE, CHECKSUM_FILE)
-    return [n for n in _named_iterations(run) if all(storage.exists(checkpoint_uri(run, n, file)) for file in files)]
-
-
-def is_checkpoint_name(name: str) -> bool:
-    return name.startswith(_CHECKPOINT_PREFIX) and name.removeprefix(_CHECKPOINT_PREFIX).isdecimal()
-
-
-def _named_iterations(run: str) -> list[int]:
-    names = filter(is_checkpoint_name, storage.list_names(run))
-    return sorted(int(name.removeprefix(_CHECKPOINT_PREFIX)) for name in names)
-
-
-def checkpoint_uri(run: str, iteration: int, file: str = CHECKPOINT_FILE) -> str:
-    return storage.join(run, checkpoint_name(iteration), file)
-
-
-def remove_checkpoints(run: str, keep: Container[int] = ()) -> None:
-    """Delete a run's checkpoints, broken ones too, but those of the iterations to keep."""
-    for iteration in _named_iterations(run):
-        if iteration not in keep:
-            storage.remove(checkpoint_uri(run, iteration, CHECKSUM_FILE))  # first: half a checkpoint is none
-            storage.remove_folder(storage.join(run, checkpoint_name(iteration)))
-
-
-def find_checkpoint(uri: str) -> str:
-    """The file meant by a file, a checkpoint's folder or a run's folder (its last whole checkpoint).
-
-    Raises `UserError` for another folder; what is not there stays as given.
-    """
-    uri = storage.absolute(uri)
-    if storage.is_file(uri) or not storage.exists(uri):
-        return uri
-    saved = checkpoint_iterations(uri)
-    file = checkpoint_uri(uri, saved[-1]) if saved else storage.join(uri, CHECKPOINT_FILE)
-    if storage.exists(file):
-        return file
-    raise UserError(f"{uri}: no checkpoint in this folder; give a run, of a search one below runs/")
 
 
 @dataclass

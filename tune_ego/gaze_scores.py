@@ -1,4 +1,4 @@
-"""How well attention agrees with gaze: AUC (Judd), NSS and F1.
+"""How well attention agrees with gaze: AUC (Judd), AUC, NSS and F1.
 
 Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly on the grid that the gaze loss
 teaches: cell j of W stands for x = j / W. A map that was not taught by it may be right by another grid: half a cell.
@@ -38,14 +38,36 @@ def enlarge(attention_BTHW: Tensor) -> Tensor:
     return torch.where(even, 0.0, enlarged.flatten(1))
 
 
-def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """Area under the ROC curve of each map: its values at the gaze cells against those at all others (Judd et al.,
-    MIT-CSAIL-TR-2012-001). Several gaze points in one cell count once; equal values count half, as the noise that
-    is usually added against ties comes to, so an even map scores 0.5. (Code that puts thresholds at the gaze cells'
-    values alone gives more for few gaze points, also to noise.) NaN for a map without gaze."""
+def _fixated(cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
+    """[S, F]: where several gaze points lie in one cell, the first one's place alone."""
     order = torch.arange(cell_SF.shape[1], device=cell_SF.device)
     same_SFF = (cell_SF[:, :, None] == cell_SF[:, None, :]) & valid_SF[:, None, :]
-    gaze_SF = valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
+    return valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
+
+
+def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
+    """AUC_Judd of the MIT saliency benchmark (Bylinskii et al., TPAMI 2019), without its noise against ties: thresholds
+    at the map's values at the gaze cells, true positives the share of these at or above, false positives the share of
+    all other cells; the curve from (0, 0) to (1, 1) by trapezoids. Several gaze points in one cell count once. Of few
+    gaze points it flatters: noise scores 0.75 on one. NaN for a map without gaze."""
+    gaze_SF = _fixated(cell_SF, valid_SF)
+    value_SF = map_SP.gather(1, cell_SF)
+    cells_SF = (map_SP[:, None, :] >= value_SF[:, :, None]).sum(dim=2).double()
+    hits_SF = ((value_SF[:, None, :] >= value_SF[:, :, None]) & gaze_SF[:, None, :]).sum(dim=2).double()
+    gaze_S1 = gaze_SF.sum(dim=1, keepdim=True)
+    # Both grow as the threshold falls, so that each may be sorted by itself; (1, 1) stands in for what is no gaze cell.
+    rates = [hits_SF / gaze_S1, (cells_SF - hits_SF) / (map_SP.shape[1] - gaze_S1)]
+    true_SF, false_SF = (F.pad(torch.where(gaze_SF, rate, 1.0).sort(dim=1)[0], (1, 0)) for rate in rates)
+    ends = torch.ones_like(true_SF[:, :1])
+    area_S = torch.trapezoid(torch.cat([true_SF, ends], dim=1), torch.cat([false_SF, ends], dim=1))
+    return torch.where(gaze_S1[:, 0] > 0, area_S, torch.nan)
+
+
+def auc(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
+    """Area under the whole ROC curve of each map, which is how often (Mann-Whitney) its value at a gaze cell is above
+    that at another cell. Several gaze points in one cell count once; equal values count half: an even map, and noise,
+    score 0.5. NaN for a map without gaze."""
+    gaze_SF = _fixated(cell_SF, valid_SF)
     value_SF = map_SP.gather(1, cell_SF)
 
     def outdone(others: Tensor, counts: Tensor) -> Tensor:
@@ -84,10 +106,14 @@ def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Ten
 
 
 class GazeScores:
-    """Means over all windows that are added; gaze points outside the crop count as no gaze."""
+    """Means over all windows that are added; gaze points outside the crop count as no gaze.
+
+    A frame counts in each of the windows that it is in. A map with gaze that is not finite makes the means NaN.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._auc, self._nss, self._maps, self._frames = (torch.zeros((), device=device).double() for _ in range(4))
+        self._judd, self._auc, self._nss = (torch.zeros((), device=device).double() for _ in range(3))
+        self._maps, self._frames = (torch.zeros((), device=device).double() for _ in range(2))
         self._thresholds = torch.linspace(0, 1, _THRESHOLDS + 1, device=device)[:-1]
         self._precision, self._recall = (torch.zeros(_THRESHOLDS, device=device).double() for _ in range(2))
 
@@ -101,12 +127,15 @@ class GazeScores:
         valid_SF = inside_BT.unflatten(1, (slices, -1)).flatten(0, 1)
         cell_SF2 = (point_SF2 * RESOLUTION).long()
         cell_SF = cell_SF2[..., 1] * RESOLUTION + cell_SF2[..., 0]
-        self._auc += auc_judd(map_SP, cell_SF, valid_SF).nansum()
-        self._nss += nss(map_SP, cell_SF, valid_SF).nansum()
-        self._maps += valid_SF.any(dim=1).sum()
-        precision, recall = overlaps(map_SP, point_SF2, self._thresholds)
-        self._precision += precision[valid_SF].sum(dim=0)
-        self._recall += recall[valid_SF].sum(dim=0)
+        seen_S = valid_SF.any(dim=1)
+        finite_S = attention_BTHW.flatten(0, 1).flatten(1).isfinite().all(dim=1)
+        zero_S = torch.where(finite_S, 0.0, torch.nan)  # comparisons do not show a NaN
+        self._judd += (auc_judd(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
+        self._auc += (auc(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
+        self._nss += (nss(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
+        self._maps += seen_S.sum()
+        for total, found in zip((self._precision, self._recall), overlaps(map_SP, point_SF2, self._thresholds)):
+            total += (found + zero_S[:, None, None])[valid_SF].sum(dim=0)
         self._frames += valid_SF.sum()
 
     def add_centre(self, shape: torch.Size, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> None:
@@ -117,15 +146,17 @@ class GazeScores:
         self.add(gaze_target(middle, seen, (slices, height, width), sigma)[0], gaze_BT2, valid_BT)
 
     def result(self) -> dict[str, Any] | None:
-        """`auc_judd` and `nss`, means over maps; `f1` with its `precision`, `recall` (means over frames) and
-        `threshold`, the best of 50 in [0, 1); `maps` and `frames` with gaze. None where there was no gaze."""
+        """`auc_judd`, `auc` and `nss`, means over maps; `f1` with its `precision`, `recall` (means over frames) and
+        `threshold`, the best of 50 in [0, 1); `maps` and `frames` with gaze, each frame counted in every window that
+        it is in. None where there was no gaze."""
         if not self._frames:
             return None
         precision, recall = self._precision / self._frames, self._recall / self._frames
         f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
         best = int(f1.argmax())
         return {
-            "auc_judd": (self._auc / self._maps).item(),
+            "auc_judd": (self._judd / self._maps).item(),
+            "auc": (self._auc / self._maps).item(),
             "nss": (self._nss / self._maps).item(),
             "f1": f1[best].item(),
             "precision": precision[best].item(),

@@ -20,12 +20,16 @@ def gaze_target(
     """The Gaussian map around the mean gaze point of each slice of the window.
 
     `gaze_BT2` holds x, y in crop coordinates ([0, 1] of the crop; it may lie outside), `valid_BT` which frames have
-    gaze; `sigma` is in cells. Returns the target [B, T', H, W] in (0, 1] and which slices have one, [B, T'].
+    gaze (a frame whose gaze is not finite has none, whatever it says); `sigma` is in cells. Returns the target
+    [B, T', H, W] in (0, 1] and which slices have one, [B, T'].
     """
     slices, height, width = map_size
     batch, frames = valid_BT.shape
     if frames % slices:
         raise ValueError(f"{frames} frames do not divide into {slices} slices")
+    if valid_BT.dtype != torch.bool:
+        raise ValueError(f"valid_BT is of type {valid_BT.dtype}: which frames have gaze is true or false")
+    valid_BT = valid_BT & gaze_BT2.isfinite().all(dim=2)
     valid = valid_BT.reshape(batch, slices, frames // slices)
     point = torch.where(valid_BT[..., None], gaze_BT2, 0.0).reshape(batch, slices, frames // slices, 2)
     count = valid.sum(dim=2)

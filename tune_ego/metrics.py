@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,7 +51,7 @@ def confusion(scores_NK: Tensor, label_N: Tensor) -> Tensor:
 
 
 def micro_accuracy(confusion_KK: Tensor) -> float:
-    """Share of the clips that are right."""
+    """Share of the clips that are right; NaN where there are none."""
     return (confusion_KK.diagonal().sum() / confusion_KK.sum()).item()
 
 
@@ -60,9 +62,9 @@ def class_recall(confusion_KK: Tensor) -> list[float | None]:
 
 
 def mean_class_accuracy(confusion_KK: Tensor) -> float:
-    """Mean of per-class recall over the classes that have clips."""
+    """Mean of per-class recall over the classes that have clips; NaN, as `micro_accuracy`, where there are none."""
     present = [recall for recall in class_recall(confusion_KK) if recall is not None]
-    return sum(present) / len(present)
+    return sum(present) / len(present) if present else math.nan
 
 
 def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str, float]]:

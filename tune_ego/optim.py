@@ -30,13 +30,16 @@ class Ranger(torch.optim.RAdam):
         k: int = 6,
         alpha: float = 0.5,
     ) -> None:
-        if k < 1 or not 0 < alpha <= 1:
-            raise ValueError(f"LookAhead needs k >= 1 and 0 < alpha <= 1, not k={k}, alpha={alpha}")
+        self._look_ahead_defaults = {"k": k, "alpha": alpha}
+        _check_look_ahead(self._look_ahead_defaults)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.defaults.update(k=k, alpha=alpha)  # for groups that are added later
-        for group in self.param_groups:
-            group.setdefault("k", k)
-            group.setdefault("alpha", alpha)
+        self.defaults.update(self._look_ahead_defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, which calls it for the first groups too; one without `k` and `alpha` has the optimizer's."""
+        param_group = {**self._look_ahead_defaults, **param_group}
+        _check_look_ahead(param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -57,8 +60,9 @@ class Ranger(torch.optim.RAdam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:  # those of a plain RAdam's state have neither
-            group.setdefault("k", self.defaults["k"])
-            group.setdefault("alpha", self.defaults["alpha"])
+            for key in ("k", "alpha"):
+                group.setdefault(key, self.defaults[key])
+            _check_look_ahead(group)
 
     def _look_ahead(self, group: dict[str, Any]) -> None:
         due = [p for p in group["params"] if p.grad is not None and int(self.state[p]["step"]) % group["k"] == 0]
@@ -66,6 +70,12 @@ class Ranger(torch.optim.RAdam):
             slow = [self.state[p]["slow"] for p in due]
             torch._foreach_lerp_(slow, due, group["alpha"])
             torch._foreach_copy_(due, slow)
+
+
+def _check_look_ahead(group: dict[str, Any]) -> None:
+    k, alpha = group["k"], group["alpha"]
+    if not isinstance(k, int) or k < 1 or not 0 < alpha <= 1:
+        raise ValueError(f"LookAhead needs a whole k >= 1 and 0 < alpha <= 1, not k={k}, alpha={alpha}")
 
 
 def _radam_step(optimizer: Ranger) -> None:
@@ -81,8 +91,8 @@ def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim
     return Ranger(parameters, **chosen.model_dump(exclude={"name"}))
 
 
-def schedule_factor(schedule: ScheduleConfig, steps: int, iterations: int) -> float:
-    """The learning rate of the step after `steps` steps of `iterations`, as a factor on `optimizer.lr`.
+def schedule_factor(schedule: ScheduleConfig, steps: int, horizon: int) -> float:
+    """The learning rate of the step after `steps` steps, as a factor on `optimizer.lr`; `horizon` is `Config.horizon`.
 
     Without what validations do to it: `plateau` is warm-up alone here.
     """
@@ -91,7 +101,7 @@ def schedule_factor(schedule: ScheduleConfig, steps: int, iterations: int) -> fl
     if isinstance(schedule, MultiStepConfig):
         return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
     if isinstance(schedule, CosineConfig):
-        done = min(1.0, (steps - schedule.warmup) / max(1, iterations - schedule.warmup))
+        done = min(1.0, (steps - schedule.warmup) / max(1, horizon - schedule.warmup))
         return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * done)) / 2
     return 1.0
 
@@ -111,9 +121,7 @@ class Schedule:
         self._apply()
 
     def _apply(self) -> None:
-        rate = self._config.optimizer.lr * schedule_factor(
-            self._config.schedule, self._steps, self._config.train.iterations
-        )
+        rate = self._config.optimizer.lr * schedule_factor(self._config.schedule, self._steps, self._config.horizon)
         if self._plateau is not None:
             rate *= self._plateau.optimizer.param_groups[0]["lr"]
         for group in self._optimizer.param_groups:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tune_ego.checkpoint import Origin, load_model_state, pack
+from tune_ego.checkpoint import Origin, check_content, load_model_state, pack
 from tune_ego.config import Config
+from tune_ego.errors import UserError
 from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
@@ -92,10 +93,14 @@ class Trainer:
         self._means: list[Tensor] = []
 
     def load(self, content: dict[str, Any], source: str) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; raises `UserError` where it is none of a run like this one."""
+        check_content(content, source, self.config)
         load_model_state(self.model, content["model"], source)
         for modality, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][modality])
+            try:
+                optimizer.load_state_dict(content["optimizers"][modality])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{source}: not a state of the {modality} stream's optimizer ({error!r})") from error
         self.iteration, self.best = content["iteration"], content["best"]
         self._means = [losses.to(self.device) for losses in content["losses"]]
 
@@ -190,7 +195,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
-        """Accuracies on the validation clips, over all workers; steps the schedules and notes the best."""
+        """Accuracies on the validation clips, over all workers; steps the schedules and notes the best.
+
+        Raises `NonFiniteLoss`, on all workers, where a stream's scores are not finite: its weights are spoilt.
+        """
         self.parallel.eval()
         if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
             for buffer in self.model.buffers():
@@ -201,7 +209,9 @@ class Trainer:
             batch = next(batches)
             outputs = self._forward(self.model, batch, None)
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
-        found = accuracies(scores.reduce(self.config.fusion_weight), labels)
+        mean_scores = scores.reduce(self.config.fusion_weight)
+        self._check_scores(mean_scores)
+        found = accuracies(mean_scores, labels)
         main = found.get("fused", found[self.config.stream_names[0]])
         metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
         metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
@@ -214,6 +224,12 @@ class Trainer:
     def memory(self) -> dict[str, int]:
         """What this worker has had of its GPU's memory at most, bytes; nothing on a CPU."""
         return {GPU_BYTES: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+
+    def _check_scores(self, scores: dict[str, Tensor]) -> None:
+        spoilt = [modality for modality in self.model if not scores[modality].isfinite().all()]
+        if spoilt:
+            streams = f"the validation scores of the {' and the '.join(spoilt)} stream are not finite"
+            raise NonFiniteLoss(f"iteration {self.iteration}: {streams}; a lower optimizer.lr may help")
 
     def training_metrics(self, losses: Tensor) -> dict[str, float]:
         """Lines of the log from mean losses [streams, (total, action, gaze)]: per stream, and their sums."""

@@ -18,6 +18,7 @@ import yaml
 
 from tune_ego import experiment
 from tune_ego.bench.record import Benchmark
+from tune_ego.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
@@ -138,8 +139,8 @@ def _let_it_run(process: subprocess.Popen[bytes], run: Path, rng: random.Random,
 def _is_half_written(run: Path, whole: set[str]) -> bool:
     """Whether a checkpoint is begun and not whole; `whole`, and added to it, are the names of those that are."""
     for name in os.listdir(run):
-        if experiment.is_checkpoint_name(name) and name not in whole:
-            if not (run / name / experiment.CHECKSUM_FILE).exists():
+        if is_checkpoint_name(name) and name not in whole:
+            if not (run / name / CHECKSUM_FILE).exists():
                 return True
             whole.add(name)
     return False

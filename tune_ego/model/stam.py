@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tune_ego.config import ModelConfig
 from tune_ego.model.i3d import ACTIVATIONS, MIXED_WIDTHS, Unit3D, inception
 
-_SMALLEST_RANGE = 1e-12
-"""A map whose values differ by less counts as all equal: its scaling and derivative would not be finite."""
 _FURTHEST = 7
 """Relative positions further apart than this many cells along an axis share one term."""
 
@@ -88,22 +87,49 @@ def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
     """Scale each clip's map; float32 under mixed precision too.
 
     `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min. Value and derivative are
-    finite in every floating type: where the derivative exceeds float16, its largest number stands. Not so under
-    autocast, where the loss is scaled: there an overflow must reach the loss scaler.
+    finite in every floating type: where the derivative exceeds the type, its largest number stands. Not so of float16
+    under autocast, where the loss is scaled: there an overflow must reach the loss scaler.
     A map with a NaN stays one.
     """
     wide = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
-    if map_BTHW.dtype == torch.float16 and wide.requires_grad and not torch.is_autocast_enabled(map_BTHW.device.type):
-        wide.register_hook(_within_float16)
-    low = wide.amin(dim=(1, 2, 3), keepdim=True)
+    scaled_loss = map_BTHW.dtype == torch.float16 and torch.is_autocast_enabled(map_BTHW.device.type)
+    if wide.requires_grad and wide.dtype != map_BTHW.dtype and not scaled_loss:
+        wide.register_hook(lambda gradient: _cut(gradient, map_BTHW.dtype, gradient.isfinite()))
     if how == "subtract_min":
-        return wide - low
-    span = wide.amax(dim=(1, 2, 3), keepdim=True) - low
-    varied = ~(span <= _SMALLEST_RANGE)
-    return torch.where(varied, (wide - low) / torch.where(varied, span, 1.0), 0.0)
+        return wide - wide.amin(dim=(1, 2, 3), keepdim=True)
+    scaled: Tensor = _MinMax.apply(wide)
+    return scaled
 
 
-def _within_float16(gradient: Tensor) -> Tensor:
-    """Cut finite values to float16's range; infinities stay, for the loss scaler to see."""
-    largest = torch.finfo(torch.float16).max
-    return torch.where(gradient.isfinite(), gradient.clamp(-largest, largest), gradient)
+class _MinMax(torch.autograd.Function):
+    """(a - min) / (max - min) over each map [T, H, W]. Its derivative divides once, at the end, so that it is finite
+    however small max - min is; each of several equal extremes has its share of their derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        low, high = a.amin(dim=(1, 2, 3), keepdim=True), a.amax(dim=(1, 2, 3), keepdim=True)
+        varied = ~(high - low <= 0)
+        span = torch.where(varied, high - low, 1.0)
+        scaled = torch.where(varied, (a - low) / span, 0.0)
+        ctx.save_for_backward(scaled, span, varied, a == low, a == high)
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        scaled, span, varied, lowest, highest = ctx.saved_tensors
+        gradient = gradients[0]
+        of_high = (gradient * scaled).sum(dim=(1, 2, 3), keepdim=True)
+        of_low = (gradient * (1 - scaled)).sum(dim=(1, 2, 3), keepdim=True)
+        rise = gradient - _shared(of_high, highest) - _shared(of_low, lowest)
+        return torch.where(varied, _cut(rise / span, span.dtype, rise.isfinite()), 0.0)
+
+
+def _shared(amount: Tensor, places: Tensor) -> Tensor:
+    return amount * places / places.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+
+
+def _cut(values: Tensor, dtype: torch.dtype, where: Tensor) -> Tensor:
+    """Cut values to the range of `dtype` in these places; in the others infinities stay, for all to see."""
+    largest = torch.finfo(dtype).max
+    return torch.where(where, values.clamp(-largest, largest), values)

@@ -71,7 +71,9 @@ class Stream(nn.Module):
 
 
 def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
-    """One stream with fresh weights; `modality` is "rgb" or "flow"."""
+    """One stream with fresh weights; `modality` is "rgb" or "flow", anything else a `ValueError`."""
+    if modality not in CHANNELS:
+        raise ValueError(f"no stream {modality!r}; allowed: {', '.join(CHANNELS)}")
     return Stream(modality, num_classes, model)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tune_ego import storage
+from tune_ego.checkpoint_files import is_final, read_last_whole, read_whole, run_of
 from tune_ego.errors import UserError
 from tune_ego.model.two_stream import Stream
 
 _CLASSIFIER = ("logits.conv3d.weight", "logits.conv3d.bias")
+_BLOCKS = {"attention_inc": "inception", "attention_self": "attention"}
+"""How the modules of each `stam_block` begin."""
+_ZIP = b"PK\x03\x04"
+_BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+"""How files begin that torch wrote before 1.6."""
+_NAMES_SHOWN = 5
 
 
 class LoadedWeights(NamedTuple):
@@ -42,9 +50,12 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def load_tensors(uri: str | Path) -> Any:
-    """What `torch.save` wrote, tensors and plain containers only: a file that would run code is refused."""
+    """What `torch.save` wrote, tensors and plain containers only: a file that would run code is refused.
+
+    Raises `UserError` where it cannot be read, or is not what was written.
+    """
     try:
-        data = storage.read_bytes(uri)
+        data = read_whole(str(uri))
     except OSError as error:
         raise UserError(f"{uri}: cannot be read ({error})") from error
     return unpack(data, str(uri))
@@ -52,10 +63,42 @@ def load_tensors(uri: str | Path) -> Any:
 
 def unpack(data: bytes, source: str) -> Any:
     """As `load_tensors`, of a file's content."""
+    fault = _archive_fault(data) if data.startswith(_ZIP) else ""
+    if not fault:
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes happen to mean
+            fault = _load_fault(data, str(error))
+    raise UserError(f"{source}: {fault}")  # without torch's words: they tell how to switch its protection off
+
+
+def _archive_fault(data: bytes) -> str:
+    """What is wrong with a zip archive, empty where nothing is: torch itself does not look at its checksums."""
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes happen to mean
-        raise UserError(f"{source}: not weights that can be loaded ({' '.join(str(error).split())[:160]})") from error
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return "not a torch file, but another zip archive"
+            damaged = archive.testzip()
+    except Exception:  # zipfile raises whatever the bytes happen to mean
+        return "a truncated or damaged archive"
+    return f"a damaged archive: {_shown(damaged)} is not what was written" if damaged else ""
+
+
+def _load_fault(data: bytes, error: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    if found or "TorchScript" in error:
+        return f"it holds code ({_shown(found[1]) if found else 'TorchScript'}), not only tensors: refused"
+    if not data.startswith((_ZIP, _BEFORE_ZIP)):
+        return "not a torch file"
+    if "Weights only load failed" in error:
+        return "it holds more than tensors and plain containers: refused"
+    return "a truncated or damaged archive"
+
+
+def _shown(name: str) -> str:
+    """A name from a file as it can be printed: it may be anything."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
@@ -68,48 +111,101 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     """
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
-    ):
-        raise UserError(f"{path}: not a state dict of tensors")
-    found = {name.removeprefix("module."): value for name, value in content.items()}
+    found = _state_dict(content, str(path))
     ours = f"{stream.modality}."
     if any(name.startswith(("rgb.", "flow.")) for name in found):
         found = {name.removeprefix(ours): value for name, value in found.items() if name.startswith(ours)}
         if not found:
             raise UserError(f"{path}: holds no {stream.modality} stream")
-    return _load(stream, found, str(path))._replace(flow_method=flow_method)
+    loaded = _load(stream, found, str(path))
+    if stream.modality == "flow" and is_final(str(path)):  # weights alone: the run's checkpoints say it
+        last = read_last_whole(run_of(str(path)))
+        flow_method = unpack(last[1], str(path)).get("flow_method") if last else None
+    return loaded._replace(flow_method=flow_method)
+
+
+def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
+    """Names, without `module.`, and tensors of what a file holds."""
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a state dict of tensors but a {type(content).__name__}")
+    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        keys = [_shown(str(key)) for key in content]
+        more = ", ..." if len(keys) > _NAMES_SHOWN else ""
+        raise UserError(
+            f"{path}: not a state dict of tensors, at the top or under `model` or `state_dict`; "
+            f"its keys: {', '.join(keys[:_NAMES_SHOWN]) or 'none'}{more}"
+        )
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        plain = name.removeprefix("module.")
+        if plain in found:
+            raise UserError(f"{path}: holds both {_shown(plain)} and module.{_shown(plain)}; keep one of the two")
+        found[plain] = value
+    return found
 
 
 def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
     state = stream.state_dict()
+    for name, value in found.items():
+        if fault := unusable(value):
+            raise UserError(f"{path}: {_shown(name)} is {fault}")
     left_out = [name for name in found if name.startswith("attention_")] if not stream.attention_modules else []
     if _has_other_classes(found, state):
         left_out += _CLASSIFIER
     found = {name: value for name, value in found.items() if name not in left_out}
-    there = set(_modules(found))
-    may_be_absent = {"logits"} - there
-    if not there & set(stream.attention_modules):
-        may_be_absent |= set(stream.attention_modules)
-    else:  # blocks beyond the file's depth
-        may_be_absent |= set(stream.attention_modules[1:-1]) - there
+    may_be_absent = _may_be_absent(stream, set(_modules(found)))
     unknown = sorted(found.keys() - state.keys())
     absent = [name for name in state if name not in found and not name.endswith("num_batches_tracked")]
     fresh = [name for name in absent if name.partition(".")[0] in may_be_absent]
     if unknown or len(fresh) != len(absent):
         missing = sorted(set(absent) - set(fresh))
-        raise UserError(f"{path}: not weights of this model: {_first('unknown', unknown)}{_first('absent', missing)}")
+        differences = [_first("unknown", unknown), _first("absent", missing), _other_blocks(stream, unknown)]
+        raise UserError(f"{path}: not weights of this model: {', '.join(filter(None, differences))}")
     for name, value in found.items():
-        if value.shape != state[name].shape:
-            shapes = f"{tuple(value.shape)} in the file, {tuple(state[name].shape)} in the {stream.modality} stream"
-            other = " (weights of the other modality?)" if name == "Conv3d_1a_7x7.conv3d.weight" else ""
-            raise UserError(f"{path}: {name} is {shapes}{other}")
+        _check_fits(name, value, state[name], stream.modality, path)
     stream.load_state_dict(found, strict=False)
     stream.copy_blocks(_modules(fresh))
     return LoadedWeights(sorted(found), left_out, fresh)
+
+
+def _may_be_absent(stream: Stream, there: set[str]) -> set[str]:
+    """Modules that may start fresh where the file holds those of `there`: classifier, attention, its further blocks."""
+    absent = {"logits"} - there
+    if not there & set(stream.attention_modules):
+        return absent | set(stream.attention_modules)
+    blocks = stream.attention_modules[:-1]
+    last = max((place for place, name in enumerate(blocks) if name in there), default=0)
+    return absent | set(blocks[last + 1 :])
+
+
+def unusable(value: Tensor) -> str:
+    """What keeps a tensor from being a parameter or buffer of any model; empty where nothing does."""
+    if value.is_nested or value.layout != torch.strided:
+        return "a nested tensor" if value.is_nested else f"of layout {_plain(value.layout)}, not dense"
+    if value.is_meta:
+        return "a tensor without values (on the meta device)"
+    if value.is_complex() or value.is_quantized:
+        return f"of type {_plain(value.dtype)}, not of real numbers"
+    return ""
+
+
+def _plain(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _check_fits(name: str, value: Tensor, ours: Tensor, modality: str, path: str) -> None:
+    if value.shape != ours.shape:
+        shapes = f"{tuple(value.shape)} in the file, {tuple(ours.shape)} in the {modality} stream"
+        first = name == "Conv3d_1a_7x7.conv3d.weight" and value.shape[:1] == ours.shape[:1]
+        other = first and value.shape[2:] == ours.shape[2:]
+        raise UserError(f"{path}: {name} is {shapes}{' (weights of the other modality?)' if other else ''}")
+    if ours.is_floating_point() and not value.is_floating_point():
+        raise UserError(f"{path}: {name} is of type {_plain(value.dtype)}, not floating point")
+    if not value.to(ours.dtype).isfinite().all():
+        raise UserError(f"{path}: {name} holds values that are not finite")
 
 
 def _has_other_classes(found: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
@@ -121,4 +217,13 @@ def _has_other_classes(found: dict[str, Tensor], state: dict[str, Tensor]) -> bo
 
 
 def _first(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} (first {names[0]}) " if names else ""
+    return f"{len(names)} {what} (first {_shown(names[0])})" if names else ""
+
+
+def _other_blocks(stream: Stream, unknown: list[str]) -> str:
+    """What to do where the file's attention is made of other blocks than the stream's."""
+    for start, block in _BLOCKS.items():
+        has = any(name.startswith(start) for name in stream.attention_modules)
+        if not has and any(name.startswith(start) for name in unknown):
+            return f"its attention has model.stam_block: {block}"
+    return ""
