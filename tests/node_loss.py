@@ -18,7 +18,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from tests.test_search import assert_it_went_on, assert_nothing_is_left
-from tune_ego import experiment
+from tune_ego import checkpoint_files, experiment
 from tune_ego.cluster import _ENVIRONMENT
 from tune_ego.config import load_config
 from tune_ego.final import train_final
@@ -35,12 +35,12 @@ def main(command: str, source: str, shards: str, root: str, notice: str = "") ->
     before: list[dict[str, Any]] = []
 
     def lose_the_workers_node() -> None:
-        while not experiment.checkpoint_iterations(run):
+        while not checkpoint_files.checkpoint_iterations(run):
             time.sleep(0.1)
         workers = [actor for actor in actors().values() if actor["ActorClassName"] == "RayTrainWorker"]
         (node,) = {actor["Address"]["NodeID"] for actor in workers if actor["State"] == "ALIVE"}
         if notice:
-            known = experiment.checkpoint_iterations(run)
+            known = checkpoint_files.checkpoint_iterations(run)
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
             deadline = ["--deadline-remaining-seconds", "60"]
             subprocess.run(["ray", "drain-node", "--address", cluster.address, "--node-id", node, *reason, *deadline])
@@ -53,7 +53,7 @@ def main(command: str, source: str, shards: str, root: str, notice: str = "") ->
         print(f"lost its node after iteration {last}")
 
     def saved() -> list[int]:
-        return experiment.checkpoint_iterations(run)
+        return checkpoint_files.checkpoint_iterations(run)
 
     def is_validation(iteration: int) -> bool:
         return iteration % load_config(f"{run}/{experiment.CONFIG_FILE}").train.validate_every == 0

@@ -12,11 +12,12 @@ import torch
 from tests import literal
 from tests.conftest import tiny_config
 from tune_ego.checkpoint import Origin, write_checkpoint
+from tune_ego.checkpoint_files import find_checkpoint
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.evaluation_tables import PUBLISHED, show
-from tune_ego.experiment import collapsed_rate, find_checkpoint
+from tune_ego.experiment import collapsed_rate
 from tune_ego.feed.windows import WindowReader, centre_window, dense_starts
 from tune_ego.launch import check_run, with_found_weights
 from tune_ego.train import Trainer

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from tests.test_search import assert_it_went_on, assert_nothing_is_left, live_actors, write_space
-from tune_ego.experiment import checkpoint_iterations, read_metrics, run_folder
+from tune_ego.checkpoint_files import checkpoint_iterations
+from tune_ego.experiment import read_metrics, run_folder
 from tune_ego.export import export_best
 from tune_ego.tune import resume_search, start_search
 

@@ -12,10 +12,11 @@ from tests.conftest import tiny_config
 from tests.test_search import assert_nothing_is_left
 from tune_ego import storage
 from tune_ego.checkpoint import mean_weights, read_checkpoint
+from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri
 from tune_ego.driver import stop_uri
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, checkpoint_iterations, checkpoint_uri, read_metrics
+from tune_ego.experiment import METRIC, read_metrics
 from tune_ego.feed.batches import READER_CPUS
 from tune_ego.final import train_final
 from tune_ego.launch import Job, fit

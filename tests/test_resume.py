@@ -20,7 +20,7 @@ import torch
 
 from tests.conftest import COMMAND, tiny_config
 from tests.test_search import wait_for, wait_for_end, write_space
-from tune_ego import driver, experiment, storage
+from tune_ego import checkpoint_files, driver, experiment, storage
 from tune_ego.bench.resume import bench_resume, descendants
 from tune_ego.checkpoint import (
     DamagedCheckpoint,
@@ -30,17 +30,9 @@ from tune_ego.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri
 from tune_ego.config import dump_config
-from tune_ego.experiment import (
-    METRIC,
-    Decision,
-    TrialRecords,
-    checkpoint_iterations,
-    checkpoint_uri,
-    read_decisions,
-    read_experiment,
-    write_decisions,
-)
+from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.launch import Job, _Reporter, fit
 from tune_ego.scheduler import RecordedScheduler
@@ -142,7 +134,7 @@ def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, r
             fit(Job(longer, shards, run, 0, driver.stop_uri(run), final=False), [Told()])
         fit(Job(tiny_config(train__iterations=6, streams="rgb"), shards, run, 0, driver.stop_uri(run), final=True))
         assert [line["iteration"] for line in experiment.read_metrics(run)] == [1, 2, 3, 4, 5, 6]
-        weights.append((Path(run) / experiment.MODEL_FILE).read_bytes())
+        weights.append((Path(run) / checkpoint_files.MODEL_FILE).read_bytes())
     assert weights[0] == weights[1]
     assert (tmp_path / "told").read_text().split() == ["2", "4", "6", "2", "4", "6"]
 
@@ -290,4 +282,4 @@ def test_it_goes_on_when_the_node_of_its_workers_is_lost(
     if command == "tune":
         assert "['finished', 'finished']" in done.stdout
     else:
-        assert (run / experiment.MODEL_FILE).exists()
+        assert (run / checkpoint_files.MODEL_FILE).exists()

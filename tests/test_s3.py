@@ -17,8 +17,9 @@ import pytest
 from tests.conftest import COMMAND
 from tests.test_search import wait_for, write_space
 from tune_ego import storage
+from tune_ego.checkpoint_files import checkpoint_iterations
 from tune_ego.dataset.shards import open_shards
-from tune_ego.experiment import checkpoint_iterations, read_experiment
+from tune_ego.experiment import read_experiment
 from tune_ego.model.weights import load_tensors
 
 pytest.importorskip("moto.server")

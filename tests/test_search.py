@@ -20,11 +20,12 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import COMMAND, TINY, tiny_config
 from tune_ego.bench.resume import descendants
+from tune_ego.checkpoint_files import checkpoint_iterations
 from tune_ego.config import Config, load_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, TIMES, checkpoint_iterations, read_experiment, read_metrics
+from tune_ego.experiment import METRIC, TIMES, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
 from tune_ego.model import build_stream, load_weights

@@ -17,11 +17,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tune_ego import driver, storage
-from tune_ego.checkpoint_files import MODEL_FILE as MODEL_FILE
-from tune_ego.checkpoint_files import checkpoint_iterations as checkpoint_iterations
-from tune_ego.checkpoint_files import checkpoint_uri as checkpoint_uri
-from tune_ego.checkpoint_files import find_checkpoint as find_checkpoint
-from tune_ego.checkpoint_files import remove_checkpoints as remove_checkpoints
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.search_space import SearchSpace, parse_space

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tune_ego import __version__, experiment, storage
+from tune_ego import __version__, checkpoint_files, experiment, storage
 from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import console, percent, say
@@ -38,7 +38,7 @@ def train_final(
     config = with_found_weights(config, _started(run))
     check_run(config, data)
     _check_same_run(config, data, run)
-    model = storage.join(run, experiment.MODEL_FILE)
+    model = storage.join(run, checkpoint_files.MODEL_FILE)
     test = test and not storage.exists(storage.join(run, experiment.EVALUATION_FILE))
     trained = storage.exists(model)
     if trained:

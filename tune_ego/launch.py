@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tune_ego import experiment, storage
+from tune_ego import checkpoint_files, experiment, storage
 from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes, write_checkpoint
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
@@ -92,7 +92,7 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     failure = experiment.read_failure(job.run)
     if failure is not None:
         raise UserError(failure.reason)
-    if job.config.train.iterations not in experiment.checkpoint_iterations(job.run):
+    if job.config.train.iterations not in checkpoint_files.checkpoint_iterations(job.run):
         raise Interrupted(job.run)
 
 
@@ -175,7 +175,7 @@ def _worker(settings: dict[str, Any]) -> None:
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
         last = plan.validations[-job.config.train.average_checkpoints :]
         weights = mean_weights(job.run, last) if len(last) > 1 else trainer.model.state_dict()
-        storage.write_bytes(storage.join(job.run, experiment.MODEL_FILE), to_bytes(weights))
+        storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
 
 
 @contextmanager
@@ -304,7 +304,7 @@ def with_found_weights(config: Config, before: Config | None = None) -> Config:
     paths = {}
     for modality, path in initial_weights(config).items():
         same = earlier.get(modality, "").startswith(f"{storage.absolute(path)}/")
-        paths[f"init_from.{modality}"] = earlier[modality] if same else experiment.find_checkpoint(path)
+        paths[f"init_from.{modality}"] = earlier[modality] if same else checkpoint_files.find_checkpoint(path)
     return override_config(config, paths, "init_from") if paths else config
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from tune_ego import experiment, storage
+from tune_ego import checkpoint_files, experiment, storage
 from tune_ego.config import Config
 from tune_ego.console import say
 from tune_ego.errors import UserError
@@ -243,7 +243,7 @@ def run_tracked(names: Sequence[str], config: Config, run: str) -> Any:
     """`tracked` for one run."""
 
     def look() -> list[Trial]:
-        done = storage.exists(storage.join(run, experiment.MODEL_FILE))
+        done = storage.exists(storage.join(run, checkpoint_files.MODEL_FILE))
         state = "finished" if done else "interrupted"
         return [Trial(_name(run), state, run, {}, 0, config, experiment.read_metrics(run))]
 

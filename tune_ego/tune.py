@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from tune_ego import __version__, driver, experiment, storage
+from tune_ego import __version__, checkpoint_files, driver, experiment, storage
 from tune_ego.checkpoint import last_whole
 from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config
@@ -232,6 +232,6 @@ def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
     decisions = experiment.trial_decisions(root, run.rpartition("/")[2])
     if decisions and decisions[-1].action == STOP:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
-    if config.train.iterations in experiment.checkpoint_iterations(run):
+    if config.train.iterations in checkpoint_files.checkpoint_iterations(run):
         return [line for line in experiment.read_metrics(run) if METRIC in line][-1]
     return None

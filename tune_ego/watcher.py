@@ -11,7 +11,7 @@ from ray import tune
 from ray._private.state import actors
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from tune_ego import experiment
+from tune_ego import checkpoint_files, experiment
 from tune_ego.console import console, percent, say
 from tune_ego.experiment import METRIC, TrialRecords
 from tune_ego.placement import placement_group_prefix
@@ -71,7 +71,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
             self._end(name, "failed", f"failed: {failure.reason}", failure.reason)
         elif any(decision.action == STOP for decision in experiment.trial_decisions(self.root, name)[-1:]):
             self._end(name, "stopped", f"stopped by {_NAMES[self.space.scheduler.name]}")
-        elif self.budget in experiment.checkpoint_iterations(self._run(name)):
+        elif self.budget in checkpoint_files.checkpoint_iterations(self._run(name)):
             self._end(name, "finished")
         else:
             self._end(name, "interrupted")
@@ -119,7 +119,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         """Delete the checkpoints of those that the scheduler stopped: nothing goes on from them."""
         for name in names:
             if self.records.state(name) == "stopped" and not self.space.scheduler.keep_stopped:
-                experiment.remove_checkpoints(self._run(name))
+                checkpoint_files.remove_checkpoints(self._run(name))
 
 
 def _controllers() -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tune_ego import experiment
+from tune_ego import checkpoint_files, experiment
 from tune_ego.bench.record import Benchmark
 from tune_ego.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 from tune_ego.console import console, say
@@ -111,7 +111,7 @@ def _last_logged(run: Path) -> int:
 
 
 def _last_saved(run: Path) -> int:
-    return max(experiment.checkpoint_iterations(str(run)), default=0)
+    return max(checkpoint_files.checkpoint_iterations(str(run)), default=0)
 
 
 def _wait(process: subprocess.Popen[bytes], moment: Callable[[], Any]) -> None:
@@ -177,7 +177,7 @@ def descendants(root: int) -> list[int]:
 
 
 def _compare(whole: Path, killed: Path) -> None:
-    if (whole / experiment.MODEL_FILE).read_bytes() != (killed / experiment.MODEL_FILE).read_bytes():
+    if (whole / checkpoint_files.MODEL_FILE).read_bytes() != (killed / checkpoint_files.MODEL_FILE).read_bytes():
         raise UserError("the weights of the killed run are others than those of the whole one")
     metrics = [
         [
