@@ -10,6 +10,7 @@ import typer
 
 from tune_ego import __version__
 from tune_ego.errors import UserError
+from tune_ego.report.commands import report, visualize
 
 app = typer.Typer(
     name="tune-ego",
@@ -354,6 +355,9 @@ def evaluate(
 
     show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)
 
+
+app.command()(report)
+app.command()(visualize)
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure on this machine: speeds beside their yardsticks, as a table and JSON."

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -52,15 +52,20 @@ def _run_of(checkpoint: str) -> str:
     return above if experiment.is_checkpoint_name(name) or checkpoint.endswith(f"/{experiment.MODEL_FILE}") else folder
 
 
-def evaluate(
-    checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
-) -> dict[str, Any]:
-    """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
+class OpenedModel(NamedTuple):
+    source: str
+    """URI of its weights."""
+    config: Config
+    origin: Origin
+    model: TwoStream
+    shards: Shards
+    iteration: int
 
-    `split` is 1 to 3, else the one it was trained on. `fusion_weight` is RGB's share of the fused scores, else the
-    configuration's. Of a run that has ended the final weights are tested. Without `out` the file is written beside the
-    checkpoint's run. Raises `UserError` where
-    checkpoint and shards do not belong together, and where the model's scores are not finite.
+
+def open_model(checkpoint: str, data: str) -> OpenedModel:
+    """The model of a checkpoint, of a run that has ended with its final weights, and shards that belong to it.
+
+    Raises `UserError` where they do not.
     """
     source = experiment.find_checkpoint(checkpoint)
     content = read_checkpoint(source)
@@ -71,6 +76,20 @@ def evaluate(
         load_model_state(model, unpack(storage.read_bytes(final), final), final)
     shards = open_shards(storage.absolute(data))
     _check_same_kind(origin, config, shards, source)
+    return OpenedModel(source, config, origin, model, shards, content["iteration"])
+
+
+def evaluate(
+    checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
+) -> dict[str, Any]:
+    """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
+
+    `split` is 1 to 3, else the one it was trained on. `fusion_weight` is RGB's share of the fused scores, else the
+    configuration's. Of a run that has ended the final weights are tested. Without `out` the file is written beside the
+    checkpoint's run. Raises `UserError` where
+    checkpoint and shards do not belong together, and where the model's scores are not finite.
+    """
+    source, config, origin, model, shards, iteration = open_model(checkpoint, data)
     if fusion_weight is not None:
         _check_fusion_weight(fusion_weight, config, source)
     split = config.data.split if split is None else split
@@ -85,7 +104,7 @@ def evaluate(
         "clips": len(clips),
         "clips_trained_on": len({clip.name for clip in clips} & set(shards.names("train", config.data.split))),
         "chance": 1 / len(origin.actions),
-        "iteration": content["iteration"],
+        "iteration": iteration,
         "checkpoint": source,
         **action_results(found, label_N, shards),
         "attention": attention,

@@ -339,21 +339,26 @@ def read_decisions(root: str) -> list[Decision]:
         return sorted(decision for decisions in found for decision in decisions)
 
 
+def read_trial(found: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
+    """One trial of an opened experiment, from its entry in `trials.json`; `dead`: nobody drives the search."""
+    run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
+    state = "interrupted" if state == "running" and dead else state
+    return Trial(
+        trial, state, run, drawn, repeat, found.space.config(drawn, repeat), read_metrics(run), record["reason"]
+    )
+
+
 def read_experiment(root: str) -> Experiment:
     """An experiment from its folder or URI alone, running or not."""
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
     found = Experiment(storage.absolute(root), storage.read_json(uri), [])
-    space, dead = found.space, not driver.is_alive(found.root)
-
-    def read(trial: str, record: dict[str, Any]) -> Trial:
-        run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
-        state = "interrupted" if state == "running" and dead else state
-        return Trial(trial, state, run, drawn, repeat, space.config(drawn, repeat), read_metrics(run), record["reason"])
-
+    dead = not driver.is_alive(found.root)
     with ThreadPoolExecutor(_READERS) as pool:
-        found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())
+        found.trials += pool.map(
+            lambda item: read_trial(found, item[0], item[1], dead), read_records(found.root).items()
+        )
     return found
 
 
