@@ -153,7 +153,7 @@ def test_states(tmp_path: Path) -> None:
         return told
 
     write_experiment(root, 4)
-    assert state() == "ended: 4 of 4 trials have ended"
+    assert state() == "over: 4 of 4 trials have ended"
     records = TrialRecords(str(root))
     for name in ("00002", "00003"):
         records.note(name, "running")
@@ -165,7 +165,7 @@ def test_states(tmp_path: Path) -> None:
     for trial in read_experiment(str(root)).trials:
         records.note(trial.id, "failed", "out of memory")
         shutil.rmtree(trial.run)
-    assert state() == "failed: every trial failed, the first for: out of memory"
+    assert state() == "over, and every trial failed, the first for: out of memory"
     assert "There is no answer: no trial has been validated" in Page(out.read_text()).text
     (root / "trials.json").unlink()
     assert state().startswith("empty")

@@ -87,17 +87,18 @@ def _overview(found: Found) -> dict[str, Any]:
 
 
 def _state(found: Found) -> str:
+    """In words that follow "the search is"."""
     trials, spec = found.experiment.trials, found.experiment.spec
-    ended = sum(trial.ended for trial in trials)
+    ended = f"{sum(trial.ended for trial in trials)} of {spec['trials']} trials have ended"
     if found.alive:
-        return f"running: {ended} of {spec['trials']} trials have ended; what follows is what is known so far"
+        return f"running: {ended}, and what follows is what is known so far"
     if not trials:
         return "empty: no trial has been started, or none can be read"
     if all(trial.state == "failed" for trial in trials):
-        return f"failed: every trial failed, the first for: {trials[0].reason}"
-    if ended < spec["trials"] - len(found.damaged):
-        return f"interrupted: {ended} of {spec['trials']} trials have ended; to go on: tune-ego resume"
-    return f"ended: {ended} of {spec['trials']} trials have ended"
+        return f"over, and every trial failed, the first for: {trials[0].reason}"
+    if sum(trial.ended for trial in trials) < spec["trials"] - len(found.damaged):
+        return f"interrupted: {ended}; to go on: tune-ego resume {found.experiment.root}"
+    return f"over: {ended}"
 
 
 def validation_name(search: Experiment) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from tune_ego import storage
 from tune_ego.console import percent, say
 from tune_ego.errors import UserError
+from tune_ego.experiment import MODEL_FILE
 from tune_ego.report import page, reading
 from tune_ego.report.evaluation import evaluation_numbers, find_evaluation
 from tune_ego.report.numbers import experiment_numbers
@@ -36,9 +37,9 @@ def write_report(
     numbers["attention_cases"] = cases
     _write(out, numbers_out, page.render(numbers, pictures), numbers)
     for one in numbers["damaged"]:
-        say(f"{one['trial']}: damaged, and left out: {one['reason']}")
+        say(f"{one['trial']}: damaged: {one['reason']}")
     if numbers["answer"] is None:
-        say(f"{numbers['experiment']['name']} has {numbers['experiment']['state']}")
+        say(f"{numbers['experiment']['name']} is {numbers['experiment']['state']}")
     else:
         say(f"best: {numbers['answer']['configuration']}, {percent(numbers['answer']['accuracy'])} in validation")
     return numbers
@@ -52,7 +53,8 @@ def _cases(checkpoint: str | None, data: str | None) -> tuple[dict[str, Any], li
         raise UserError("--data: nothing was evaluated whose attention could be drawn; name a run with --checkpoint")
     from tune_ego.report.pictures import attention_cases  # torch
 
-    return attention_cases(checkpoint, data)
+    # Of final weights their run, which tells what model they are of.
+    return attention_cases(checkpoint.removesuffix(f"/{MODEL_FILE}"), data)
 
 
 def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[str, Any]:
@@ -62,9 +64,20 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
     for root in roots:
         found = reading.read(root)
         pair.append(experiment_numbers(found, evaluation_numbers(*find_evaluation(found.experiment, None))))
-    numbers = {"experiments": pair, "differences": _differences(pair), "not_comparable": _not_comparable(pair)}
+    numbers = {
+        "experiments": pair,
+        "best_values": _best_values(pair),
+        "differences": _differences(pair),
+        "not_comparable": _not_comparable(pair),
+    }
     _write(out, numbers_out, page.render_comparison(numbers), numbers)
     return numbers
+
+
+def _best_values(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The best configurations' values of what one of the two searched; `not searched` in the other."""
+    a, b = ({row["key"]: row["value"] for row in (one["answer"] or {"values": []})["values"]} for one in pair)
+    return [{"key": key, "a": a.get(key, "not searched"), "b": b.get(key, "not searched")} for key in {**a, **b}]
 
 
 def _differences(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
