@@ -11,6 +11,7 @@ import typer
 from tune_ego import __version__
 from tune_ego.bench.commands import bench
 from tune_ego.errors import UserError
+from tune_ego.report.commands import report, visualize
 
 app = typer.Typer(
     name="tune-ego",
@@ -370,4 +371,6 @@ def evaluate(
     show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)
 
 
+app.command()(report)
+app.command()(visualize)
 app.add_typer(bench, name="bench")

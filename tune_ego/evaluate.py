@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -46,6 +46,28 @@ _BATCH = 8
 _SWEEP_STEPS = 20
 
 
+class OpenedModel(NamedTuple):
+    source: str
+    """URI of its weights."""
+    config: Config
+    origin: Origin
+    model: TwoStream
+    shards: Shards
+    iteration: int
+
+
+def open_model(checkpoint: str, data: str) -> OpenedModel:
+    """The model of a checkpoint, of a run that has ended with its final weights, and shards that belong to it.
+
+    Raises `UserError` where they do not.
+    """
+    source = find_checkpoint(checkpoint)
+    config, origin, model, iteration = _load(source)
+    shards = open_shards(storage.absolute(data))
+    _check_same_kind(origin, config, shards, source)
+    return OpenedModel(source, config, origin, model, shards, iteration)
+
+
 def evaluate(
     checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
 ) -> dict[str, Any]:
@@ -57,10 +79,7 @@ def evaluate(
     the checkpoint's run. Raises `UserError` where checkpoint and shards do not belong together, and where the model's
     scores are not finite.
     """
-    source = find_checkpoint(checkpoint)
-    config, origin, model, iteration = _load(source)
-    shards = open_shards(storage.absolute(data))
-    _check_same_kind(origin, config, shards, source)
+    source, config, origin, model, shards, iteration = open_model(checkpoint, data)
     if fusion_weight is not None:
         _check_fusion_weight(fusion_weight, config, source)
     split = config.data.split if split is None else split

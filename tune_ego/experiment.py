@@ -294,24 +294,29 @@ def read_decisions(root: str) -> list[Decision]:
         return sorted(decision for decisions in found for decision in decisions)
 
 
+def read_trial(found: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
+    """One trial of an opened experiment, from its entry in `trials.json`; `dead`: nobody drives the search."""
+    run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
+    state = "interrupted" if state == "running" and dead else state
+    metrics = read_metrics(run)
+    if state == "stopped":  # what it did before the scheduler's word reached it depends on how long that took
+        end = trial_decisions(found.root, trial)[-1].iteration
+        metrics = [line for line in metrics if line["iteration"] <= end]
+    return Trial(trial, state, run, drawn, repeat, found.space.config(drawn, repeat), metrics, record["reason"])
+
+
 def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
     """An experiment from its folder or URI alone, running or not; trials `known` to have ended are not read again."""
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
     found = Experiment(storage.absolute(root), storage.read_json(uri), [])
-    space, dead = found.space, not driver.is_alive(found.root)
+    dead = not driver.is_alive(found.root)
 
     def read(trial: str, record: dict[str, Any]) -> Trial:
-        run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
-        if trial in known and known[trial].state == state:
+        if trial in known and known[trial].state == record["state"]:
             return known[trial]
-        state = "interrupted" if state == "running" and dead else state
-        metrics = read_metrics(run)
-        if state == "stopped":  # what it did before the scheduler's word reached it depends on how long that took
-            end = trial_decisions(found.root, trial)[-1].iteration
-            metrics = [line for line in metrics if line["iteration"] <= end]
-        return Trial(trial, state, run, drawn, repeat, space.config(drawn, repeat), metrics, record["reason"])
+        return read_trial(found, trial, record, dead)
 
     with ThreadPoolExecutor(_READERS) as pool:
         found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())

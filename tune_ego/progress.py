@@ -18,7 +18,7 @@ from tune_ego.config import Config
 from tune_ego.console import console, percent, say
 from tune_ego.errors import UserError
 from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial, config_value
-from tune_ego.search_space import SearchSpace
+from tune_ego.search_space import SchedulerSettings, SearchSpace
 
 # Seconds.
 _REDRAW_EVERY = 2.0
@@ -29,10 +29,9 @@ _LINE_EVERY = 60.0
 _TRIALS_SHOWN = 12
 
 
-def rungs(space: SearchSpace, budget: int) -> list[int]:
+def rungs(settings: SchedulerSettings, budget: int) -> list[int]:
     """The iterations at which ASHA decides, ascending; none for other schedulers."""
-    settings, found = space.scheduler, []
-    rung = settings.grace
+    found, rung = [], settings.grace
     while settings.name == "asha" and rung < budget:
         found.append(rung)
         rung *= settings.reduction
@@ -44,7 +43,7 @@ def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
     if space.scheduler.name == "median":
         return None
     spent, reaching, before = 0.0, 1.0, 0
-    for rung in rungs(space, budget):
+    for rung in rungs(space.scheduler, budget):
         spent += reaching * (rung - before)
         before, reaching = rung, reaching / space.scheduler.reduction
     return (spent + reaching * (budget - before)) / budget
@@ -119,7 +118,7 @@ def _seconds_left(found: Experiment, running: list[Trial], pending: int, speeds:
 def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
     """The iterations that a trial goes on for when at each rung ahead one in `reduction` goes on."""
     ahead, reaching, before = 0.0, 1.0, done
-    for rung in [rung for rung in rungs(space, budget) if rung > done]:
+    for rung in [rung for rung in rungs(space.scheduler, budget) if rung > done]:
         ahead += reaching * (rung - before)
         before, reaching = rung, reaching / space.scheduler.reduction
     return ahead + reaching * (budget - before)
@@ -127,7 +126,7 @@ def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
 
 def rung_of(space: SearchSpace, trial: Trial) -> str:
     """The last of ASHA's rungs that a trial has come to: `2 of 4`; `-` for other schedulers."""
-    steps = rungs(space, trial.config.train.iterations)
+    steps = rungs(space.scheduler, trial.config.train.iterations)
     reached = sum(any(line["iteration"] >= rung for line in trial.validations) for rung in steps)
     return f"{reached} of {len(steps)}" if steps else "-"
 

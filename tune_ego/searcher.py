@@ -138,19 +138,8 @@ def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial])
 def _told(space: SearchSpace, configuration: Configuration) -> optuna.trial.FrozenTrial:
     """What Optuna is told of a configuration."""
     optuna = import_optuna()
-    domains, values, distributions = dict(space.sampled()), {}, {}
     repeats = configuration.trials
-    for name, value in repeats[0].sampled.items():
-        domain = domains[name]
-        if domain.form == "choice":
-            values[name] = [_plain(choice) for choice in domain.values].index(_plain(value))
-            distributions[name] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
-        elif domain.form == "randint":
-            values[name], ends = value, (int(domain.values[0]), int(domain.values[1]) - 1)
-            distributions[name] = optuna.distributions.IntDistribution(*ends)
-        else:
-            values[name], log = value, domain.form == "loguniform"
-            distributions[name] = optuna.distributions.FloatDistribution(*domain.values, log=log)
+    values, distributions = parameters(space, repeats[0].sampled)
     states = optuna.trial.TrialState
     known = {"params": values, "distributions": distributions}
     if len(repeats) < space.repeats or not all(trial.ended for trial in repeats):
@@ -160,6 +149,24 @@ def _told(space: SearchSpace, configuration: Configuration) -> optuna.trial.Froz
     reached = min(trial.iteration for trial in repeats)
     seen = {} if configuration.accuracy is None else {reached: configuration.accuracy}
     return optuna.trial.create_trial(state=states.PRUNED, intermediate_values=seen, **known)
+
+
+def parameters(space: SearchSpace, sampled: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values, distributions) by name of a draw, as Optuna has them; a choice or grid by the places of its values."""
+    optuna = import_optuna()
+    domains, values, distributions = dict(space.sampled()), {}, {}
+    for name, value in sampled.items():
+        domain = domains[name]
+        if domain.form in ("choice", "grid"):
+            values[name] = [_plain(choice) for choice in domain.values].index(_plain(value))
+            distributions[name] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
+        elif domain.form == "randint":
+            values[name], ends = value, (int(domain.values[0]), int(domain.values[1]) - 1)
+            distributions[name] = optuna.distributions.IntDistribution(*ends)
+        else:
+            values[name], log = value, domain.form == "loguniform"
+            distributions[name] = optuna.distributions.FloatDistribution(*domain.values, log=log)
+    return values, distributions
 
 
 def _plain(value: Any) -> Any:

@@ -89,13 +89,7 @@ def draw_clip(root: str, clip: str, out: str) -> None:
 
 def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
     """The picture, RGB uint8: a column for each of up to 8 frames, evenly spaced, and the three rows below a title."""
-    record = next((row for row in shards.table.to_pylist() if row["clip"] == clip), None)
-    if record is None:
-        problem = next((entry for entry in shards.info["problems"] if entry["clip"] == clip), None)
-        near = get_close_matches(clip, shards.table["clip"].to_pylist(), n=2)
-        reason = f"was left out: {problem['reason']}" if problem else "is not in these shards"
-        hint = f"; nearest: {', '.join(near)}" if near and not problem else ""
-        raise UserError(f"{shards.root}: {clip} {reason}{hint}")
+    record = find_record(shards, clip)
     table = read_clip(shards, record)
     chosen = sorted({round(place) for place in np.linspace(0, record["frames"] - 1, _COLUMNS)})
     targets = _gaze_targets(table, record["frames"])
@@ -107,7 +101,19 @@ def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
     body = np.concatenate([part for column in columns for part in (gap, column)] + [gap], axis=1)
     action = shards.actions[record["action"]]
     title = f"{clip}   {action}   {record['frames']} frames, {record['gaze_frames']} with gaze"
-    return np.concatenate([_label(title, body.shape[1]), body])
+    return np.concatenate([label(title, body.shape[1]), body])
+
+
+def find_record(shards: Shards, clip: str) -> dict[str, Any]:
+    """A clip's row of `clips.parquet`; raises `UserError`, with the nearest names, where it is not there."""
+    record = next((row for row in shards.table.to_pylist() if row["clip"] == clip), None)
+    if record is None:
+        problem = next((entry for entry in shards.info["problems"] if entry["clip"] == clip), None)
+        near = get_close_matches(clip, shards.table["clip"].to_pylist(), n=2)
+        reason = f"was left out: {problem['reason']}" if problem else "is not in these shards"
+        hint = f"; nearest: {', '.join(near)}" if near and not problem else ""
+        raise UserError(f"{shards.root}: {clip} {reason}{hint}")
+    return record
 
 
 def _gaze_targets(table: Any, frames: int) -> list[np.ndarray | None]:
@@ -136,14 +142,14 @@ def _column(row: dict[str, Any], target: np.ndarray | None, frame: int) -> np.nd
     size = (round(rgb.shape[1] * scale), round(rgb.shape[0] * scale))
     first, second, third = (
         cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        for image in (rgb, flow_colours(moved), _overlay(rgb, target))
+        for image in (rgb, flow_colours(moved), overlay(rgb, target))
     )
     text = f"frame {frame} {row['gaze_event'] or 'no gaze'}"
     if row["gaze_valid"]:
-        _draw_gaze(first, row["gaze_x"], row["gaze_y"])
-        _draw_gaze(third, row["gaze_x"], row["gaze_y"])
+        draw_gaze(first, row["gaze_x"], row["gaze_y"])
+        draw_gaze(third, row["gaze_x"], row["gaze_y"])
     gap = np.full((_MARGIN, size[0], 3), 255, np.uint8)
-    return np.concatenate([_label(text, size[0]), first, gap, second, gap, third, gap])
+    return np.concatenate([label(text, size[0]), first, gap, second, gap, third, gap])
 
 
 def flow_colours(field_HW2: np.ndarray) -> np.ndarray:
@@ -155,28 +161,31 @@ def flow_colours(field_HW2: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_HSV2RGB)
 
 
-def _overlay(rgb: np.ndarray, target: np.ndarray | None) -> np.ndarray:
-    """The frame, grey, with the target as light over it; only grey where there is none."""
+def overlay(rgb: np.ndarray, light_HW: np.ndarray | None) -> np.ndarray:
+    """The frame, grey, with a map (values in [0, 1]) as light over it; only grey where there is none.
+
+    Cell j of the map's W stands for the place j / W of the frame, as the gaze loss has it.
+    """
     grey = np.repeat(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=-1)
-    if target is None:
+    if light_HW is None:
         return grey
     height, width = rgb.shape[:2]
-    # Cell j of the target stands for the place j / 7, as the loss has it.
+    rows, columns = light_HW.shape
     y, x = np.mgrid[:height, :width].astype(np.float32)
     light = cv2.remap(
-        target, x * _CELLS / width, y * _CELLS / height, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        light_HW, x * columns / width, y * rows / height, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
     colours = cv2.cvtColor(cv2.applyColorMap((255 * light).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     return cv2.addWeighted(grey, 0.45, colours, 0.55, 0)
 
 
-def _draw_gaze(image: np.ndarray, x: float, y: float) -> None:
+def draw_gaze(image: np.ndarray, x: float, y: float) -> None:
     centre = (round(x * image.shape[1]), round(y * image.shape[0]))
     for radius, colour in ((8, (0, 0, 0)), (6, (255, 255, 255)), (4, (230, 60, 20))):
         cv2.circle(image, centre, radius, colour, 2, cv2.LINE_AA)
 
 
-def _label(text: str, width: int) -> np.ndarray:
+def label(text: str, width: int) -> np.ndarray:
     image = np.full((_LABEL_HEIGHT, width, 3), 255, np.uint8)
     cv2.putText(image, text, (2, _LABEL_HEIGHT - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
     return image
