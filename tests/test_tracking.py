@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import tiny_config
 from tests.test_search import write_space
@@ -26,13 +27,15 @@ def logged(client: Any, run: Any, key: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
 
 
-def test_mlflow_has_both_trials_of_a_search(
+def test_mlflow_and_tensorboard_have_both_trials_of_a_search(
     tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = str(tmp_path / "search")
-    found = start_search(write_space(tmp_path, grace=6), shards, root, {}, 0, None, None, track=["mlflow"])
+    found = start_search(
+        write_space(tmp_path, grace=6), shards, root, {}, 0, None, None, track=["mlflow", "tensorboard"]
+    )
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     runs = runs_of(client, "search")
     assert runs.keys() == {trial.id for trial in found.trials} and len(runs) == 2
@@ -41,7 +44,25 @@ def test_mlflow_has_both_trials_of_a_search(
         assert runs[trial.id].data.params["optimizer.lr"] == str(trial.config.optimizer.lr)
         for key in ("train_loss", METRIC):
             lines = [(line["iteration"], line[key]) for line in trial.metrics if key in line]
-            assert logged(client, runs[trial.id], key) == pytest.approx(lines)
+            assert logged(client, runs[trial.id], key) == lines
+        check_event_file(f"{root}/tensorboard/{trial.id}", trial)
+
+
+def check_event_file(folder: str, trial: Trial) -> None:
+    """Scalars, pictures of attention and the hyper-parameters, read back by TensorBoard."""
+    events = EventAccumulator(folder, {"scalars": 0, "images": 0})
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert [step for step, _ in losses] == [line["iteration"] for line in trial.metrics]
+    assert [loss for _, loss in losses] == pytest.approx([line["train_loss"] for line in trial.metrics])
+    pictures = events.Images("attention")
+    assert [event.step for event in pictures] == [2, 4, 6]
+    assert (pictures[0].width, pictures[0].height) == (3 * 112, 3 * 112)  # 3 clips; the frame, rgb and flow
+    assert events.PluginTagToContent("hparams").keys() == {
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }
 
 
 def test_mlflow_goes_on_with_the_run_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +120,7 @@ def test_every_value_of_a_configuration_has_its_dotted_key() -> None:
 
 def test_unknown_trackers_and_places_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="--track mlfow: expected mlflow or wandb"):
+    with pytest.raises(UserError, match="--track mlfow: expected one of tensorboard, mlflow, wandb"):
         make_trackers(["mlfow"], str(tmp_path))
     pytest.importorskip("mlflow")
     with pytest.raises(UserError, match="no place for its database; set MLFLOW_TRACKING_URI"):

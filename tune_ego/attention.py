@@ -5,6 +5,7 @@ T frames of a window, T' slices of its attention map, H, W, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import cv2
@@ -16,8 +17,9 @@ from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.inspection import draw_gaze, find_record, overlay
 from tune_ego.dataset.shards import Clip, Shards
 from tune_ego.evaluate import OpenedModel
-from tune_ego.feed.batches import to_device
+from tune_ego.feed.batches import ClipBatch, to_device
 from tune_ego.feed.windows import Window, WindowReader
+from tune_ego.model import StreamOutput
 from tune_ego.train import autocast_dtype
 
 _BATCH = 8
@@ -102,3 +104,31 @@ def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:
     for picture in found.values() if point else ():
         draw_gaze(picture, *point)  # type: ignore[misc]
     return found
+
+
+_STRIP_CLIPS, _STRIP_SIDE = 6, 112
+
+
+def validation_strip(batch: ClipBatch, outputs: Mapping[str, StreamOutput]) -> np.ndarray | None:
+    """Some clips of a batch side by side, RGB uint8: the middle frame, and below it each stream's attention over it.
+
+    With the gaze point where there is one; None without attention. Where there is no RGB stream, the frame is grey.
+    """
+    maps = {name: out.attention_BTHW for name, out in outputs.items() if out.attention_BTHW is not None}
+    if not maps:
+        return None
+    middle, columns = WINDOW_FRAMES // 2, []
+    for place in range(min(_STRIP_CLIPS, int(batch.present_B.sum()))):
+        frame = np.full((_STRIP_SIDE, _STRIP_SIDE, 3), 128, np.uint8)
+        if batch.rgb_BTHWC is not None:
+            frame = cv2.resize(batch.rgb_BTHWC[place, middle].cpu().numpy(), frame.shape[:2])
+        column = [frame.copy()]
+        for map_BTHW in maps.values():
+            light = map_BTHW[place, map_BTHW.shape[1] // 2].float().cpu().numpy()
+            column.append(overlay(frame, light / max(float(light.max()), 1e-12)))
+        x, y = (float(value) for value in batch.gaze_BT2[place, middle].cpu())
+        if batch.gaze_valid_BT[place, middle] and 0 <= x < 1 and 0 <= y < 1:
+            for picture in column:
+                draw_gaze(picture, x, y)
+        columns.append(np.concatenate(column))
+    return np.concatenate(columns, axis=1)

@@ -32,8 +32,9 @@ Set = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
 ]
 Track = Annotated[
-    Optional[list[str]], typer.Option("--track", metavar="TRACKER", help="Write to mlflow or wandb too; repeatable.")
+    list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
 ]
+_TRACKERS = ["tensorboard"]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
 
@@ -217,7 +218,7 @@ def tune(
         typer.Option(min=0, help="With --probe: of a GPU (else a worker) for an hour; tells what it costs."),
     ] = None,
     changes: Set = None,
-    track: Track = None,
+    track: Track = _TRACKERS,
     address: Address = None,
 ) -> None:
     """Search for the best configuration with Ray Tune on the validation mean class accuracy.
@@ -237,7 +238,7 @@ def tune(
     else:
         from tune_ego.tune import start_search
 
-        start_search(*what, track=track or ())
+        start_search(*what, track=track)
 
 
 @app.command()
@@ -319,7 +320,7 @@ def train(
         bool, typer.Option("--evaluate/--no-evaluate", help="Test the final weights, as `evaluate` does.")
     ] = True,
     changes: Set = None,
-    track: Track = None,
+    track: Track = _TRACKERS,
     address: Address = None,
 ) -> None:
     """Train one configuration to its end and test it; started again with the same arguments it goes on.
@@ -336,7 +337,7 @@ def train(
     if iterations is not None:
         settings["train.iterations"] = iterations
     resolved = override_config(load_config(config), settings, "--set")
-    train_final(resolved, data, join(storage, name), address, test=evaluate, track=track or ())
+    train_final(resolved, data, join(storage, name), address, test=evaluate, track=track)
 
 
 @app.command()

@@ -41,6 +41,11 @@ ERROR_FILE = "error.txt"
 EVALUATION_FILE = "evaluation.json"
 
 
+def picture_file(iteration: int) -> str:
+    """In a run's folder: attention over a frame of some validation clips, PNG."""
+    return f"attention/iteration-{iteration:06d}.png"
+
+
 def read_metrics(run: str) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; none where it has not logged yet."""
     uri = storage.join(run, METRICS_FILE)

@@ -27,7 +27,7 @@ def train_final(
     """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
 
     With `test` its final weights are tested at the end, on one worker's CPUs and GPUs; `track` names trackers, of
-    `tracking.TRACKERS`, that it is written to. Returns the URI of the weights.
+    `tracking.make_trackers`, that it is written to. Returns the URI of the weights.
     Raises `UserError` where the folder holds another run.
     """
     from tune_ego.checkpoint import last_whole

@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
+
 from tune_ego import checkpoint_files, experiment, storage
+from tune_ego.attention import validation_strip
 from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes, write_checkpoint
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
@@ -160,6 +163,7 @@ def _worker(settings: dict[str, Any]) -> None:
         if trainer.iteration < plan.iterations:
             batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
             with watched(job.stop, rank) as notice:
+                reporter.trainer = trainer
                 train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
     except Exception as error:
         mistake = user_error_in(error)
@@ -249,6 +253,8 @@ class _Reporter:
         last = plan.validations[-job.config.train.average_checkpoints :] if job.final else ()
         self.needed = {*last} if len(last) > 1 else set()
         """Checkpoints that the final weights will be the mean of."""
+        self.trainer: Trainer | None = None
+        """Whose attention is drawn after validations."""
         self.lines: list[dict[str, Any]] = []
         self.written = 0.0
 
@@ -271,8 +277,16 @@ class _Reporter:
             if checkpoint is not None:
                 # After its metrics: those without one are forgotten.
                 write_checkpoint(self.job.run, checkpoint, self.needed)
+            if metrics and checkpoint is not None:
+                self._draw(metrics["iteration"])
         if metrics and checkpoint is not None:
             self._tell_ray(metrics)
+
+    def _draw(self, iteration: int) -> None:
+        strip = validation_strip(*self.trainer.seen) if self.trainer and self.trainer.seen else None
+        if strip is not None:
+            png = cv2.imencode(".png", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))[1].tobytes()
+            storage.write_bytes(storage.join(self.job.run, experiment.picture_file(iteration)), png)
 
     @staticmethod
     def _tell_ray(metrics: dict[str, Any]) -> None:

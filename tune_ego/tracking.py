@@ -1,4 +1,4 @@
-"""`--track`: each run's configuration and metrics in MLflow or Weights & Biases, for searches and final runs alike.
+"""`--track`: configuration and metrics of each run of a search, and of final runs, in TensorBoard, MLflow or W&B.
 
 The driver reads them from the runs' files, wherever its workers are. Ray Tune's own callbacks know no final runs, and
 of a trial only its validations.
@@ -10,20 +10,24 @@ import hashlib
 import logging
 import math
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import numpy as np
 
 from tune_ego import checkpoint_files, experiment, storage
 from tune_ego.config import Config
 from tune_ego.console import say
 from tune_ego.errors import UserError
-from tune_ego.experiment import Trial
+from tune_ego.experiment import METRIC, Trial
 
-TRACKERS = ("mlflow", "wandb")
 _LOOK_EVERY = 10.0  # seconds
 _METRICS_A_REQUEST = 900
 """MLflow takes 1,000."""
@@ -46,12 +50,13 @@ class Tracker(Protocol):
 
 def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
     """Raises `UserError` for an unknown name, and where the package or the place to write is not there."""
+    kinds: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": Mlflow, "wandb": WandB}
     made: dict[str, Tracker] = {}
     for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"--track {name}: expected {' or '.join(TRACKERS)}")
+        if name not in kinds:
+            raise UserError(f"--track {name}: expected one of {', '.join(kinds)}")
         try:
-            made[name] = Mlflow(root) if name == "mlflow" else WandB(root)
+            made[name] = kinds[name](root)
         except ImportError as error:
             raise UserError(f"--track {name}: pip install 'tune_ego[{name}]' ({error})") from error
     return made
@@ -142,6 +147,65 @@ def flat(config: Config) -> dict[str, Any]:
 
 def _name(root: str) -> str:
     return root.rpartition("/")[2]
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the search or run, each trial in its own folder, with its pictures of attention.
+
+    On an object store they appear whole when a trial ends: `tensorboard --logdir STORAGE/NAME/tensorboard`.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def begin(self, trial: Trial) -> Any:
+        from tensorboardX import SummaryWriter
+
+        target = storage.join(self._root, "tensorboard", trial.id)
+        folder = target if storage.is_local(target) else tempfile.mkdtemp(prefix="tune-ego-events-")
+        return _Events(trial, target, folder, SummaryWriter(folder), {})
+
+    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
+        for line in lines:
+            iteration = int(line["iteration"])
+            for key, value in line.items():
+                if key != "iteration":
+                    run.writer.add_scalar(key, value, iteration)
+            picture = storage.join(run.trial.run, experiment.picture_file(iteration))
+            if METRIC in line:
+                run.last[METRIC] = max(line[METRIC], run.last.get(METRIC, 0.0))
+                if storage.exists(picture):
+                    run.writer.add_image("attention", read_png(picture), iteration, dataformats="HWC")
+        run.writer.flush()
+
+    def end(self, run: Any, state: str) -> None:
+        from tensorboardX.summary import hparams
+
+        values = flat(run.trial.config).items()
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values}
+        for part in hparams(plain, run.last):
+            run.writer.file_writer.add_summary(part)
+        run.writer.close()
+        if run.folder != run.target:
+            for file in Path(run.folder).iterdir():
+                storage.write_bytes(storage.join(run.target, file.name), file.read_bytes())
+            shutil.rmtree(run.folder)
+
+
+class _Events(NamedTuple):
+    trial: Trial
+    target: str
+    folder: str
+    """Where they are written first: TensorBoard's writer knows local files."""
+    writer: Any
+    last: dict[str, float]
+    """The best accuracy, for the table of hyper-parameters."""
+
+
+def read_png(uri: str) -> Any:
+    """RGB uint8, [H, W, 3]."""
+    image = cv2.imdecode(np.frombuffer(storage.read_bytes(uri), np.uint8), cv2.IMREAD_COLOR)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 class Mlflow:

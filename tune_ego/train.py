@@ -89,6 +89,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.heard = 0
         """The highest notice of all workers at the last step."""
+        self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
+        """The first batch of the last validation, and what the model made of it."""
         self._losses: list[Tensor] = []
         self._means: list[Tensor] = []
 
@@ -200,6 +202,7 @@ class Trainer:
         Raises `NonFiniteLoss`, on all workers, where a stream's scores are not finite: its weights are spoilt.
         """
         self.parallel.eval()
+        self.seen = None
         if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -208,6 +211,7 @@ class Trainer:
         for _ in range(plan.validation_items):
             batch = next(batches)
             outputs = self._forward(self.model, batch, None)
+            self.seen = self.seen or (batch, outputs)
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
         mean_scores = scores.reduce(self.config.fusion_weight)
         self._check_scores(mean_scores)

@@ -42,7 +42,7 @@ def start_search(
 ) -> Experiment:
     """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken.
 
-    `track` names the trackers, of `tracking.TRACKERS`, that its trials are written to.
+    `track` names the trackers, of `tracking.make_trackers`, that its trials are written to.
     """
     space, changes = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
