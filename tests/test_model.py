@@ -245,8 +245,8 @@ def test_dropout_is_applied_in_training_alone(dropout: float) -> None:
     model = ModelConfig(width=0.05, stam_depth=0, dropout=dropout)
     stream = build_stream("rgb", 50, model)
     with torch.no_grad():
-        stream.logits.conv3d.weight.copy_(torch.eye(50).reshape(50, 50, 1, 1, 1))  # type: ignore[union-attr,operator]
-        stream.logits.conv3d.bias.zero_()  # type: ignore[union-attr,operator]
+        stream.logits.conv3d.weight.copy_(torch.eye(50).reshape(50, 50, 1, 1, 1))
+        stream.logits.conv3d.bias.zero_()  # type: ignore[union-attr]
     clip = torch.randn(8, 3, 16, 32, 32)
     plain, _ = build_with(stream, model, 0.0).train()(clip)
     logits, _ = stream.train()(clip)
@@ -270,16 +270,18 @@ def build_with(stream: Stream, model: ModelConfig, dropout: float) -> Stream:
 def test_batch_norm_s_running_statistics_equal_their_formula(momentum: float | None) -> None:
     """running = (1 - m) running + m of the batch, everywhere, with the unbiased variance; m is 0.01 by default."""
     torch.manual_seed(0)
-    changes = {} if momentum is None else {"bn_momentum": momentum}
-    stream = randomised(build_stream("flow", 5, ModelConfig(width=0.06, stam_depth=2, **changes))).train()
+    model = ModelConfig(width=0.06, stam_depth=2)
+    if momentum is not None:
+        model = model.model_copy(update={"bn_momentum": momentum})
+    stream = randomised(build_stream("flow", 5, model)).train()
     share = 0.01 if momentum is None else momentum
     expected = {}
 
     def note(name: str, norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0].detach().double().transpose(0, 1).flatten(1)
-        mean = (1 - share) * norm.running_mean.double() + share * x.mean(dim=1)  # type: ignore[operator,union-attr]
+        mean = (1 - share) * norm.running_mean.double() + share * x.mean(dim=1)  # type: ignore[operator]
         squares = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=1) / (x.shape[1] - 1)
-        expected[name] = (mean, (1 - share) * norm.running_var.double() + share * squares)  # type: ignore[operator,union-attr]
+        expected[name] = (mean, (1 - share) * norm.running_var.double() + share * squares)  # type: ignore[operator]
 
     norms = {name: part for name, part in stream.named_modules() if isinstance(part, torch.nn.BatchNorm3d)}
     for name, norm in norms.items():

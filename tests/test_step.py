@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,32 +93,32 @@ def test_every_pass_of_every_iteration_draws_other_masks() -> None:
 
 
 @pytest.mark.parametrize("precision", ["off", "bf16"])
-def test_gradients_that_are_not_finite_end_the_run_before_its_validation(tmp_path: Path, precision: str) -> None:
+def test_gradients_that_are_not_finite_end_the_run_before_its_validation(precision: str) -> None:
     """The loss is finite, and there is no loss scaler to look at the gradients: the scores show what they did."""
     config = tiny_config(train__precision=precision, train__iterations=2)
     trainer = Trainer(config, ORIGIN, CPU)
     trainer.model.get_parameter("flow.logits.conv3d.weight").register_hook(lambda gradient: gradient * math.nan)
-    plan = FeedPlanOf(trainer, validation=[batch(5), batch(6)])
+    validation = [batch(5), batch(6)._replace(clip_B=torch.arange(2, 4))]
+    plan: Any = TwoValidations([label for one in validation for label in one.label_B.tolist()])
     reported: list[Any] = []
-    batches = iter([batch(1), *plan.validation])
+
+    def report(*line: Any) -> None:
+        reported.append(line)
+
     with pytest.raises(NonFiniteLoss, match="iteration 1: the validation scores of the flow stream are not finite"):
-        train(trainer, plan, batches, lambda *line: reported.append(line))  # type: ignore[arg-type]
+        train(trainer, plan, iter([batch(1), *validation]), report)
     assert not reported and not trainer.best
-    sound = Trainer(config, ORIGIN, CPU)
-    train(
-        sound, plan, iter([batch(1), *plan.validation, batch(2), *plan.validation]), lambda *line: reported.append(line)
-    )  # type: ignore[arg-type]
+    train(Trainer(config, ORIGIN, CPU), plan, iter([batch(1), *validation, batch(2), *validation]), report)
     assert len(reported) == 2 and METRIC in reported[0][0]
 
 
-class FeedPlanOf:
-    """What the loop asks of a `FeedPlan`: two iterations of one pass, a validation after each."""
+class TwoValidations:
+    """What the loop asks of a `FeedPlan`: two iterations, each with a validation of two batches after it."""
 
-    def __init__(self, trainer: Trainer, validation: list[ClipBatch]) -> None:
-        self.iterations = trainer.config.train.iterations
-        self.validation = [one._replace(clip_B=one.clip_B + 2 * n) for n, one in enumerate(validation)]
-        self.validation_items = len(validation)
-        self.validation_labels = torch.cat([one.label_B for one in validation]).tolist()
+    iterations = validation_items = 2
+
+    def __init__(self, labels: list[int]) -> None:
+        self.validation_labels = labels
 
     def validates_after(self, iteration: int) -> bool:
         return True

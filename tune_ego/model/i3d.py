@@ -58,8 +58,9 @@ def _pad(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
 def _kernel_pads(x: Tensor, padding: list[tuple[int, int]], stride: Triple) -> bool:
     """Whether the convolution's kernel may be told to pad, which saves a copy.
 
-    On a CPU, torch 2.15's weight gradients with `padding=` are wrong in 16 bits, and the strided kernel writes past
-    the end of its memory at some odd sizes; after `F.pad` both are right.
+    Not on a CPU in 16 bits or with strides: measured with torch 2.14.1 (AVX-512), weight gradients of a 7 x 7 x 7
+    kernel with `padding=` are wrong in bfloat16 and may end the process ("double free"), and in float32 with stride 2
+    they are wrong on 7 frames. After `F.pad` they are right.
     """
     if any(front != back for front, back in padding):
         return False
