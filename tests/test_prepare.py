@@ -127,7 +127,7 @@ def test_a_clip_that_breaks_off_is_reported(egtea: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "no mp4"), (b"", "Invalid data"), (b"nonsense" * 99, "Invalid data")]
+    ("content", "reason"), [(None, "no mp4"), (b"", "is empty"), (b"nonsense" * 99, "Invalid data")]
 )
 def test_unusable_clips_over_the_threshold_end_the_run(
     egtea: Path, tmp_path: Path, content: bytes | None, reason: str

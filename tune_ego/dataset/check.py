@@ -19,8 +19,9 @@ from tune_ego.console import clip_progress, percent, print_table, say
 from tune_ego.dataset import flow, video
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, no_gaze, read_gaze
-from tune_ego.dataset.prepare import MISSING_LIMIT, READERS, Settings, check_threshold, length_oddity
+from tune_ego.dataset.prepare import Settings
 from tune_ego.dataset.shards import Problem
+from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_threshold, length_oddity
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
