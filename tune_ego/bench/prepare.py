@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import av
@@ -38,7 +37,7 @@ def bench_prepare(
         if egtea is None:
             with console.capture():
                 synthesize(folder / "egtea", verbs=2, nouns=1, clips=clips, seconds=seconds, size=(640, 480))
-        stack.enter_context(one_thread())
+        stack.enter_context(flow.one_thread())
         return _measure(egtea or str(folder / "egtea"), folder, repeats, windows)
 
 
@@ -148,16 +147,3 @@ def _images_of(shards: Shards, clips: list[Clip], windows: list[Window]) -> list
 def _bytes_read() -> int:
     """What this process has read so far, by its own calls (from the page cache too)."""
     return int(_IO_COUNTS.read_text().split()[1])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """OpenCV and torch on one thread each, in this process."""
-    before = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before[0])
-        torch.set_num_threads(before[1])

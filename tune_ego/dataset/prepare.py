@@ -22,6 +22,7 @@ from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
 """About 40 MB at 320 x 240, in memory until it is written."""
+NO_USABLE_GAZE = "no frame with usable gaze"
 _CLAIM_FILE = "prepare.json"
 """Which settings an output has, from its first shard on."""
 _SMALLEST, _LARGEST = 32, 4096  # pixels; below, DIS has nothing to match
@@ -252,7 +253,7 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
             session = _session_gaze(gaze_uri, task.sources[Path(gaze_uri).name])
             gaze = session.frames(clip.name.first_frame + settings.frame_offset, frames)
             if not gaze.valid.any():
-                result.problems.append(shards.Problem(name, "gaze", "no frame with usable gaze", kept=True))
+                result.problems.append(shards.Problem(name, "gaze", NO_USABLE_GAZE, kept=True))
         tables.append(shards.frame_table(name, *encoded, gaze))
         result.records.append(shards.clip_record(clip, frames, gaze, task.shard, row_group))
         row_group += shards.row_groups(frames)
