@@ -192,6 +192,11 @@ def _open_shard(uri: str, thread: int) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=ahead, page_checksum_verification=True)
 
 
+def close_shards() -> None:
+    """Forget the readers of this process."""
+    _open_shard.cache_clear()
+
+
 def check_fits(shards: Shards, config: Config) -> None:
     """Raise `UserError` where a configuration asks for more than the data set has."""
     if config.data.crop > min(shards.image_size):
