@@ -168,6 +168,9 @@ def test_over_the_threshold_in_decoding_all_are_named(
         with pytest.raises(UserError, match="no finished data set"):
             open_shards(str(out))
     assert prepare(str(folder), str(out), SETTINGS, allow_missing=True)["clips_left_out"] == 4
+    with pytest.raises(UserError, match="4 of 40"):
+        prepare(str(folder), str(out), SETTINGS)
+    assert len(open_shards(str(out)).table) == 36  # what was finished stays
 
 
 def test_what_a_killed_first_write_left_is_no_foreign_file(egtea: Path, tmp_path: Path, made: list[str]) -> None:

@@ -44,8 +44,8 @@ def close(
         if not records:
             raise UserError(f"{out}: not one clip could be read")
     except UserError as error:
-        reopen(out)
-        storage.write_bytes(storage.join(out, shards.PROBLEMS_FILE), files[shards.PROBLEMS_FILE])
+        if not storage.exists(storage.join(out, shards.DATASET_FILE)):  # else it was finished with --allow-missing
+            storage.write_bytes(storage.join(out, shards.PROBLEMS_FILE), files[shards.PROBLEMS_FILE])
         print_table(f"Cannot be used ({len(left_out):,})", ["", ""], _table_of(left_out))
         raise UserError(f"{error}; all of them: {storage.join(out, shards.PROBLEMS_FILE)}") from error
     info = {
