@@ -1,6 +1,6 @@
 """The Parquet data set that `prepare` writes and the feed reads.
 
-    dataset.json                      schema version, class names, settings, counts, what was left out
+    dataset.json                      schema version, class names, settings, counts, what was left out, checksums
     clips.parquet                     one row a clip: labels, splits, folds, where its frames are
     problems.parquet                  one row for each thing that went wrong with a clip
     frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row a frame
