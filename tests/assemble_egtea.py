@@ -24,11 +24,12 @@ SIZE = (160, 120)
 
 
 def frames(folder: Path) -> Iterator[np.ndarray]:
-    """Endless RGB frames of the videos, one video after the other."""
-    for path in cycle(sorted(folder.glob("*.mp4"))):
+    """Endless RGB frames of the videos, one video after the other; each is decoded once."""
+    images = []
+    for path in sorted(folder.glob("*.mp4")):
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                yield frame.reformat(*SIZE, format="rgb24").to_ndarray()
+            images += [frame.reformat(*SIZE, format="rgb24").to_ndarray() for frame in container.decode(video=0)]
+    return cycle(images)
 
 
 def write_clip(path: Path, images: Iterator[np.ndarray]) -> None:

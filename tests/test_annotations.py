@@ -9,6 +9,7 @@ import pytest
 from tune_ego.dataset.annotations import (
     FOLDS,
     find_clips,
+    find_doubled_clips,
     find_gaze,
     parse_clip_name,
     read_annotations,
@@ -39,6 +40,21 @@ def test_split_lines_have_one_to_three_nouns(tmp_path: Path) -> None:
     file.write_text(f"{clip} 5 2\n")
     with pytest.raises(UserError, match=r"split\.txt:1"):
         read_split(file)
+
+
+def test_a_bad_clip_name_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "split.txt").write_text("P01-R01-Pizza-1-2-F000001-F000002 1 1 1\nP01 1 1 1\n")
+    with pytest.raises(UserError, match=r"split\.txt:2: 'P01' is not a clip name"):
+        read_split(tmp_path / "split.txt")
+
+
+def test_of_files_of_one_name_the_first_that_holds_something_counts(tmp_path: Path) -> None:
+    for folder, content in (("a", b""), ("b", b"1"), ("c", b"2"), ("d", b"")):
+        for path in (tmp_path / "cropped_clips" / folder / "x.mp4", tmp_path / "gaze_data" / folder / "x.txt"):
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+    assert Path(find_clips(tmp_path)["x"].uri).read_bytes() == Path(find_gaze(tmp_path)["x"].uri).read_bytes() == b"1"
+    assert [Path(file.uri).parent.name for file in find_doubled_clips(tmp_path)["x"]] == ["a", "b", "c", "d"]
 
 
 def test_class_names_hold_spaces_and_slashes(tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
-from tune_ego.bench.prepare import bench_prepare
+from tune_ego.bench.prepare import bench_prepare, clips_of_usual_lengths, moving_pairs, plain_loop
 from tune_ego.bench.record import Benchmark, in_turn
 from tune_ego.bench.search import bench_search, draw_curves, run_fifo
+from tune_ego.dataset.flow import flow_method
+from tune_ego.dataset.shards import open_shards
+from tune_ego.errors import UserError
+from tune_ego.feed.windows import Window, WindowReader
 from tune_ego.search_space import parse_space
 
 
@@ -51,12 +56,36 @@ def test_bench_prepare_measures_every_part(ray_cluster: None, tmp_path: Path) ->
     assert {figure.unit for figure in benchmark.figures} == {"frames/s", "ms a pair", "windows/s", "MB a window"}
     assert all(value > 0 for figure in benchmark.figures for value in figure.values)
     assert 10 * 0.8 * 24 / 2 < benchmark.about["frames"] < 10 * 0.8 * 24 * 2
-    assert 0.05 < figures["feed reads"].median < 2
+    assert 0.05 < figures["feed reads, a shard opened each time"].median < 2
     ratios = {ratio.name: ratio.value for ratio in benchmark.ratios}
     assert set(ratios) == {"prepare / plain loop", "flow tvl1 / dis", "feed / bare cv2.imdecode"}
     by_hand = figures["feed, one core"].median / figures["bare cv2.imdecode, one core"].median
     assert ratios["feed / bare cv2.imdecode"] == by_hand
     assert (cv2.getNumThreads(), torch.get_num_threads()) == threads
+
+
+def test_a_clip_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be decoded"):
+        plain_loop([str(tmp_path / "a.mp4")], (48, 36))
+
+
+def test_the_pairs_move_as_said() -> None:
+    pairs = moving_pairs((320, 240))
+    dis = flow_method("dis")
+    sizes = [float(np.linalg.norm(dis.fields(pair)[0], axis=-1).mean()) for pair in pairs]
+    assert len(pairs) == 4 and sizes[0] < 0.5 and 2 < sizes[1] < 4 and 2 < sizes[2] < 5 and sizes[3] > 8
+
+
+def test_clips_of_usual_lengths_are_as_egteas(shards: str, tmp_path: Path) -> None:
+    data = open_shards(shards)
+    clips = clips_of_usual_lengths(data, tmp_path)
+    total = sum(clip.frames for clip in clips)
+    assert 0.5 * data.info["frames"] < total <= data.info["frames"]
+    assert all(15 <= clip.frames <= 2801 for clip in clips)
+    reader = WindowReader(clips, ("rgb", "flow"), data.image_size, 32)
+    windows = [Window(index, max(clip.frames - 16, 0), 0, 0, False) for index, clip in enumerate(clips)]
+    assert reader.read_batch([*windows])["rgb"].any(axis=(1, 2, 3, 4)).all()
 
 
 def test_asha_spends_little_and_finds_the_best() -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.check import check
+from tune_ego.dataset.flow import FlowMethod
 from tune_ego.dataset.inspection import draw_clip, flow_colours, show_counts
-from tune_ego.dataset.prepare import Settings, plan, write_task
+from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings, plan, write_task
 from tune_ego.dataset.shards import Problem, open_shards
 from tune_ego.errors import UserError
 
@@ -78,9 +82,64 @@ def test_what_is_missing_and_odd_is_named(folder: Path, capsys: pytest.CaptureFi
     verdict = check(str(folder), SETTINGS)
     assert verdict.facts["videos without annotation"] == 1
     assert Problem(absent, "video", "no mp4 of this name", kept=False) in verdict.problems
-    kinds = {(problem.clip, problem.stage) for problem in verdict.problems}
+    kinds = {(problem.clip, problem.stage) for problem in verdict.problems if problem.reason != NO_USABLE_GAZE}
     assert kinds == {(absent, "video"), (other, "length"), (session, "gaze")}
     assert "leave out 1" in (printed := capsys.readouterr().out) and absent in printed
+
+
+def test_broken_gaze_files_are_refused_after_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (Path(file.uri) for _, file in sorted(find_gaze(str(folder)).items())[:2])
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes() + bytes(4 << 20))
+    absent = Path(next(iter(find_clips(str(folder)).values())).uri)
+    absent.unlink()
+    with pytest.raises(UserError, match=rf"2 gaze files cannot be used, first .*{first.name}"):
+        check(str(folder), SETTINGS)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (first.stem, second.stem, "NUL bytes", absent.stem, "clips usable"))
+    assert "Ready" not in printed
+
+
+def test_clips_that_prepare_would_find_without_gaze_are_named(folder: Path, tmp_path: Path) -> None:
+    gaze = Path(sorted(find_gaze(str(folder)).values())[0].uri)
+    lines = gaze.read_text().splitlines(keepends=True)
+    gaze.write_text("".join(lines[: len(lines) * 3 // 4]))
+    verdict = check(str(folder), SETTINGS)
+    found = {problem for problem in verdict.problems if problem.reason == NO_USABLE_GAZE}
+    tasks = plan(read_annotations(str(folder)), find_clips(str(folder)), find_gaze(str(folder)))
+    problems = {problem for task in tasks for problem in write_task(task, str(tmp_path), SETTINGS).problems}
+    assert found == problems and found
+    assert verdict.facts["clips without gaze"] == len(found)
+
+
+def test_doubled_clips_are_named(folder: Path) -> None:
+    name, file = sorted(find_clips(str(folder)).items())[0]
+    (folder / "cropped_clips" / "0").mkdir()
+    (folder / "cropped_clips" / "0" / f"{name}.mp4").write_bytes(b"")
+    (problem,) = check(str(folder), SETTINGS).problems
+    assert problem == Problem(name, "annotation", f"2 mp4 have this name; {file.uri} counts", kept=True)
+
+
+def test_the_estimate_takes_one_thread_and_a_limited_time(
+    egtea: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads: list[int] = []
+    pairs: list[int] = []
+
+    def slow(frames: Sequence[np.ndarray]) -> np.ndarray:
+        threads.append(torch.get_num_threads())
+        pairs.append(len(frames) - 1)
+        time.sleep(0.05)
+        return np.zeros((len(frames) - 1, 36, 48, 2), np.float32)
+
+    monkeypatch.setattr("tune_ego.dataset.flow.flow_method", lambda *_: FlowMethod(lambda frame: frame, slow, 1))
+    monkeypatch.setattr("tune_ego.dataset.check._TRIED_SECONDS", 0.2)
+    monkeypatch.setattr("tune_ego.dataset.flow.runs_on_gpu", lambda name: True)
+    estimate = check(str(egtea), Settings((48, 36), "tvl1")).estimate
+    assert set(threads) == {1} and torch.get_num_threads() == 2
+    assert sum(pairs) < 12
+    assert estimate is not None and estimate.core_seconds > 0.05 * 40 * 10
+    assert "at most, on a GPU, flow tvl1" in capsys.readouterr().out
 
 
 def test_what_prepare_would_refuse_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +13,12 @@ from tune_ego.dataset import flow
 from tune_ego.dataset.prepare import Settings
 from tune_ego.dataset.tv_l1 import median_filter, tv_l1
 from tune_ego.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads: None) -> None:
+    """Threads that wait for each other make TV-L1 crawl where others use the machine too."""
+    torch.set_num_threads(1)
 
 
 def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -86,6 +94,20 @@ def test_tv_l1_agrees_with_opencv(shared: Path) -> None:
         difference = np.linalg.norm(field - expected, axis=-1).mean()
         assert difference < (0.3 if name == "bikes_040" else 0.05)
         assert residual(before, after, field) < 1.02 * residual(before, after, expected)
+
+
+@pytest.mark.parametrize(("first", "opencv"), [(89, 0.4103), (90, 0.2983), (117, 0.3235)])
+def test_tv_l1_follows_what_hardly_moves(shared: Path, first: int, opencv: float) -> None:
+    """Two consecutive frames that differ by hundredths of a pixel.
+
+    `opencv` is the residual of `cv2.optflow.DualTVL1OpticalFlow_create()`, opencv-contrib 5.0.0, on the same pair.
+    """
+    with av.open(str(shared / "video" / "bigbuckbunny.mp4")) as container:
+        images = [frame.to_ndarray(format="bgr24") for frame in islice(container.decode(video=0), first, first + 2)]
+    small = [cv2.resize(image, (320, 240), interpolation=cv2.INTER_AREA) for image in images]
+    before, after = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in small)
+    field = tv_l1(torch.from_numpy(before)[None], torch.from_numpy(after)[None])[0].numpy()
+    assert residual(before, after, field) < 1.03 * opencv
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +101,10 @@ def test_calibration_area_is_read_from_the_header(tmp_path: Path) -> None:
 
 
 def test_quotes_and_damaged_numbers_swallow_nothing(tmp_path: Path) -> None:
-    samples = [(640, 480, frame, "Fixation") for frame in range(6)]
+    samples = [(640, 480, frame, "Fixation") for frame in range(12)]
     path = write_31(tmp_path / "a.txt", samples, tail="9\tSMP\t1\t64\t64\t99999999999999\t\tFixation\r\n")
     path.write_bytes(path.read_bytes().replace(b"\t2\t\tFix", b'\t2\t"\tFix'))
-    assert read_gaze(path).valid.tolist() == [True] * 6
+    assert read_gaze(path).valid.tolist() == [True] * 12
     write_31(tmp_path / "b.txt", samples, area="0\t0")
     with pytest.raises(UserError, match=r"b\.txt.*pixels"):
         read_gaze(tmp_path / "b.txt")
@@ -122,6 +122,88 @@ def test_frames_outside_the_recording_are_not_valid(tmp_path: Path) -> None:
     clip = gaze.frames(-2, 8)
     assert clip.valid.tolist() == [False, False, True, True, True, True, False, False]
     assert Counter(clip.event.tolist()) == {"": 4, "Fixation": 4}
+
+
+SAMPLES = [(640.25, 480.5, frame, ("Fixation", "Saccade", "Blink", "-")[frame % 4]) for frame in range(40)]
+
+
+def data_lines(change: Callable[[str], str]) -> Callable[[bytes], bytes]:
+    """The change, made to every line behind the column line."""
+
+    def apply(raw: bytes) -> bytes:
+        head, columns, data = raw.decode().partition(COLUMNS_31)
+        return (head + columns + "".join(change(line) for line in data.splitlines(keepends=True))).encode()
+
+    return apply
+
+
+def quoted(line: str) -> str:
+    return "\t".join(f'"{field}"' for field in line.rstrip().split("\t")) + "\r\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: b"\xef\xbb\xbf" + raw,
+        lambda raw: raw.replace(b"\r\n", b"\t\r\n"),
+        data_lines(lambda line: line.replace("\r\n", "\t\r\n")),
+        data_lines(quoted),
+        data_lines(lambda line: line.replace(".", ",")),
+        data_lines(lambda line: line.replace("Fixation", "Fixation ").replace("Saccade", " Saccade")),
+        lambda raw: raw.replace(b"1280\t960", b"1280.0\t960.0"),
+        lambda raw: raw.replace(b"## Calibration Area:\t", b"##calibration area : "),
+        lambda raw: raw + b"9\tSMP\t1\t64\t64\t39\t\tB",
+        lambda raw: raw[:-2],
+    ],
+    ids=["BOM", "tabs at ends", "tabs at data's ends", "quotes", "commas", "blanks", "area", "area's name"]
+    + ["cut in the event", "no last line end"],
+)
+def test_variants_of_a_file_say_the_same(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    path = write_31(tmp_path / "a.txt", SAMPLES)
+    expected = read_gaze(path)
+    assert expected.valid.sum() == 20
+    path.write_bytes(change(path.read_bytes()))
+    check_gaze_layout(path)
+    gaze = read_gaze(path)
+    for name in ("x", "y", "valid", "event"):
+        np.testing.assert_array_equal(getattr(gaze, name), getattr(expected, name))
+    assert gaze.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda line: line.replace("SMP\t", "SMP\t\t") if "Saccade" in line else line, "number of fields"),
+        (lambda line: line.replace("640.25", "640,251"), "40 with coordinates that are no numbers"),
+        (lambda line: line.replace("Fix", "Visual Fix"), "10 with events other than Fixation"),
+        (lambda line: line.replace("\t\tBlink", "x\t\tBlink"), "10 with frames that are none"),
+        (lambda line: line.replace("640", "6\0"), "NUL bytes"),
+        (lambda line: line + "\0" * (2 << 20) if "\t39\t" in line else line, "NUL bytes"),
+    ],
+    ids=["fields", "coordinates", "events", "frames", "holes", "a long tail"],
+)
+def test_a_file_of_which_much_cannot_be_read_is_refused(
+    tmp_path: Path, change: Callable[[str], str], cause: str
+) -> None:
+    path = write_31(tmp_path / "a.txt", SAMPLES)
+    path.write_bytes(data_lines(change)(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"a\.txt: .*{cause}.* again"):
+        read_gaze(path)
+
+
+def test_single_samples_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    samples = [*SAMPLES, ("x", 480, 40, "Fixation"), (640, 480, 41, "Visual"), ("NaN", "-", 42, "-")]
+    path = write_31(tmp_path / "a.txt", samples, tail="9\tSMP\t1\r\n9\tMSG\t1\t# hello\r\n")
+    gaze = read_gaze(path)
+    assert gaze.skipped == 3
+    assert gaze.event[40:].tolist() == ["Fixation", "-", "-"] and not gaze.valid[40:].any()
+
+
+def test_a_file_that_ends_with_its_column_line_holds_no_gaze(tmp_path: Path) -> None:
+    path = write_31(tmp_path / "a.txt", [])
+    assert len(read_gaze(path)) == 0
+    path.write_bytes(path.read_bytes().rstrip())
+    assert len(read_gaze(path)) == 0
 
 
 @pytest.mark.parametrize("content", ["", "hello\n", "## x\nTime\tX\tY\n1\t2\t3\n"])

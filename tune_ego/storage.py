@@ -19,6 +19,8 @@ _PARTIAL = ".partial"
 class SourceFile(NamedTuple):
     uri: str
     bytes: int
+    modified_ns: int
+    """Since 1970; 0 where the file system does not say."""
 
 
 def is_local(uri: str | Path) -> bool:
@@ -83,7 +85,7 @@ def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
     found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     files = [info for info in found if info.is_file and info.base_name.lower().endswith(suffix)]
     return [
-        SourceFile(join(absolute(uri), os.path.relpath(info.path, path)), info.size)
+        SourceFile(join(absolute(uri), os.path.relpath(info.path, path)), info.size, info.mtime_ns or 0)
         for info in sorted(files, key=lambda info: info.path)
     ]
 
@@ -110,7 +112,10 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 def _write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:  # an object appears only when it is complete
+        # An object appears when its stream is closed, and pyarrow's streams cannot be abandoned: each way out of here
+        # closes it. So all bytes go in one call, which no signal's exception can cut in two; and where the store did
+        # not take a part of them, closing fails as well.
+        with filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +125,11 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether this is what a writer left that was killed while it wrote."""
+    return name.endswith(_PARTIAL)
 
 
 def remove_partial(folder: str | Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
+from statistics import mean
 
 import av
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from tune_ego.bench.record import Benchmark, cores, in_turn
@@ -18,14 +21,22 @@ from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import console
 from tune_ego.dataset import flow, video
 from tune_ego.dataset.annotations import find_clips, read_annotations
-from tune_ego.dataset.prepare import Settings, prepare
-from tune_ego.dataset.shards import Clip, Shards, open_shards, read_clip
+from tune_ego.dataset.gaze import no_gaze
+from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
+from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
 from tune_ego.dataset.synthetic import synthesize
-from tune_ego.feed.windows import Window, WindowReader, training_window
+from tune_ego.dataset.tv_l1 import tv_l1
+from tune_ego.errors import UserError
+from tune_ego.feed.windows import Window, WindowReader, close_shards, training_window
 
 _CROP = 224
 _BATCH = 8
-_PAIRS = 4  # of frames, for the slow flow methods
+_PAIRS = 4  # of frames of the clips given, beside the synthetic ones
+_GPU_BATCH = 64  # pairs
+_TEXTURE = (40, 12, 4)  # pixels: cells of the scene, the coarse ones weigh most
+_MOTIONS = ((0.3, -0.1, 0, 1), (2.5, 1, 0.5, 1), (-1.5, 3, 0, 1.015), (11, -6, 2, 1))
+"""(x, y) pixels, degrees, scale between two frames: from nearly still to a turn of the head."""
+_MEDIAN, _MEAN, _EXTREMES = 59, 100, (15, 2801)  # frames of EGTEA's clips
 _IO_COUNTS = Path("/proc/self/io")
 
 
@@ -38,14 +49,16 @@ def bench_prepare(
         if egtea is None:
             with console.capture():
                 synthesize(folder / "egtea", verbs=2, nouns=1, clips=clips, seconds=seconds, size=(640, 480))
-        stack.enter_context(one_thread())
-        return _measure(egtea or str(folder / "egtea"), folder, repeats, windows)
+        stack.enter_context(flow.one_thread())
+        return _measure(egtea or str(folder / "egtea"), folder, repeats, windows, synthetic=egtea is None)
 
 
-def _measure(egtea: str, folder: Path, repeats: int, windows: int) -> Benchmark:
+def _measure(egtea: str, folder: Path, repeats: int, windows: int, synthetic: bool) -> Benchmark:
     settings = Settings()
     found = find_clips(egtea)
     files = [found[clip.name.name].uri for clip in read_annotations(egtea).clips if clip.name.name in found]
+    if not files:
+        raise UserError(f"{egtea}: none of the annotated clips is here, nothing to measure on")
     benchmark = Benchmark("prepare", {"clips": len(files), "images": "320x240"})
     places = iter(range(repeats))
     with ray_session():
@@ -61,8 +74,10 @@ def _measure(egtea: str, folder: Path, repeats: int, windows: int) -> Benchmark:
     loop = benchmark.add("plain loop", "frames/s", [frames / value for value in seconds["plain"]])
     job = benchmark.add(f"prepare, {cores()} cores", "frames/s", [frames / value for value in seconds["job"]])
     benchmark.compare("prepare / plain loop", job, loop)
-    _measure_flow(benchmark, files, settings.image_size, repeats)
-    _measure_feed(benchmark, shards, windows, repeats)
+    real = [] if synthetic else _first_pairs(files, settings.image_size)
+    _measure_flow(benchmark, [*moving_pairs(settings.image_size), *real], repeats)
+    clips = clips_of_usual_lengths(shards, folder) if synthetic else _clips_of(shards)
+    _measure_feed(benchmark, shards, clips, windows, repeats)
     return benchmark
 
 
@@ -72,39 +87,89 @@ def _quiet_prepare(egtea: str, out: str, settings: Settings) -> None:
 
 
 def plain_loop(files: list[str], image_size: tuple[int, int]) -> None:
-    """What one would write first: one process that decodes, resizes, computes DIS and makes the same JPEG files."""
+    """What one would write first: one process that decodes, resizes, computes DIS and makes the same JPEG files.
+
+    Raises `UserError` for a clip that cannot be decoded.
+    """
+    for file in files:
+        try:
+            _encode_plainly(file, image_size)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UserError(
+                f"{file}: cannot be decoded ({error}); to measure, leave it out or fetch it again"
+            ) from error
+
+
+def _encode_plainly(file: str, image_size: tuple[int, int]) -> None:
     matcher = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     quality = [cv2.IMWRITE_JPEG_QUALITY, video.JPEG_QUALITY]
-    for file in files:
-        before = None
-        with av.open(file) as container:
-            for frame in container.decode(video=0):
-                image = cv2.resize(frame.to_ndarray(format="bgr24"), image_size, interpolation=cv2.INTER_AREA)
-                cv2.imencode(".jpg", image, quality)
-                grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-                if before is not None:
-                    cv2.imencode(".jpg", flow.quantise(matcher.calc(before, grey, None)), quality)
-                before = grey
+    before = None
+    with av.open(file) as container:
+        for frame in container.decode(video=0):
+            image = cv2.resize(frame.to_ndarray(format="bgr24"), image_size, interpolation=cv2.INTER_AREA)
+            cv2.imencode(".jpg", image, quality)
+            grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+            if before is not None:
+                cv2.imencode(".jpg", flow.quantise(matcher.calc(before, grey, None)), quality)
+            before = grey
 
 
-def _measure_flow(benchmark: Benchmark, files: list[str], image_size: tuple[int, int], repeats: int) -> None:
-    """DIS and TV-L1 on the same frame pairs, one thread; TV-L1 on a GPU too, where there is one."""
-    dis, tv_l1 = flow.flow_method("dis"), flow.flow_method("tvl1")
-    grey = [dis.view(image) for _, image in zip(range(_PAIRS + 1), video.decode(files[0], image_size))]
-    pairs = len(grey) - 1
-    seconds = in_turn(repeats, dis=lambda: dis.fields(grey), tvl1=lambda: tv_l1.fields(grey))
-    where = "GPU" if torch.cuda.is_available() else "one thread"
-    fast = benchmark.add("flow dis, one thread", "ms a pair", [1e3 * value / pairs for value in seconds["dis"]])
-    slow = benchmark.add(f"flow tvl1, {where}", "ms a pair", [1e3 * value / pairs for value in seconds["tvl1"]])
-    benchmark.compare("flow tvl1 / dis", slow, fast)
+def _measure_flow(benchmark: Benchmark, pairs: list[tuple[np.ndarray, np.ndarray]], repeats: int) -> None:
+    """DIS and TV-L1 on the same frame pairs, one thread; TV-L1 on a GPU instead, where there is one, all at once."""
+    dis = flow.flow_method("dis")
+    on_gpu = flow.runs_on_gpu("tvl1")
+    pairs = pairs * (_GPU_BATCH // len(pairs)) if on_gpu else pairs
+    stacks = [torch.from_numpy(np.stack(frames)).to("cuda" if on_gpu else "cpu") for frames in zip(*pairs)]
+    batch = len(pairs) if on_gpu else 1
+
+    def slow() -> None:
+        for before, after in zip(*(stack.split(batch) for stack in stacks)):
+            tv_l1(before, after).cpu()
+
+    seconds = in_turn(repeats, dis=lambda: [dis.fields(pair) for pair in pairs], tvl1=slow)
+    where = "GPU" if on_gpu else "one thread"
+    per_pair = {name: [1e3 * value / len(pairs) for value in values] for name, values in seconds.items()}
+    fast = benchmark.add(f"flow dis, one thread, mean of {len(pairs)} pairs", "ms a pair", per_pair["dis"])
+    best = benchmark.add(f"flow tvl1, {where}, mean of {len(pairs)} pairs", "ms a pair", per_pair["tvl1"])
+    benchmark.compare("flow tvl1 / dis", best, fast)
 
 
-def _measure_feed(benchmark: Benchmark, shards: Shards, count: int, repeats: int) -> None:
+def moving_pairs(image_size: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Grey frame pairs of a textured scene, one of each kind of motion."""
+    width, height = image_size
+    random = np.random.default_rng(0)
+    layers = [
+        cv2.resize(random.uniform(0, 255, (height // cell, width // cell)), image_size, interpolation=cv2.INTER_CUBIC)
+        for cell in _TEXTURE
+    ]
+    scene = np.clip(np.average(layers, axis=0, weights=_TEXTURE), 0, 255)
+    pairs = []
+    for x, y, degrees, scale in _MOTIONS:
+        moved = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, scale)
+        moved[:, 2] += x, y
+        after = cv2.warpAffine(scene, moved, image_size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+        noisy = (image + random.normal(0, 1, image.shape) for image in (scene, after))
+        before, after = (np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in noisy)
+        pairs.append((before, after))
+    return pairs
+
+
+def _first_pairs(files: list[str], image_size: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The first two frames of some clips, grey."""
+    pairs = []
+    for place in np.linspace(0, len(files) - 1, min(_PAIRS, len(files))).astype(int):
+        frames = islice(video.decode(files[place], image_size), 2)
+        grey = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in frames]
+        if len(grey) == 2:
+            pairs.append((grey[0], grey[1]))
+    return pairs
+
+
+def _measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count: int, repeats: int) -> None:
     """Two-stream windows on one core against a bare loop of `cv2.imdecode` over the same JPEG files."""
-    clips = [clip for role in ("train", "test") for clip in _clips(shards, role)]
     windows = [training_window(clips, 0, sample, shards.image_size, _CROP) for sample in range(count)]
     reader = WindowReader(clips, ("rgb", "flow"), shards.image_size, _CROP)
-    images = _images_of(shards, clips, windows)
+    images = _images_of(clips, windows)
 
     def read() -> None:
         for first in range(0, count, _BATCH):
@@ -118,28 +183,53 @@ def _measure_feed(benchmark: Benchmark, shards: Shards, count: int, repeats: int
     ceiling = benchmark.add("bare cv2.imdecode, one core", "windows/s", [count / value for value in seconds["bare"]])
     feed = benchmark.add("feed, one core", "windows/s", [count / value for value in seconds["read"]])
     benchmark.compare("feed / bare cv2.imdecode", feed, ceiling)
+    benchmark.about["mean frames of the feed's clips"] = round(mean(clip.frames for clip in clips))
     if _IO_COUNTS.exists():
         before = _bytes_read()
-        read()
-        benchmark.add("feed reads", "MB a window", [(_bytes_read() - before) / 1e6 / count])
+        for window in windows:
+            close_shards()  # EGTEA has more shards than stay open: at worst each window opens one
+            reader.read_batch([window])
+        benchmark.add("feed reads, a shard opened each time", "MB a window", [(_bytes_read() - before) / 1e6 / count])
 
 
-def _clips(shards: Shards, role: str) -> list[Clip]:
-    wanted = set(shards.names(role, 1))
+def _clips_of(shards: Shards) -> list[Clip]:
     return [
         Clip(row["clip"], row["action"], row["frames"], f"{shards.root}/{row['shard']}", row["row_group"])
         for row in shards.table.to_pylist()
-        if row["clip"] in wanted
     ]
 
 
-def _images_of(shards: Shards, clips: list[Clip], windows: list[Window]) -> list[tuple[int, np.ndarray]]:
+def clips_of_usual_lengths(shards: Shards, folder: Path) -> list[Clip]:
+    """The frames of synthetic shards once more, as clips with EGTEA's lengths: median 59 frames, mean about 100."""
+    columns = ["rgb", "flow"]
+    rows = pa.concat_tables(read_clip(shards, row).select(columns) for row in shards.table.to_pylist())
+    lengths = np.random.default_rng(0).lognormal(np.log(_MEDIAN), np.sqrt(2 * np.log(_MEAN / _MEDIAN)), rows.num_rows)
+    clips: list[Clip] = []
+    tables: list[pa.Table] = []
+    start, group, shard = 0, 0, 0
+    shortest, longest = _EXTREMES
+    for length in np.clip(np.rint(lengths), shortest, min(longest, rows.num_rows)).astype(int).tolist():
+        images = rows.slice(start, length)
+        if tables and (start + length > rows.num_rows or sum(map(len, tables)) + length > FRAMES_PER_SHARD):
+            write_shard(clips[-1].shard, tables, [], [], {})
+            tables, group, shard = [], 0, shard + 1
+        if start + length > rows.num_rows:
+            break
+        clips.append(Clip(f"clip-{len(clips)}", 0, length, str(folder / f"usual-{shard:04d}.parquet"), group))
+        rgb, motion = (images[name].to_pylist() for name in columns)
+        tables.append(frame_table(clips[-1].name, rgb, motion, no_gaze(length)))
+        start, group = start + length, group + row_groups(length)
+    return clips
+
+
+def _images_of(clips: list[Clip], windows: list[Window]) -> list[tuple[int, np.ndarray]]:
     """(flag of `cv2.imdecode`, JPEG file) of all that the windows show."""
-    rows = {row["clip"]: row for row in shards.table.to_pylist()}
     images = []
     for window in windows:
         clip = clips[window.clip]
-        table = read_clip(shards, rows[clip.name]).slice(window.start, WINDOW_FRAMES)
+        groups = range(clip.row_group, clip.row_group + row_groups(clip.frames))
+        with pq.ParquetFile(clip.shard) as file:
+            table = file.read_row_groups(groups, ["rgb", "flow"]).slice(window.start, WINDOW_FRAMES)
         for name, flag in (("rgb", cv2.IMREAD_COLOR), ("flow", cv2.IMREAD_GRAYSCALE)):
             images += [(flag, np.frombuffer(value.as_py(), np.uint8)) for value in table[name]]
     return images
@@ -148,16 +238,3 @@ def _images_of(shards: Shards, clips: list[Clip], windows: list[Window]) -> list
 def _bytes_read() -> int:
     """What this process has read so far, by its own calls (from the page cache too)."""
     return int(_IO_COUNTS.read_text().split()[1])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """OpenCV and torch on one thread each, in this process."""
-    before = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before[0])
-        torch.set_num_threads(before[1])

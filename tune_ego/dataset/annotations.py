@@ -74,6 +74,10 @@ def read_split(path: str | Path) -> list[SplitLine]:
             raise UserError(
                 f"{path}:{number}: expected 'ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]', found {text!r}"
             )
+        try:
+            parse_clip_name(fields[0])
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
         action, verb, *nouns = map(int, fields[1:])
         lines.append(SplitLine(fields[0], action, verb, tuple(nouns)))
     return lines
@@ -192,14 +196,29 @@ def session_folds(sessions: list[str]) -> list[int]:
 
 
 def find_clips(egtea: str | Path) -> dict[str, SourceFile]:
-    """Every mp4 under `cropped_clips`, nested or flat, by clip name; of two of a name, the first path."""
-    return _by_name(storage.find_files(storage.join(egtea, "cropped_clips"), ".mp4"))
+    """Every mp4 under `cropped_clips`, nested or flat, by clip name; of some of one name, the first not empty."""
+    return _by_name(_clip_files(egtea))
+
+
+def find_doubled_clips(egtea: str | Path) -> dict[str, list[SourceFile]]:
+    """The files of every name that more than one mp4 has."""
+    files: dict[str, list[SourceFile]] = {}
+    for file in _clip_files(egtea):
+        files.setdefault(Path(file.uri).stem, []).append(file)
+    return {name: found for name, found in files.items() if len(found) > 1}
+
+
+def _clip_files(egtea: str | Path) -> list[SourceFile]:
+    return storage.find_files(storage.join(egtea, "cropped_clips"), ".mp4")
 
 
 def find_gaze(egtea: str | Path) -> dict[str, SourceFile]:
-    """Every gaze file under `gaze_data`, nested or flat, by session; of two of a name, the first path."""
+    """Every gaze file under `gaze_data`, nested or flat, by session; of some of one name, the first not empty."""
     return _by_name(storage.find_files(storage.join(egtea, "gaze_data"), ".txt"))
 
 
 def _by_name(files: list[SourceFile]) -> dict[str, SourceFile]:
-    return {Path(file.uri).stem: file for file in reversed(files)}
+    # Of one name the last one counts: those that are not empty behind those that are, the first path behind the others.
+    ordered = files[::-1]
+    ordered.sort(key=lambda file: bool(file.bytes))
+    return {Path(file.uri).stem: file for file in ordered}

@@ -5,7 +5,9 @@ N pairs of frames, H, W pixels; 2 is x, y. Torch is imported by the methods that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -47,8 +49,34 @@ def flow_method(name: FlowName, weights: str | None = None) -> FlowMethod:
     return _tv_l1() if name == "tvl1" else _raft(weights)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """OpenCV, and torch where it is loaded, on one thread each, in this process."""
+    torch: Any = sys.modules.get("torch")
+    before = cv2.getNumThreads(), torch and torch.get_num_threads()
+    cv2.setNumThreads(1)
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before[0])
+        if torch:
+            torch.set_num_threads(before[1])
+
+
 def uses_gpu(name: FlowName) -> bool:
+    """Whether the method takes a GPU where there is one."""
     return name in ("tvl1", "raft")
+
+
+def runs_on_gpu(name: FlowName) -> bool:
+    """Whether it does in this process."""
+    if not uses_gpu(name):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _grey(frame: np.ndarray) -> np.ndarray:

@@ -6,10 +6,13 @@ BeGaze 3.1 (sessions `OP*`): left-eye point, `Frame` an integer. BeGaze 3.4 (ses
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,9 @@ from tune_ego.errors import UserError
 
 FPS = 24
 USABLE_EVENTS = ("Fixation", "Saccade")
+_EVENTS = (*USABLE_EVENTS, "Blink", "-")
+SKIPPED_LIMIT = 0.1
+"""Of a file's samples: real files have none that cannot be read."""
 _LAYOUTS = (("B", "BeGaze 3.4"), ("L", "BeGaze 3.1"))  # column prefix; the binocular point where there is one
 _CALIBRATION_AREA = (1280.0, 960.0)
 _MOST_FRAMES = 24 * 3600 * FPS  # a day: a frame beyond it is a damaged number
@@ -38,6 +44,8 @@ class Gaze:
     """bool: the frame has at least one usable sample."""
     event: np.ndarray
     """str: the commonest event of the frame's usable samples, else of all its samples; `` without samples."""
+    skipped: int = 0
+    """Samples of the file that could not be read."""
 
     def __len__(self) -> int:
         return len(self.valid)
@@ -66,20 +74,36 @@ def no_gaze(count: int) -> Gaze:
 def read_gaze(path: str | Path) -> Gaze:
     """Gaze of a session, per session frame.
 
-    A frame's point is the mean of its usable samples: a Fixation or Saccade, finite, inside the image.
-    Raises `UserError` for a file of neither layout.
+    A frame's point is the mean of its usable samples: a Fixation or Saccade, finite, inside the image. Raises
+    `UserError` for a file of neither layout, and where over a tenth of the samples cannot be read.
     """
     raw = _read(path)
-    start, area, names = _layout(raw, path)
-    table = pacsv.read_csv(
-        io.BytesIO(raw[start:]),
-        read_options=pacsv.ReadOptions(encoding="latin-1"),
-        # Lines with another number of fields are messages, or a last line that was cut off.
-        parse_options=pacsv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=lambda row: "skip"),
-        convert_options=pacsv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
-    )
-    x, y = (_numbers(table[name]) / size for name, size in zip(names[:2], area))
-    return _per_frame(x, y, _frames(table[names[2]]), np.array(table[names[3]].to_pylist(), dtype="<U16"))
+    layout = _layout(raw, path)
+    if b"\0" in raw:
+        raise UserError(f"{path}: damaged: there are NUL bytes in it; fetch it again")
+    body = _whole_lines(raw[layout.body :], layout)
+    if not body.strip():
+        return no_gaze(0)
+    strange: Counter[str] = Counter()
+    table = _columns(body, layout, strange, path)
+    x, y = (_numbers(table[place]) for place in (0, 1))
+    frame = _frames(table[2])
+    event = np.array(table[3].to_pylist(), dtype="<U16")
+    lost = {
+        "coordinates that are no numbers": ~(_no_value(table[0]) | ~np.isnan(x))
+        | ~(_no_value(table[1]) | ~np.isnan(y)),
+        "frames that are none": (frame < 0) | (frame >= _MOST_FRAMES),
+        f"events other than {', '.join(_EVENTS)}": ~np.isin(event, _EVENTS),
+    }
+    unread = np.any(list(lost.values()), axis=0)
+    skipped, total = int(unread.sum()) + strange.total(), len(unread) + strange.total()
+    if skipped > SKIPPED_LIMIT * total:
+        causes = Counter({cause: int(places.sum()) for cause, places in lost.items()}) + strange
+        said = "; ".join(f"{count:,} with {cause}" for cause, count in causes.most_common())
+        raise UserError(f"{path}: of {total:,} samples {skipped:,} cannot be read: {said}; fetch or export it again")
+    event[~np.isin(event, _EVENTS)] = "-"
+    width, height = layout.area
+    return replace(_per_frame(x / width, y / height, frame, event), skipped=skipped)
 
 
 def check_gaze_layout(path: str | Path) -> None:
@@ -94,37 +118,50 @@ def _read(path: str | Path, size: int | None = None) -> bytes:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _layout(raw: bytes, path: str | Path) -> tuple[int, tuple[float, float], list[str]]:
-    """(offset of the column line, calibration area in pixels, names of the x, y, frame and event columns)."""
+class _Layout(NamedTuple):
+    body: int
+    """Offset of the first sample."""
+    area: tuple[float, float]
+    """Width and height of the calibration area, pixels."""
+    columns: int
+    wanted: list[int]
+    """Places of x, y, frame and event among the columns."""
+
+
+def _layout(raw: bytes, path: str | Path) -> _Layout:
     start, area = _header(raw, path)
     if start is None:
         raise UserError(f"{path}: not a BeGaze export: no column line that starts with 'Time'")
-    columns = raw[start : raw.find(b"\n", start)].decode("latin-1").strip().split("\t")
-    prefix = next(
-        (p for p, _ in _LAYOUTS if {f"{p} POR X [px]", f"{p} POR Y [px]", f"{p} Event Info"} <= {*columns}), None
+    end = raw.find(b"\n", start) + 1 or len(raw)
+    columns = [_bare(name) for name in raw[start:end].decode("latin-1").strip("\r\n").split("\t")]
+    for prefix, _ in _LAYOUTS:
+        names = [f"{prefix} POR X [px]", f"{prefix} POR Y [px]", "Frame", f"{prefix} Event Info"]
+        if {*names} <= {*columns}:
+            return _Layout(end, area, len(columns), [columns.index(name) for name in names])
+    known = " or ".join(
+        f"{name} ('{p} POR X [px]', '{p} POR Y [px]', '{p} Event Info', 'Frame')" for p, name in _LAYOUTS
     )
-    if prefix is None or "Frame" not in columns:
-        known = " or ".join(
-            f"{name} ('{p} POR X [px]', '{p} POR Y [px]', '{p} Event Info', 'Frame')" for p, name in _LAYOUTS
-        )
-        raise UserError(f"{path}: neither gaze layout: expected the columns of {known}")
-    names = [f"{prefix} POR X [px]", f"{prefix} POR Y [px]", "Frame", f"{prefix} Event Info"]
-    return start, area, names
+    raise UserError(f"{path}: neither gaze layout: expected the columns of {known}")
+
+
+def _bare(field: str) -> str:
+    """A field without blanks and quotes around it."""
+    return field.strip(' "')
 
 
 def _header(raw: bytes, path: str | Path) -> tuple[int | None, tuple[float, float]]:
     """(offset of the column line, calibration area in pixels)."""
-    area, offset = _CALIBRATION_AREA, 0
+    area, offset = _CALIBRATION_AREA, len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
     while offset < len(raw):
         end = raw.find(b"\n", offset)
         end = len(raw) if end < 0 else end
         line = raw[offset:end].decode("latin-1").strip()
-        if line.startswith("## Calibration Area:"):
-            numbers = re.fullmatch(r"\s*([1-9]\d*)\s+([1-9]\d*)\s*", line.split(":", 1)[1])
-            if numbers is None:
+        if named := re.fullmatch(r"##\s*Calibration\s+Area\s*:(.*)", line, re.IGNORECASE):
+            numbers = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s*", named[1])
+            if numbers is None or not all(float(number) for number in numbers.groups()):
                 raise UserError(f"{path}: {line!r} holds no width and height in pixels")
             area = (float(numbers[1]), float(numbers[2]))
-        elif line.startswith("Time"):
+        elif _bare(line).startswith("Time"):
             return offset, area
         elif line and not line.startswith("##"):
             break
@@ -132,8 +169,51 @@ def _header(raw: bytes, path: str | Path) -> tuple[int | None, tuple[float, floa
     return None, area
 
 
+def _whole_lines(body: bytes, layout: _Layout) -> bytes:
+    """Without a last line that was cut off: one that does not end, and lacks fields or a known event."""
+    start = body.rfind(b"\n") + 1
+    fields = [_bare(field) for field in body[start:].decode("latin-1").strip("\r").split("\t")]
+    whole = len(fields) >= layout.columns and fields[layout.wanted[3]] in _EVENTS
+    return body if whole else body[:start]
+
+
+def _columns(body: bytes, layout: _Layout, strange: Counter[str], path: str | Path) -> list[pa.ChunkedArray]:
+    """x, y, frame and event of each sample, as text; lines with another number of fields go into `strange`."""
+    first = body[: body.find(b"\n") + 1 or len(body)].rstrip(b"\r\n")
+    columns = layout.columns + (first.count(b"\t") == layout.columns and first.endswith(b"\t"))  # a tab at the end
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        if row.text.split("\t")[1:2] != ["MSG"]:  # messages are no samples
+            strange[f"another number of fields than {columns}"] += 1
+        return "skip"
+
+    names = [str(place) for place in range(columns)]
+    wanted = [str(place) for place in layout.wanted]
+    try:
+        table = pacsv.read_csv(
+            io.BytesIO(body),
+            read_options=pacsv.ReadOptions(encoding="latin-1", column_names=names, use_threads=False),
+            parse_options=pacsv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=skip),
+            convert_options=pacsv.ConvertOptions(
+                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string())
+            ),
+        )
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return [pc.utf8_trim(table[name], ' "') for name in wanted]
+
+
+def _no_value(column: pa.ChunkedArray) -> np.ndarray:
+    """Whether the tracker had nothing to say."""
+    return pc.is_in(column, pa.array(["", "-", "NaN", "nan"])).to_numpy(zero_copy_only=False)
+
+
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """float64 with NaN for whatever is no number ('-', empty, 'NaN')."""
+    """float64 with NaN for whatever is no number ('-', empty, 'NaN').
+
+    A comma before other than three digits can only be a decimal one.
+    """
+    column = pc.replace_substring_regex(column, r"^([-+]?\d+),(\d{1,2}|\d{4,})$", r"\1.\2")
     is_number = pc.match_substring_regex(column, r"^[-+]?\d+(\.\d*)?([eE][-+]?\d+)?$")
     return pc.cast(pc.if_else(is_number, column, None), pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
 

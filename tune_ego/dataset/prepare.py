@@ -6,27 +6,27 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tune_ego import __version__, storage
+from tune_ego import storage
 from tune_ego.cluster import ray_session
-from tune_ego.config import WINDOW_FRAMES
-from tune_ego.console import clip_progress, print_table, say
-from tune_ego.dataset import flow, shards, video
+from tune_ego.console import clip_progress, say
+from tune_ego.dataset import closing, flow, shards, video
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
+from tune_ego.dataset.sources import check_threshold, find_unusable, identities, length_oddity
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
 """About 40 MB at 320 x 240, in memory until it is written."""
-MISSING_LIMIT = 0.05
+NO_USABLE_GAZE = "no frame with usable gaze"
+_CLAIM_FILE = "prepare.json"
+"""Which settings an output has, from its first shard on."""
 _SMALLEST, _LARGEST = 32, 4096  # pixels; below, DIS has nothing to match
 _MOST_TASKS_PER_GPU = 8  # each holds a CUDA context of about half a gigabyte
-READERS = 16  # threads that open files
 
 
 class ShardTask(NamedTuple):
@@ -36,8 +36,8 @@ class ShardTask(NamedTuple):
     clips: list[AnnotatedClip]
     videos: list[str | None]
     gaze: list[str | None]
-    sources: dict[str, int]
-    """File name -> bytes, of every video and gaze file: a shard is made anew where they changed."""
+    sources: dict[str, str]
+    """File name -> identity, of every video and gaze file: a shard is made anew where they changed."""
 
     @property
     def frames(self) -> int:
@@ -59,6 +59,11 @@ class Settings(NamedTuple):
     flow_weights: str | None = None
     """Path or URI of RAFT's weights."""
     frame_offset: int = 0
+
+    def absolute(self) -> Settings:
+        """The same, wherever it is read."""
+        weights = self.flow_weights
+        return self._replace(flow_weights=None if weights is None else storage.absolute(weights))
 
     def check(self) -> None:
         """Raise `UserError` for settings that no shard can be made with."""
@@ -101,7 +106,7 @@ def prepare(
     `dataset.json` holds. Raises `UserError` for broken annotations or gaze files, and where more than 5 % of the
     clips are absent or unreadable.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).absolute()
     settings.check()
     egtea, out = storage.absolute(egtea), storage.absolute(out)
     annotations = read_annotations(egtea)
@@ -110,23 +115,28 @@ def prepare(
     gaze = {session: file for session, file in find_gaze(egtea).items() if session in sessions}
     for file in gaze.values():
         check_gaze_layout(file.uri)
-    if not allow_missing:
-        check_threshold(find_unusable(annotations, videos), len(annotations.clips), egtea)
     record = settings.record()
-    _claim(out, {**record, "annotations": _fingerprint(annotations)})
+    claim = {"schema_version": shards.SCHEMA_VERSION, **record, "annotations": _fingerprint(annotations)}
+    _check_claim(out, claim)
     tasks = plan(annotations, videos, gaze)
     finished = {task.shard: result for task in tasks if (result := _finished(task, out)) is not None}
     waiting = [task for task in tasks if task.shard not in finished]
     waiting.sort(key=lambda task: -task.frames)  # the longest first: then all workers end at about the same time
     if waiting:
+        if not allow_missing:
+            lost = [problem for result in finished.values() for problem in result.problems if not problem.kept]
+            lost += find_unusable([clip for task in waiting for clip in task.clips], videos)
+            check_threshold(lost, len(annotations.clips), egtea)
+        storage.write_json(storage.join(out, _CLAIM_FILE), claim)
+        closing.reopen(out)
         done = sum(len(task.clips) for task in tasks if task.shard in finished)
         with ray_session(address), clip_progress(len(annotations.clips), done) as advance:
             for task, result in zip(waiting, _run(waiting, out, settings, jobs)):
                 finished[task.shard] = result
                 advance(len(task.clips))
-    info = _finish(annotations, [finished[task.shard] for task in tasks], record, out, allow_missing)
-    _summarise(info, out)
-    return info
+    records = [record for result in finished.values() for record in result.records]
+    problems = [problem for result in finished.values() for problem in result.problems]
+    return closing.close(annotations, records, problems, record, out, allow_missing)
 
 
 def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str, SourceFile]) -> list[ShardTask]:
@@ -141,8 +151,9 @@ def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str
             sizes[folder] = 0
         groups[folder][-1].append(clip)
         sizes[folder] += frames
+    identity = identities([*videos.values(), *gaze.values()])
     return [
-        _task(f"{folder}/part-{number:04d}.parquet", clips, videos, gaze)
+        _task(f"{folder}/part-{number:04d}.parquet", clips, videos, gaze, identity)
         for folder, parts in sorted(groups.items())
         for number, clips in enumerate(parts)
     ]
@@ -153,14 +164,18 @@ def _named_frames(clip: AnnotatedClip) -> int:
 
 
 def _task(
-    shard: str, clips: list[AnnotatedClip], videos: dict[str, SourceFile], gaze: dict[str, SourceFile]
+    shard: str,
+    clips: list[AnnotatedClip],
+    videos: dict[str, SourceFile],
+    gaze: dict[str, SourceFile],
+    identity: dict[str, str],
 ) -> ShardTask:
     clip_files = [videos.get(clip.name.name) for clip in clips]
     gaze_files = [gaze.get(clip.name.session) for clip in clips]
     video_uris, gaze_uris = (
         [None if file is None else file.uri for file in files] for files in (clip_files, gaze_files)
     )
-    sources = {Path(file.uri).name: file.bytes for file in [*clip_files, *gaze_files] if file is not None}
+    sources = {Path(file.uri).name: identity[file.uri] for file in [*clip_files, *gaze_files] if file is not None}
     return ShardTask(shard, clips, video_uris, gaze_uris, sources)
 
 
@@ -235,9 +250,10 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
         if gaze_uri is None:
             result.problems.append(shards.Problem(name, "gaze", "no gaze file of its session", kept=True))
         else:
-            gaze = _session_gaze(gaze_uri).frames(clip.name.first_frame + settings.frame_offset, frames)
+            session = _session_gaze(gaze_uri, task.sources[Path(gaze_uri).name])
+            gaze = session.frames(clip.name.first_frame + settings.frame_offset, frames)
             if not gaze.valid.any():
-                result.problems.append(shards.Problem(name, "gaze", "no frame with usable gaze", kept=True))
+                result.problems.append(shards.Problem(name, "gaze", NO_USABLE_GAZE, kept=True))
         tables.append(shards.frame_table(name, *encoded, gaze))
         result.records.append(shards.clip_record(clip, frames, gaze, task.shard, row_group))
         row_group += shards.row_groups(frames)
@@ -245,54 +261,22 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
     return result
 
 
-def length_oddity(clip: AnnotatedClip, frames: int) -> str | None:
-    """What is odd about a clip's number of frames, if anything: its name says how many there should be."""
-    named = clip.name.last_frame - clip.name.first_frame
-    return None if frames == named else f"{frames} frames, its name says {named}"
-
-
 @lru_cache(maxsize=8)
-def _session_gaze(uri: str) -> Gaze:
+def _session_gaze(uri: str, identity: str) -> Gaze:
+    """A worker process outlives a job, and the file may be another in the next one."""
     return read_gaze(uri)
-
-
-def find_unusable(annotations: Annotations, videos: dict[str, SourceFile]) -> list[shards.Problem]:
-    """Clips whose video is absent or cannot be opened, found without reading the rest of it."""
-
-    def look(clip: AnnotatedClip) -> shards.Problem | None:
-        file = videos.get(clip.name.name)
-        try:
-            if file is None:
-                raise UserError("no mp4 of this name")
-            video.check_opens(file.uri)
-        except UserError as error:
-            return shards.Problem(clip.name.name, "video", str(error), kept=False)
-        return None
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return [problem for problem in pool.map(look, annotations.clips) if problem is not None]
-
-
-def check_threshold(unusable: list[shards.Problem], clips: int, where: str) -> None:
-    if len(unusable) > MISSING_LIMIT * clips:
-        first = unusable[0]
-        raise UserError(
-            f"{where}: {len(unusable)} of {clips} clips cannot be used, first {first.clip}: {first.reason}. "
-            f"That is over {MISSING_LIMIT:.0%}; to go on without them: --allow-missing"
-        )
 
 
 def _fingerprint(annotations: Annotations) -> str:
     return hashlib.sha256(repr(annotations).encode()).hexdigest()[:16]
 
 
-def _claim(out: str, settings: dict[str, Any]) -> None:
-    """Note the settings of this output, or refuse to mix two of them."""
-    marker = storage.join(out, "prepare.json")
+def _check_claim(out: str, settings: dict[str, Any]) -> None:
+    """Refuse to mix the shards of two settings or schema versions, or to write between other files."""
+    marker = storage.join(out, _CLAIM_FILE)
     if not storage.exists(marker):
-        if storage.list_names(out):
+        if any(not storage.is_partial(name) for name in storage.list_names(out)):
             raise UserError(f"{out}: the folder is not empty and was not written by prepare; choose another")
-        storage.write_json(marker, settings)
         return
     before = storage.read_json(marker)
     different = [
@@ -304,68 +288,3 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
         raise UserError(
             f"{out}: prepared with other settings ({'; '.join(different)}); choose another folder or delete it"
         )
-
-
-def _finish(
-    annotations: Annotations, results: list[ShardResult], settings: dict[str, Any], out: str, allow_missing: bool
-) -> dict[str, Any]:
-    """Write `clips.parquet`, `problems.parquet` and, last, `dataset.json`, which makes the data set readable."""
-    records = sorted((record for result in results for record in result.records), key=lambda record: record["clip"])
-    problems = sorted(problem for result in results for problem in result.problems)
-    left_out = [problem for problem in problems if not problem.kept]
-    if not allow_missing:
-        check_threshold(left_out, len(annotations.clips), out)
-    if not records:
-        raise UserError(f"{out}: not one clip could be read")
-    info = {
-        "schema_version": shards.SCHEMA_VERSION,
-        "written_by": f"tune_ego {__version__}",
-        "settings": settings,
-        "actions": annotations.actions,
-        "verbs": annotations.verbs,
-        "nouns": annotations.nouns,
-        **_parts_of_actions(annotations),
-        "clips": len(records),
-        "frames": sum(record["frames"] for record in records),
-        "clips_left_out": len(left_out),
-        "clips_without_gaze": sum(record["gaze_frames"] == 0 for record in records),
-        "clips_shorter_than_a_window": sum(record["frames"] < WINDOW_FRAMES for record in records),
-        "clips_of_another_length": sum(problem.stage == "length" for problem in problems),
-        "flow_fields_repeated": len(records),
-        "problems": [problem._asdict() for problem in problems],
-    }
-    marker = storage.join(out, "dataset.json")
-    try:
-        unchanged = storage.read_json(marker) == info
-    except (OSError, UserError):  # not there yet, or damaged
-        unchanged = False
-    if not unchanged:
-        storage.remove(marker)
-        shards.write_clips(out, records)
-        shards.write_problems(out, problems)
-        storage.write_json(marker, info)
-    storage.remove_partial(out)
-    return info
-
-
-def _parts_of_actions(annotations: Annotations) -> dict[str, list[int]]:
-    """The verb and the first noun of each action, from 0, as its clips have them; -1 for one without clips."""
-    verbs, nouns = ([-1] * len(annotations.actions) for _ in range(2))
-    for clip in annotations.clips:
-        verbs[clip.action - 1], nouns[clip.action - 1] = clip.verb - 1, clip.nouns[0] - 1
-    return {"verb_of_action": verbs, "noun_of_action": nouns}
-
-
-def _summarise(info: dict[str, Any], out: str) -> None:
-    rows = [
-        ("clips kept", f"{info['clips']:,} ({info['frames']:,} frames)"),
-        ("of these without gaze", f"{info['clips_without_gaze']:,}"),
-        (f"of these under {WINDOW_FRAMES} frames (padded)", f"{info['clips_shorter_than_a_window']:,}"),
-        ("of these not as long as named", f"{info['clips_of_another_length']:,}"),
-        ("left out", f"{info['clips_left_out']:,}"),
-    ]
-    left_out = [problem for problem in info["problems"] if not problem["kept"]]
-    rows += [(f"  {problem['clip']}", problem["reason"]) for problem in left_out[:20]]
-    if len(left_out) > 20:
-        rows.append(("  ...", "all of them: problems.parquet"))
-    print_table(f"Shards in {out}", ["", ""], rows)

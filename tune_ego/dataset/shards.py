@@ -1,6 +1,6 @@
 """The Parquet data set that `prepare` writes and the feed reads.
 
-    dataset.json                      schema version, class names, settings, counts, what was left out
+    dataset.json                      schema version, class names, settings, counts, what was left out, checksums
     clips.parquet                     one row a clip: labels, splits, folds, where its frames are
     problems.parquet                  one row for each thing that went wrong with a clip
     frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row a frame
@@ -11,6 +11,7 @@ A split and a validation fold choose whole shards. Inside a shard each clip star
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ from tune_ego.errors import UserError
 
 SCHEMA_VERSION = 2
 FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
+DATASET_FILE, CLIPS_FILE, PROBLEMS_FILE = "dataset.json", "clips.parquet", "problems.parquet"
 _CLIPS_KEY, _PROBLEMS_KEY, _SOURCES_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.sources"
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
@@ -120,7 +122,7 @@ def write_shard(
     tables: list[pa.Table],
     records: list[dict[str, Any]],
     problems: list[Problem],
-    sources: dict[str, int],
+    sources: dict[str, str],
 ) -> None:
     """Write one shard in one piece; its clips' records, problems and source files travel in the file's metadata."""
     values = {_CLIPS_KEY: records, _PROBLEMS_KEY: problems, _SOURCES_KEY: sources}
@@ -141,8 +143,8 @@ def write_shard(
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], dict[str, int]]:
-    """(clip records, problems, bytes of source files) of a finished shard; raises `UserError` for a damaged one."""
+def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], dict[str, str]]:
+    """(clip records, problems, identities of its sources) of a finished shard; raises `UserError` for a damaged one."""
     filesystem, path = storage.resolve(uri)
     try:
         metadata = pq.read_schema(path, filesystem=filesystem).metadata
@@ -152,19 +154,23 @@ def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], d
         raise UserError(f"{uri}: not a whole shard of tune_ego ({error})") from error
 
 
-def write_clips(root: str, records: list[dict[str, Any]]) -> None:
-    _write_table(storage.join(root, "clips.parquet"), pa.Table.from_pylist(records, CLIP_SCHEMA))
+def closing_files(records: list[dict[str, Any]], problems: list[Problem]) -> dict[str, bytes]:
+    """`clips.parquet` and `problems.parquet`."""
+    return {
+        CLIPS_FILE: _parquet(records, CLIP_SCHEMA),
+        PROBLEMS_FILE: _parquet([problem._asdict() for problem in problems], PROBLEM_SCHEMA),
+    }
 
 
-def write_problems(root: str, problems: list[Problem]) -> None:
-    rows = [problem._asdict() for problem in problems]
-    _write_table(storage.join(root, "problems.parquet"), pa.Table.from_pylist(rows, PROBLEM_SCHEMA))
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
+def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    pq.write_table(pa.Table.from_pylist(rows, schema), sink, write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def checksum(data: bytes) -> str:
+    """As `dataset.json` holds them under `sha256`."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ class Shards:
 def open_shards(root: str) -> Shards:
     """Open a prepared data set; raises `UserError` where it is absent, unfinished or of another schema version."""
     try:
-        info = storage.read_json(storage.join(root, "dataset.json"))
+        info = storage.read_json(storage.join(root, DATASET_FILE))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare"
@@ -259,21 +265,49 @@ def open_shards(root: str) -> Shards:
             f"{root}: shards of schema version {info.get('schema_version')}; this tune_ego reads version "
             f"{SCHEMA_VERSION}: prepare them anew"
         )
-    filesystem, path = storage.resolve(storage.join(root, "clips.parquet"))
+    return Shards(storage.absolute(root), info, _read_clips(storage.join(root, CLIPS_FILE), info))
+
+
+def _read_clips(uri: str, info: dict[str, Any]) -> pa.Table:
     try:
-        table = pq.read_table(path, filesystem=filesystem, partitioning=None)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{root}/clips.parquet: cannot be read ({error}); run prepare again") from error
-    return Shards(storage.absolute(root), info, table)
+        data = storage.read_bytes(uri)
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table.validate(full=True)  # text that is none
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"{uri}: cannot be read ({error}); run prepare again") from error
+    if checksum(data) != info.get("sha256", {}).get(CLIPS_FILE, checksum(data)):  # the first data sets have none
+        raise UserError(f"{uri}: damaged, or not the one that dataset.json was written with; run prepare again")
+    return table
+
+
+def stray_rows(file: pq.ParquetFile, row_group: int, clip: str, first_frame: int) -> str | None:
+    """What a row group of a shard holds, where that is not the frames of `clip` from `first_frame` on; else None.
+
+    By the statistics in the file's footer: nothing more is read.
+    """
+    if row_group >= file.metadata.num_row_groups:
+        return f"there is no row group {row_group}"
+    columns = file.metadata.row_group(row_group)
+    names, frames = (columns.column(FRAME_SCHEMA.get_field_index(name)).statistics for name in ("clip", "frame"))
+    if (names.min, names.max, frames.min) == (clip, clip, first_frame):
+        return None
+    return f"row group {row_group} holds frames of {names.min} from {frames.min} on"
 
 
 def read_clip(shards: Shards, record: dict[str, Any]) -> pa.Table:
-    """All frames of a clip (a row of `clips.parquet`), in their order; raises `UserError` where they are damaged."""
+    """All frames of a clip (a row of `clips.parquet`), in their order.
+
+    Raises `UserError` where they are damaged, or where the shard holds other rows there.
+    """
     uri = storage.join(shards.root, record["shard"])
     filesystem, path = storage.resolve(uri)
     groups = range(record["row_group"], record["row_group"] + row_groups(record["frames"]))
     try:
         with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
-            return file.read_row_groups(groups)
+            table = file.read_row_groups([group for group in groups if group < file.metadata.num_row_groups])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{uri}: {record['clip']} cannot be read ({error})") from error
+    same_clip = table["clip"].unique().to_pylist() == [record["clip"]]
+    if not same_clip or table["frame"].to_pylist() != list(range(record["frames"])):
+        raise UserError(f"{uri}: the rows of {record['clip']} are not where clips.parquet says; run prepare again")
+    return table

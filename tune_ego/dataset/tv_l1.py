@@ -2,7 +2,8 @@
 
 Zach, Pock, Bischof: A Duality Based Approach for Realtime TV-L1 Optical Flow (DAGM 2007), with the constants, the
 pyramid and the median filter of OpenCV's `DualTVL1OpticalFlow`, which the published recipe used. What differs from
-OpenCV: whether a pair has converged is looked at every fifth step only.
+OpenCV: whether a pair has converged is looked at every fifth step only, and images are fetched at WARP_STEPS places a
+pixel.
 
 N pairs, H, W pixels. An axis of length 2 is x, y; the dual variable has two: the derivative's, then the component's.
 """
@@ -24,8 +25,9 @@ EPSILON = 0.01
 """A pair has converged when the root of the mean squared change of its flow in one step is below this, pixels."""
 CHECK_EVERY = 5
 MEDIAN_SIDE = 5
-WARP_STEPS = 32
-"""Images are fetched at this many places a pixel."""
+WARP_STEPS = 128
+"""Images are fetched at this many places a pixel: fine enough to follow motion of hundredths of a pixel as OpenCV 5
+does, coarse enough that rounding errors of still images do not grow at their borders. (OpenCV 4 had 32 places.)"""
 
 
 @torch.inference_mode()
@@ -64,7 +66,6 @@ def _one_scale(before_NHW: Tensor, after_NHW: Tensor, flow_2NHW: Tensor) -> Tens
     source_N3HW = torch.stack([after_NHW, *_central_differences(after_NHW)], dim=1)
     dual_22NHW = flow_2NHW.new_zeros(2, *flow_2NHW.shape)
     for _ in range(WARPS):
-        # As OpenCV's remap does. Without it, rounding errors of still images grow at their borders.
         fetched_2NHW = ((pixel_2NHW + flow_2NHW) * WARP_STEPS).round_() / WARP_STEPS
         grid_NHW2 = (fetched_2NHW / half_size - 1).permute(1, 2, 3, 0)
         warped_N3HW = F.grid_sample(source_N3HW, grid_NHW2, mode="bicubic", padding_mode="zeros", align_corners=True)

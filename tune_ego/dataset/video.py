@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import av
@@ -31,8 +31,7 @@ class VideoFacts(NamedTuple):
     """What a file's own tables and packets say; nothing was decoded."""
 
     frames: int
-    declared: int
-    """Frames that its index promises; 0 where it does not say."""
+    """Those that are shown: an mp4 that was cut without encoding it anew holds others too, for the decoder alone."""
     size: tuple[int, int]
     bytes: int
 
@@ -42,6 +41,11 @@ def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) 
 
     Raises `UserError` where it is not whole: nothing of it is used then.
     """
+    return encode_frames(decode(uri, image_size), method)
+
+
+def encode_frames(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> EncodedClip:
+    """Consecutive BGR frames of one clip, encoded with their flow; raises `UserError` where there are none."""
     cv2.setNumThreads(1)  # the job runs a task per core
     encoded = EncodedClip([], [])
     pending: list[np.ndarray] = []  # what the method sees of frames whose flow is still to be computed
@@ -51,7 +55,7 @@ def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) 
             encoded.flow.extend(_jpeg(flow.quantise(field)) for field in method.fields(pending))
             del pending[:-1]
 
-    for frame in decode(uri, image_size):
+    for frame in frames:
         encoded.rgb.append(_jpeg(frame))
         pending.append(method.view(frame))
         if len(pending) > method.batch:
@@ -76,19 +80,32 @@ def decode(uri: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
                 count += 1
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(f"frame {count} cannot be decoded ({error})") from error
-    if count < declared:
-        raise UserError(f"breaks off after {count} of {declared} frames")
+    if count < declared and count < (shown := probe(uri).frames):
+        raise UserError(f"breaks off after {count} of {shown} frames")
 
 
 def probe(uri: str) -> VideoFacts:
-    """Read a whole file without decoding it; raises `UserError` where it is no video."""
+    """Read a whole file without decoding it; raises `UserError` where it is no video or breaks off."""
     with _opened(uri) as container:
         stream = container.streams.video[0]
-        try:
-            sizes = [packet.size for packet in container.demux(stream) if packet.size]
-        except (av.error.FFmpegError, OSError) as error:
-            raise UserError(f"cannot be read ({error})") from error
-        return VideoFacts(len(sizes), stream.frames, (stream.width, stream.height), sum(sizes))
+        declared, size = stream.frames, (stream.width, stream.height)  # 0 frames where its index does not say
+        packets = _packets(container)
+    if len(packets) < declared:
+        # FFmpeg passes over packets that an edit list leaves out: count them all.
+        with _opened(uri, {"ignore_editlist": "1"}) as container:
+            count = len(_packets(container))
+        if count < declared:
+            raise UserError(f"breaks off after {count} of {declared} frames")
+    shown = [packet.size for packet in packets if not packet.is_discard]
+    return VideoFacts(len(shown), size, sum(shown))
+
+
+def _packets(container: av.container.InputContainer) -> list[av.Packet]:
+    """Those of the video that are whole."""
+    try:
+        return [packet for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"cannot be read ({error})") from error
 
 
 def check_opens(uri: str) -> None:
@@ -96,10 +113,10 @@ def check_opens(uri: str) -> None:
     _opened(uri).close()
 
 
-def _opened(uri: str) -> av.container.InputContainer:
+def _opened(uri: str, options: dict[str, str] | None = None) -> av.container.InputContainer:
     try:
         # A clip is about 2 MB: from an object store in one request, not in one for each seek.
-        container = av.open(uri if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri)))
+        container = av.open(uri if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri)), options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot be opened ({error})") from error
     if not container.streams.video:
