@@ -109,14 +109,21 @@ def test_a_clip_that_is_not_there(tmp_path: Path, shards: str) -> None:
     assert not (tmp_path / "out.mp4").exists()
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def test_attention_in_the_report(tmp_path: Path, shards: str) -> None:
     """With shards and a checkpoint: cases with pictures, right ones and wrong ones, of the model's own scores."""
     checkpoint(tmp_path, shards)
     run = str(tmp_path / "run")
+    torch.save(open_model(run, shards).model.state_dict(), _made(tmp_path / "run" / "final") / "model.pt")
     result = evaluate(run, shards)
+    assert result["checkpoint"].endswith("final/model.pt")
     write_experiment(tmp_path / "search", 4)
     out = tmp_path / "report.html"
-    numbers = write_report(str(tmp_path / "search"), str(out), run, run, shards)
+    numbers = write_report(str(tmp_path / "search"), str(out), run, None, shards)
     page = check_page(out, SECTIONS)
     found = numbers["attention_cases"]
     assert found["clips"] == found["clips_seen"] == result["clips"]

@@ -25,7 +25,7 @@ from tune_ego.evaluate import open_model
 from tune_ego.feed.windows import centre_window, dense_starts
 
 _SIDE, _GAP, _LINE = 272, 8, 20  # pixels
-_STRIP_SIDE, _STRIP_FRAMES, _STRIP_MARGIN = 180, 8, 104
+_STRIP_SIDE, _STRIP_FRAMES, _STRIP_MARGIN = 168, 8, 104
 _TOP = 4
 """Classes whose scores are shown."""
 _PLOT = 150
@@ -100,7 +100,8 @@ def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title:
     columns |= {name: "" for name in look.attention if name not in columns}
     parts = []
     for name, scores in columns.items():
-        head = "what it sees, gaze" if name == "frame" else f"{name} {'' if name in pictures else 'has no '}attention"
+        head = f"{name} attention, yellow is high" if name in pictures else f"{name} has no attention"
+        head = "what it sees, gaze" if name == "frame" else head
         picture = pictures.get(name, np.full((_SIDE, _SIDE, 3), 240, np.uint8))
         bars = _bars(look.scores[scores], clip.label, actions, scores) if scores else _blank(_bars_height(), _SIDE)
         parts.append(np.concatenate([_text(head, _SIDE), picture, bars]))
@@ -118,7 +119,7 @@ def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.
     left = [_text("", _STRIP_MARGIN)]
     for name in names:
         cell = _blank(_STRIP_SIDE, _STRIP_MARGIN)
-        for number, word in enumerate(("crop, gaze",) if name == "frame" else (name, "attention")):
+        for number, word in enumerate(("crop, gaze",) if name == "frame" else (name, "attention,", "yellow: high")):
             _put(cell, word, (4, _STRIP_SIDE // 2 + _LINE * number), _INK)
         left += [cell, _blank(_GAP, _STRIP_MARGIN)]
     left.append(_text("predicted", _STRIP_MARGIN))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from tune_ego.experiment import METRIC
 from tune_ego.report.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, WIDTH, drawn, panels, short
@@ -91,11 +91,16 @@ def choices(numbers: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def _dot(trials: dict[str, Any]) -> int:
+    """Area of a trial's dot, square points."""
+    return 9 if len(trials) > 60 else 28
+
+
 def _named_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, Any]) -> None:
     for place, value in enumerate(parameter["values"]):
         heights = [trials[member]["accuracy"] for member in value["members"]]
         offsets = np.random.default_rng(place).uniform(-0.18, 0.18, len(heights))
-        axis.scatter(place + offsets, heights, s=9, color=BLUE, alpha=0.45, linewidths=0)
+        axis.scatter(place + offsets, heights, s=_dot(trials), color=BLUE, alpha=0.5, linewidths=0)
         axis.errorbar([place + 0.3], [value["mean"]], [value["spread"] or 0], fmt="D", ms=4.5, color=ORANGE, capsize=3)
     axis.set_xticks(range(len(parameter["values"])))
     names = [f"{short(value['value'], 14)}\n{value['trials']} trials" for value in parameter["values"]]
@@ -105,15 +110,27 @@ def _named_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, Any])
 
 
 def _range_of_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, Any]) -> None:
+    low, high = parameter["range"]
     if parameter["form"] == "loguniform":
         axis.set_xscale("log")
+        if high / low < 100:  # two powers of ten or fewer would be the only numbers
+            middle = float(np.sqrt(low * high))
+            axis.set_xticks([low, middle, high], [f"{end:.2g}" for end in (low, middle, high)])
+        axis.xaxis.set_minor_formatter(NullFormatter())
     for value in parameter["values"]:
         places = [trials[member]["numbers"][parameter["key"]] for member in value["members"]]
         heights = [trials[member]["accuracy"] for member in value["members"]]
-        axis.scatter(places, heights, s=9, color=BLUE, alpha=0.45, linewidths=0)
+        axis.scatter(places, heights, s=_dot(trials), color=BLUE, alpha=0.5, linewidths=0)
         axis.plot([min(places), max(places)], [value["mean"]] * 2, color=ORANGE, linewidth=2)
-        middle = float(np.median(places))
-        axis.errorbar([middle], [value["mean"]], [value["spread"] or 0], fmt="D", ms=4.5, color=ORANGE, capsize=3)
+        axis.errorbar(
+            [float(np.median(places))],
+            [value["mean"]],
+            [value["spread"] or 0],
+            fmt="D",
+            ms=4.5,
+            color=ORANGE,
+            capsize=3,
+        )
     axis.set_xlabel(f"{parameter['key']}{', log scale' if parameter['form'] == 'loguniform' else ''}")
 
 
@@ -137,7 +154,7 @@ def stopping(numbers: dict[str, Any]) -> Figure | None:
     if numbers["stopping"]["rungs"]:
         handles.append(Line2D([], [], color=ORANGE, linestyle="--"))
         labels.append("rung")
-    axis.legend(handles, labels, loc="lower right")
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     axis.set_ylim(len(trials) - 0.5, -0.5)
     axis.set_xlabel("iterations")
     axis.set_ylabel("trials, the longest first")
@@ -163,9 +180,12 @@ def parallel(numbers: dict[str, Any]) -> Figure | None:
     ranks = [(accuracy - low) / ((high - low) or 1) for accuracy in accuracies]
     _ticks(axis, len(keys), [0, 0.5, 1], [f"{100 * (low + part * (high - low)):.0f} %" for part in (0, 0.5, 1)])
     places = range(len(keys) + 1)
+    faint = 0.25 if len(trials) > 60 else 0.6
     for number, rank in enumerate(ranks):
         line = [*(column[number] for column in heights), rank]
-        axis.plot(places, line, color=_LOW_HIGH(rank), alpha=0.25 + 0.7 * rank**2, linewidth=0.8 + 1.2 * rank**2)
+        axis.plot(
+            places, line, color=_LOW_HIGH(rank), alpha=faint + (0.95 - faint) * rank**2, linewidth=0.9 + 1.2 * rank**2
+        )
     for place in places:
         axis.axvline(place, color=MUTED, linewidth=0.8)
     names = [key.replace(".", ".\n", 1) for key in keys]
@@ -247,7 +267,7 @@ def confusion(numbers: dict[str, Any]) -> Figure | None:
     ranks = [one["rank"] for one in classes if not many or one["rank"] % 5 == 0 or one["rank"] == 1]
     axis.set_xticks([rank - 1 for rank in ranks], ranks)
     axis.set_xlabel("predicted class, by its # on the left")
-    axis.set_ylabel("true class (test clips) #number, most clips first")
+    axis.set_ylabel("true class (clips) #")
     axis.grid(False)
     bar = figure.colorbar(image, ax=axis, shrink=0.4, pad=0.01)
     bar.set_label("share of the true class's clips")
@@ -269,7 +289,14 @@ def recall(numbers: dict[str, Any]) -> Figure | None:
     axis.bar(ranks, [one["recall"][main] for one in classes], color=BLUE, alpha=0.55, width=0.8, label=main)
     others = [name for name in classes[0]["recall"] if name != main]
     for name, colour, marker in zip(others, (RED, INK), ("^", "_")):
-        axis.scatter(ranks, [one["recall"][name] for one in classes], s=14, color=colour, marker=marker, label=name)
+        axis.scatter(
+            ranks,
+            [one["recall"][name] for one in classes],
+            s=14 if len(classes) > 40 else 45,
+            color=colour,
+            marker=marker,
+            label=name,
+        )
     axis.set_xlabel("class, by its number in the confusion matrix: most test clips on the left")
     axis.set_ylabel("recall")
     axis.yaxis.set_major_formatter(_PERCENT)

@@ -34,8 +34,8 @@ SERIES = {
 """Key of metrics.jsonl -> what it is."""
 
 
-def experiment_numbers(found: Found, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """All numbers of one experiment; `evaluation` is what `evaluation_numbers` gave, or says why there are none."""
+def experiment_numbers(found: Found, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
+    """All numbers of one experiment; `evaluation` is what `evaluation_numbers` gave, `options` are the command's."""
     search = found.experiment
     trials = sorted(search.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True)
     best = _best(search)
@@ -52,7 +52,7 @@ def experiment_numbers(found: Found, evaluation: dict[str, Any]) -> dict[str, An
         "published": published_numbers(search, best, evaluation),
         "evaluation": evaluation,
         "cost": cost_numbers(search),
-        "reproduce": reproduction(search),
+        "reproduce": reproduction(search, evaluation, options),
     }
 
 
@@ -191,8 +191,8 @@ def _choices(search: Experiment) -> dict[str, Any]:
             branch = search.space.branches[key][index]
             when = ", ".join(f"{name} {'/'.join(map(str, allowed))}" for name, allowed in branch.when.items())
             groups = _bins(key, chosen)
-            form = branch.domain.form
-            parameters.append({"key": key, "when": when, "form": form, "values": _worth(groups, even)})
+            form, ends = branch.domain.form, list(branch.domain.values)
+            parameters.append({"key": key, "when": when, "form": form, "range": ends, "values": _worth(groups, even)})
         if named:
             ordered = {value: named[value] for value in _in_order(search, key, set(named))}
             parameters.append({"key": key, "when": "", "form": "choice", "values": _worth(ordered, even)})

@@ -8,13 +8,16 @@ from typing import Any
 
 from tune_ego import __version__, storage
 from tune_ego.errors import UserError
-from tune_ego.experiment import Experiment
+from tune_ego.experiment import MODEL_FILE, Experiment
 
 _FINGERPRINTED = ("dataset.json", "clips.parquet")
 
 
-def reproduction(search: Experiment) -> dict[str, Any]:
-    """Commands in their order, versions, seeds, the search space's text, and the data set's fingerprints."""
+def reproduction(search: Experiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
+    """Commands in their order, versions, seeds, the search space's text, and the data set's fingerprints.
+
+    `evaluation` is what `evaluation_numbers` gave; `options` are those of this report.
+    """
     spec, root, data = search.spec, search.root, search.spec["data"]
     folder, _, name = root.rpartition("/")
     commands = [
@@ -27,8 +30,12 @@ def reproduction(search: Experiment) -> dict[str, Any]:
                 ["tune-ego", "train", "best.yaml", "--data", data, "--storage", folder, "--name", f"{name}-final"]
             ),
         },
-        {"what": "this report", "command": shlex.join(["tune-ego", "report", root])},
     ]
+    if evaluation.get("checkpoint"):
+        checkpoint = evaluation["checkpoint"].removesuffix(f"/{MODEL_FILE}")
+        test = ["tune-ego", "evaluate", checkpoint, "--data", data, "--split", str(evaluation["split"])]
+        commands.append({"what": "the test that is shown here", "command": shlex.join(test)})
+    commands.append({"what": "this report", "command": shlex.join(["tune-ego", "report", root, *options])})
     return {
         "commands": commands,
         "versions": {

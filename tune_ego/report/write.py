@@ -32,7 +32,9 @@ def write_report(
         raise UserError("--checkpoint: the pictures are of clips; say with --data where the shards are")
     found = reading.read(root)
     uri, why = find_evaluation(found.experiment, evaluation)
-    numbers = experiment_numbers(found, evaluation_numbers(uri, why))
+    given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data}
+    options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    numbers = experiment_numbers(found, evaluation_numbers(uri, why), options)
     cases, pictures = _cases(checkpoint or numbers["evaluation"].get("checkpoint"), data)
     numbers["attention_cases"] = cases
     _write(out, numbers_out, page.render(numbers, pictures), numbers)
@@ -63,7 +65,7 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
     pair = []
     for root in roots:
         found = reading.read(root)
-        pair.append(experiment_numbers(found, evaluation_numbers(*find_evaluation(found.experiment, None))))
+        pair.append(experiment_numbers(found, evaluation_numbers(*find_evaluation(found.experiment, None)), []))
     numbers = {
         "experiments": pair,
         "best_values": _best_values(pair),
