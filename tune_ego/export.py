@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config
+from tune_ego.config import Config, CosineConfig, override_config
 from tune_ego.experiment import METRIC, Configuration, Experiment, read_experiment
 
 FINAL_ITERATIONS = 3000
@@ -33,8 +33,11 @@ def export_best(root: str, out: str) -> Configuration:
 
 
 def _final(config: Config) -> Config:
-    """The configuration with the final run's budget."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"iterations": FINAL_ITERATIONS})})
+    """The configuration with the final run's budget; a shorter horizon of its schedule becomes that too."""
+    changes: dict[str, Any] = {"train.iterations": FINAL_ITERATIONS}
+    if config.horizon < FINAL_ITERATIONS and isinstance(config.schedule, CosineConfig):
+        changes["schedule.horizon"] = None
+    return override_config(config, changes, "export")
 
 
 def _provenance(found: Experiment, best: Configuration) -> dict[str, Any]:
