@@ -95,7 +95,7 @@ def demo(
 ) -> None:
     """Run the whole path on synthetic clips.
 
-    Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/ and summary.json (80 MB).
+    Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/, report.html and summary.json (80 MB).
     Costs about 5 minutes and 4 GB of memory on two CPU cores.
     """
     from tune_ego.demo import run_demo

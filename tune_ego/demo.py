@@ -19,6 +19,7 @@ from tune_ego.evaluate import evaluate
 from tune_ego.evaluation_tables import show
 from tune_ego.experiment import METRIC, Configuration, Experiment, Trial, config_value, trial_table
 from tune_ego.final import train_final
+from tune_ego.report.write import write_report
 from tune_ego.tune import start_search
 
 IMAGE_SIZE = (96, 72)
@@ -33,7 +34,7 @@ FINAL_CHANGES = {
 
 
 def run_demo(folder: str, seed: int) -> dict[str, Any]:
-    """Synthesize, prepare, tune, export, train and evaluate in `folder`; returns what `summary.json` holds."""
+    """Synthesize, prepare, tune, export, train, evaluate and report; returns what `summary.json` in `folder` holds."""
     root = Path(storage.absolute(folder))
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another with --out")
@@ -62,6 +63,8 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
             train_final(config, shards, str(root / "final"), None)
     with step("evaluate", "evaluate: the test clips of split 1"):
         evaluation = evaluate(str(root / "final"), shards, 1)
+    with step("report", "report: all of this as one page"):
+        write_report(search.root, str(root / "report.html"), str(root / "final"), data=shards)
     summary = {
         "chance": evaluation["chance"],
         "evaluation": evaluation,
@@ -107,5 +110,6 @@ def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
         ["best configuration", str(root / "best.yaml")],
         ["weights", str(root / "final" / "final" / "model.pt")],
         ["all of this as JSON", str(root / "summary.json")],
+        ["and as a page", str(root / "report.html")],
     ]
     print_table("", ["", ""], rows)
