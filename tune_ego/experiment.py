@@ -341,11 +341,10 @@ def read_decisions(root: str) -> list[Decision]:
 
 def read_trial(found: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
     """One trial of an opened experiment, from its entry in `trials.json`; `dead`: nobody drives the search."""
-    run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
-    state = "interrupted" if state == "running" and dead else state
-    return Trial(
-        trial, state, run, drawn, repeat, found.space.config(drawn, repeat), read_metrics(run), record["reason"]
-    )
+    run, drawn, repeat = run_folder(found.root, trial), record["sampled"], record["repeat"]
+    state = "interrupted" if record["state"] == "running" and dead else record["state"]
+    config = found.space.config(drawn, repeat)
+    return Trial(trial, state, run, drawn, repeat, config, read_metrics(run), record["reason"])
 
 
 def read_experiment(root: str) -> Experiment:
@@ -354,11 +353,9 @@ def read_experiment(root: str) -> Experiment:
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
     found = Experiment(storage.absolute(root), storage.read_json(uri), [])
-    dead = not driver.is_alive(found.root)
+    dead, records = not driver.is_alive(found.root), read_records(found.root)
     with ThreadPoolExecutor(_READERS) as pool:
-        found.trials += pool.map(
-            lambda item: read_trial(found, item[0], item[1], dead), read_records(found.root).items()
-        )
+        found.trials += pool.map(lambda item: read_trial(found, item[0], item[1], dead), records.items())
     return found
 
 
