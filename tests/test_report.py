@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.stub_experiment import write_evaluation, write_experiment
 from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.experiment import TrialRecords, read_experiment
+from tune_ego.report.commands import report
 from tune_ego.report.numbers import even_iteration
 from tune_ego.report.page import COMPARED, SECTIONS, look_up
 from tune_ego.report.write import write_comparison, write_report
@@ -260,6 +262,20 @@ def test_labelled_trials_stand_beside_the_table(tmp_path: Path) -> None:
         f"trial {label}" for label in ("lu_original", "1_mixed_precision", "2_ranger", "3_stacked_stam")
     }
     assert all("validation clips: stratified fold 0 of split 1" in row["on"] for row in rows)
+
+
+def test_what_does_not_go_together(large: Path) -> None:
+    with pytest.raises(UserError, match="belong to a report of one"):
+        report(str(large / "search"), str(large / "search"), str(large / "x.html"), data="shards")
+    assert not (large / "x.html").exists()
+
+
+def test_without_optuna(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report says what to install, and has all the rest."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    numbers = write_report(str(large / "search"), str(large / "plain.html"))
+    assert numbers["importance"]["entries"] == []
+    assert "pip install 'tune_ego[optuna]'" in check_page(large / "plain.html", SECTIONS).text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

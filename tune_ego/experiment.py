@@ -304,9 +304,9 @@ def read_trial(found: Experiment, trial: str, record: dict[str, Any], dead: bool
     run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
     state = "interrupted" if state == "running" and dead else state
     metrics = read_metrics(run)
-    if state == "stopped":  # what it did before the scheduler's word reached it depends on how long that took
-        end = trial_decisions(found.root, trial)[-1].iteration
-        metrics = [line for line in metrics if line["iteration"] <= end]
+    decisions = trial_decisions(found.root, trial) if state == "stopped" else []
+    if decisions:  # what it did before the scheduler's word reached it depends on how long that took
+        metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
     return Trial(trial, state, run, drawn, repeat, found.space.config(drawn, repeat), metrics, record["reason"])
 
 

@@ -78,6 +78,7 @@ def choices(numbers: dict[str, Any]) -> Figure | None:
     columns = min(3, len(parameters))
     figure, axes = panels(len(parameters), columns, 2.5)
     trials = {trial["trial"]: trial for trial in numbers["trials"]}
+    highest = numbers["answer"]["all_trials"]["best"]
     for axis, parameter in zip(axes, parameters):
         if parameter["form"] == "choice":
             _named_values(axis, parameter, trials)
@@ -86,7 +87,7 @@ def choices(numbers: dict[str, Any]) -> Figure | None:
         when = f"\nwhere {parameter['when']}" if parameter["when"] else ""
         axis.set_title(parameter["key"] + when)
         axis.yaxis.set_major_formatter(_PERCENT)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * (highest or 1))  # the same in all
         axis.set_ylabel("best val. mean class acc.")
     return figure
 
@@ -111,8 +112,10 @@ def _named_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, Any])
 
 def _range_of_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, Any]) -> None:
     low, high = parameter["range"]
+    axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     if parameter["form"] == "loguniform":
         axis.set_xscale("log")
+        axis.set_xlim(low * (low / high) ** 0.04, high * (high / low) ** 0.04)
         if high / low < 100:  # two powers of ten or fewer would be the only numbers
             middle = float(np.sqrt(low * high))
             axis.set_xticks([low, middle, high], [f"{end:.2g}" for end in (low, middle, high)])
