@@ -13,6 +13,7 @@ from tune_ego.metrics import (
     accuracies,
     class_recall,
     confusion,
+    cross_entropy,
     fuse,
     mean_class_accuracy,
     micro_accuracy,
@@ -137,3 +138,12 @@ def test_fusion_is_a_weighted_mean_and_its_sweep_covers_all_weights() -> None:
     for point, name in ((curve[0], "flow"), (curve[-1], "rgb")):
         single = accuracies({name: scores[name]}, label)[name]
         assert {key: point[key] for key in single} == single
+
+
+def test_the_validation_loss_is_the_cross_entropy_of_the_scores() -> None:
+    scores = torch.rand(7, 4, dtype=torch.float64).softmax(dim=1)
+    labels = torch.tensor([0, 1, 2, 3, 0, 0, 2])
+    expected = sum(-math.log(scores[n, label]) for n, label in enumerate(labels.tolist())) / 7
+    assert cross_entropy(scores, labels) == pytest.approx(expected, rel=1e-12)
+    scores[3, 3] = 0
+    assert math.isfinite(cross_entropy(scores, labels))

@@ -95,6 +95,7 @@ def test_tune_export_train_evaluate(
     for trial in found.trials:
         assert [line["iteration"] for line in trial.metrics] == list(range(1, trial.iteration + 1))
     assert {trial.config.optimizer.name for trial in found.trials} == {"ranger", "sgd"}
+    assert all(line["val_loss"] > 0 for trial in found.trials for line in trial.validations)
 
     best = export_best(found.root, str(tmp_path / "best.yaml"))
     assert best.accuracy == max(trial.accuracy for trial in found.trials if trial.accuracy is not None)

@@ -74,3 +74,9 @@ def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str
         counts = confusion(scores_NK, label_N)
         result[name] = {"micro_accuracy": micro_accuracy(counts), "mean_class_accuracy": mean_class_accuracy(counts)}
     return result
+
+
+def cross_entropy(scores_NK: Tensor, label_N: Tensor) -> float:
+    """Mean of -log of the score in [0, 1] that each clip's class has; a score of 0 counts as the smallest number."""
+    own = scores_NK.gather(1, label_N[:, None]).clamp_min(torch.finfo(scores_NK.dtype).tiny)
+    return -own.log().mean().item()

@@ -24,7 +24,7 @@ from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.losses import stream_losses
-from tune_ego.metrics import ClipScores, accuracies
+from tune_ego.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.optim import StreamOptimizer
@@ -219,6 +219,7 @@ class Trainer:
         main = found.get("fused", found[self.config.stream_names[0]])
         metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
         metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
+        metrics["val_loss"] = sum(cross_entropy(mean_scores[name], labels) for name in self.config.stream_names)
         if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
             self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
         for modality, optimizer in self.optimizers.items():
