@@ -16,11 +16,11 @@ from tune_ego.feed.batches import ClipBatch
 from tune_ego.train import NonFiniteLoss, Trainer, train
 
 CPU = torch.device("cpu")
-ORIGIN = Origin(["a", "b", "c"], (48, 48), "dis")
+ORIGIN = Origin(["a", "b", "c"], (36, 36), "dis")
 
 
-def batch(seed: int, clips: int = 2) -> ClipBatch:
-    """Windows of 48 x 48 noise: maps of 2 x 2 x 2 cells. Half of the frames have gaze."""
+def batch(seed: int, clips: int = 1) -> ClipBatch:
+    """Windows of 36 x 36 noise: maps of 2 x 2 x 2 cells. Half of the frames have gaze."""
     generator = torch.Generator().manual_seed(seed)
 
     def image(*shape: int) -> torch.Tensor:
@@ -30,12 +30,15 @@ def batch(seed: int, clips: int = 2) -> ClipBatch:
     gaze = torch.rand(clips, 16, 2, generator=generator).masked_fill(~valid[..., None], torch.nan)
     label = torch.randint(0, 3, (clips,), generator=generator)
     return ClipBatch(
-        image(48, 48, 3), image(2, 48, 48), gaze, valid, label, torch.arange(clips), torch.ones(clips, dtype=torch.bool)
+        image(36, 36, 3), image(2, 36, 36), gaze, valid, label, torch.arange(clips), torch.ones(clips, dtype=torch.bool)
     )
 
 
-def test_a_step_s_gradients_equal_autograd_on_the_formula() -> None:
-    """Of two passes: the mean of cross-entropy + weight x gaze loss, for each stream."""
+def test_a_step_s_gradients_equal_autograd_on_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two passes: the mean of cross-entropy + weight x gaze loss, for each stream; in float64, where ReLU's kinks
+    and BatchNorm over few values are no matter."""
+    clips = ClipBatch.clips
+    monkeypatch.setattr(ClipBatch, "clips", lambda batch: {name: x.double() for name, x in clips(batch).items()})
     weight, sigma = 0.7, 1.3
     config = tiny_config(
         loss__gaze_weight=weight,
@@ -47,11 +50,12 @@ def test_a_step_s_gradients_equal_autograd_on_the_formula() -> None:
     )
     torch.manual_seed(0)
     trainer = Trainer(config, ORIGIN, CPU)
+    trainer.model.double()
     for name, value in trainer.model.state_dict().items():
         if name.endswith("attention_pred.conv3d.weight"):
             value.abs_()  # else ReLU may leave nothing of the map
     states = {
-        modality: {name: value.double() for name, value in stream.state_dict().items()}
+        modality: {name: value.clone() for name, value in stream.state_dict().items()}
         for modality, stream in trainer.model.items()
     }
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -62,7 +66,7 @@ def test_a_step_s_gradients_equal_autograd_on_the_formula() -> None:
             found[modality] = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
         moving.optimizer.register_step_pre_hook(note)
-    passes = [batch(1), batch(2)]
+    passes = [batch(1, clips=2), batch(2, clips=2)]
     losses = trainer.step(iter(passes))
     for row, (modality, state) in zip(losses.tolist(), states.items()):
         learnt = {name: state[name].requires_grad_() for name, _ in trainer.model[modality].named_parameters()}
@@ -80,25 +84,24 @@ def test_a_step_s_gradients_equal_autograd_on_the_formula() -> None:
         for name, p in learnt.items():
             assert p.grad is not None
             error = (found[modality][name] - p.grad).norm()
-            assert error <= 0.02 * p.grad.norm() + 1e-5, name  # float32, with kinks
+            assert error <= 1e-3 * p.grad.norm() + 1e-6, name  # the cross-entropy is float32's
 
 
 def test_every_pass_of_every_iteration_draws_other_masks() -> None:
     trainer = Trainer(tiny_config(train__accumulate=2), ORIGIN, CPU)
     seeds: list[int] = []
     trainer.model.register_forward_pre_hook(lambda _, arguments: seeds.extend(arguments[1].values()))
-    for iteration in range(3):
+    for iteration in range(2):
         trainer.step(iter([batch(2 * iteration), batch(2 * iteration + 1)]))
-    assert len(seeds) == len(set(seeds)) == 12  # 3 iterations, 2 passes, 2 streams
+    assert len(seeds) == len(set(seeds)) == 8  # 2 iterations, 2 passes, 2 streams
 
 
-@pytest.mark.parametrize("precision", ["off", "bf16"])
-def test_gradients_that_are_not_finite_end_the_run_before_its_validation(precision: str) -> None:
+def test_gradients_that_are_not_finite_end_the_run_before_its_validation() -> None:
     """The loss is finite, and there is no loss scaler to look at the gradients: the scores show what they did."""
-    config = tiny_config(train__precision=precision, train__iterations=2)
+    config = tiny_config(train__precision="off", train__iterations=2)
     trainer = Trainer(config, ORIGIN, CPU)
     trainer.model.get_parameter("flow.logits.conv3d.weight").register_hook(lambda gradient: gradient * math.nan)
-    validation = [batch(5), batch(6)._replace(clip_B=torch.arange(2, 4))]
+    validation = [batch(5), batch(6)._replace(clip_B=torch.ones(1, dtype=torch.int64))]
     plan: Any = TwoValidations([label for one in validation for label in one.label_B.tolist()])
     reported: list[Any] = []
 
