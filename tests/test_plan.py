@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_search import assert_nothing_is_left, write_space
+from tune_ego import experiment
 from tune_ego.bench.search import draw_curves, run_asha
 from tune_ego.errors import UserError
 from tune_ego.plan import show_plan
@@ -31,6 +32,8 @@ def test_a_plan_with_hours_and_price(
     space = write_space(tmp_path, **{"train.iterations": 1000, "train.validate_every": 100})
     before = sorted(tmp_path.iterdir())
     root = str(tmp_path / "search")
+    experiment.write_metrics(f"{root}-probe", [{"iteration": 16}])  # of one that was killed
+    (tmp_path / "search-probe" / experiment.CONFIG_FILE).write_text("")
     plan = show_plan(space, shards, root, {}, 0, None, None, probe=True, price=3.0)
     assert sorted(tmp_path.iterdir()) == before
     assert_nothing_is_left()

@@ -78,7 +78,10 @@ def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> di
 
 def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
     """A run of a few iterations and one validation, as a trial does them."""
-    if storage.list_names(run):
+    found = storage.list_names(run)
+    if experiment.CONFIG_FILE in found:  # a probe that was killed
+        storage.remove_folder(run)
+    elif found:
         raise UserError(f"{run}: the probe writes there, and it is not empty")
     iterations = _WARM_UP + _MEASURED
     changes = {"train.iterations": iterations, "train.log_every": 1, "train.validate_every": iterations}
