@@ -81,7 +81,7 @@ def bad(tmp_path: Path, shards: str) -> dict[str, tuple[list[str], list[str]]]:
         "no checkpoint": (["evaluate", str(tmp_path / "no"), "--data", shards], ["checkpoint"]),
         "not a checkpoint": (
             ["evaluate", str(tmp_path / "config.yaml"), "--data", shards],
-            ["config.yaml", "not weights"],
+            ["config.yaml", "not a torch file"],
         ),
     }
 
