@@ -107,8 +107,11 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
     dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=min(count, BLOCKS))
     pool = ray.data.TaskPoolStrategy(size=readers)
-    # On this node, and without CPUs: the worker reserved them.
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    dataset = dataset.map_batches(read, batch_size=1, num_cpus=0, label_selector=here, compute=pool)
+    # Without CPUs: the worker reserved them, on this node. One that will be taken away starts no tasks: then on others.
+    node = ray.get_runtime_context().get_node_id()
+    here, elsewhere = {"ray.io/node-id": node}, [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
+    dataset = dataset.map_batches(
+        read, batch_size=1, num_cpus=0, label_selector=here, fallback_strategy=elsewhere, compute=pool
+    )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
         yield {name: value[0] for name, value in batch.items()}
