@@ -109,7 +109,8 @@ def test_the_whole_path_on_an_object_store(
     assert "goes on from iteration " in run("resume", f"{results}/search")
     assert [trial.state for trial in read_experiment(f"{results}/search").trials] == ["finished", "finished"]
     run("export", f"{results}/search", "--out", f"{bucket}/best.yaml")
-    run("train", f"{bucket}/best.yaml", "--data", data, "--storage", results, "--name", "final")
+    final = ["--data", data, "--storage", results, "--name", "final", "--iterations", "60"]
+    run("train", f"{bucket}/best.yaml", *final)
     weights = load_tensors(f"{results}/final/final/model.pt")
     assert weights["flow.logits.conv3d.bias"].shape == (4,)
     assert "fused" in run("evaluate", f"{results}/final", "--data", data)
