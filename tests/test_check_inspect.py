@@ -95,8 +95,8 @@ def test_broken_gaze_files_are_refused_after_the_table(folder: Path, capsys: pyt
     absent.unlink()
     with pytest.raises(UserError, match=rf"2 gaze files cannot be used, first .*{first.name}"):
         check(str(folder), SETTINGS)
-    printed = capsys.readouterr().out
-    assert all(text in printed for text in (first.stem, second.stem, "NUL bytes", absent.stem, "clips usable"))
+    printed = "".join(capsys.readouterr().out.split())  # long paths fold, anywhere
+    assert all(text in printed for text in (first.stem, second.stem, "NULbytes", absent.stem, "clipsusable"))
     assert "Ready" not in printed
 
 
