@@ -21,7 +21,7 @@ def bench_prepare(
 ) -> None:
     """`prepare` against a plain loop, TV-L1 against DIS, and the feed against bare decoding.
 
-    Writes temporary files only, and --out. Takes about 7 minutes on two CPU cores; nothing else should run.
+    Writes temporary files only, and --out. Takes about 10 minutes on two CPU cores; nothing else should run.
     """
     from tune_ego.bench.prepare import bench_prepare as run
 
