@@ -155,7 +155,7 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
                     callbacks=[Watcher(root, space, config.train.iterations, records)],
                 ),
             )
-            with search_tracked(spec["track"], root), search_shown(root):
+            with search_tracked(spec.get("track", ()), root), search_shown(root):
                 tuner.fit()
         done = experiment.read_experiment(root)
         _show(done)
@@ -222,7 +222,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
             if experiment.read_failure(run) is None:
                 experiment.write_failure(run, experiment.Failure(str(error), final=False))
         except Interrupted:
-            pass
+            return  # its checkpoint is written
 
     return trial
 
