@@ -122,6 +122,9 @@ def test_unknown_trackers_and_places_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="--track mlfow: expected one of tensorboard, mlflow, wandb"):
         make_trackers(["mlfow"], str(tmp_path))
+    with pytest.raises(UserError, match="--track mlfow"):  # before anything is written
+        start_search("demo", "absent", str(tmp_path / "search"), {}, 0, None, None, track=["mlfow"])
+    assert not (tmp_path / "search").exists()
     pytest.importorskip("mlflow")
     with pytest.raises(UserError, match="no place for its database; set MLFLOW_TRACKING_URI"):
         make_trackers(["mlflow"], "s3://bucket/search")

@@ -15,7 +15,7 @@ from tune_ego.driver import DRIVER_FILE, driving, stop_uri
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.experiment import METRIC
 from tune_ego.progress import run_shown
-from tune_ego.tracking import run_tracked
+from tune_ego.tracking import check_trackers, run_tracked
 
 _LOOK_EVERY = 1.0  # seconds
 _TO_GO_ON = "the same command"
@@ -34,6 +34,7 @@ def train_final(
     from tune_ego.launch import Job, check_run, fit, with_found_weights
     from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
 
+    check_trackers(track)
     run, data = storage.absolute(run), storage.absolute(data)
     config = with_found_weights(config, _started(run))
     check_run(config, data)

@@ -7,6 +7,7 @@ of a trial only its validations.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ _METRICS_A_REQUEST = 900
 """MLflow takes 1,000."""
 _PARAMS_A_REQUEST = 100
 _RUN_TAG = "tune_ego.run"
+_PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 _MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
 
 
@@ -48,18 +50,20 @@ class Tracker(Protocol):
     def end(self, run: Any, state: str) -> None: ...
 
 
-def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
-    """Raises `UserError` for an unknown name, and where the package or the place to write is not there."""
-    kinds: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": Mlflow, "wandb": WandB}
-    made: dict[str, Tracker] = {}
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `UserError` for an unknown name, and where its package is not installed."""
     for name in names:
-        if name not in kinds:
-            raise UserError(f"--track {name}: expected one of {', '.join(kinds)}")
-        try:
-            made[name] = kinds[name](root)
-        except ImportError as error:
-            raise UserError(f"--track {name}: pip install 'tune_ego[{name}]' ({error})") from error
-    return made
+        if name not in _PACKAGES:
+            raise UserError(f"--track {name}: expected one of {', '.join(_PACKAGES)}")
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise UserError(f"--track {name}: pip install 'tune_ego[{name}]'")
+
+
+def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
+    """Raises `UserError` as `check_trackers` does, and where there is no place to write."""
+    check_trackers(names)
+    kinds: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": Mlflow, "wandb": WandB}
+    return {name: kinds[name](root) for name in names}
 
 
 @contextmanager

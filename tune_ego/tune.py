@@ -25,7 +25,7 @@ from tune_ego.progress import search_shown
 from tune_ego.scheduler import STOP, RecordedScheduler
 from tune_ego.search_space import SearchSpace, load_space
 from tune_ego.searcher import TrialSource, import_optuna
-from tune_ego.tracking import search_tracked
+from tune_ego.tracking import check_trackers, search_tracked
 from tune_ego.watcher import Watcher
 
 
@@ -44,6 +44,7 @@ def start_search(
 
     `track` names the trackers, of `tracking.make_trackers`, that its trials are written to.
     """
+    check_trackers(track)
     space, changes = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
     check_runs(space, data)
