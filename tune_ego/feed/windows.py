@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 
 from tune_ego import storage
 from tune_ego.config import WINDOW_FRAMES, Config, DataConfig
@@ -138,22 +139,26 @@ class WindowReader:
     ) -> None:
         """Decode the rows of an image column, and put each one's crop straight into its place in the batch."""
         is_rgb = images.shape[-1] == 3
-        flag = cv2.IMREAD_COLOR_RGB if is_rgb else cv2.IMREAD_GRAYSCALE
-        vertical, horizontal = (slice(start, start + self.crop) for start in (window.top, window.left))
+        width, height = self.image_size
+        # A row of BGR read backwards, byte by byte, is a row of RGB mirrored: that is three times faster than cv2.flip
+        # of three channels.
+        colours, channels = ("BGR" if window.flip else "RGB", 3) if is_rgb else ("GRAY", 1)
+        scratch = np.empty((height, width, 3) if is_rgb else (2 * height, width, 1), np.uint8)
+        rows_kept = slice(window.top, window.top + self.crop)
+        bytes_kept = slice(channels * window.left, channels * (window.left + self.crop))
         files = _values(column)
         for t, row in enumerate(rows.tolist()):
             if t and row == rows[t - 1]:
                 images[t] = images[t - 1]
                 continue
-            image = cv2.imdecode(files[row], flag)
-            if image is None:
-                raise _damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image")
-            if is_rgb:
-                _place(images[t], image[vertical, horizontal], window.flip)
-                continue
-            for target, component in zip(images[t], split_components(image)):
-                _place(target, component[vertical, horizontal], window.flip)
-            if window.flip:
+            try:
+                image = simplejpeg.decode_jpeg(files[row], colours, buffer=scratch)
+            except ValueError as error:
+                raise _damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image ({error})") from error
+            planes = image.reshape(1, height, -1) if is_rgb else split_components(image[..., 0])
+            for target, plane in zip(images[t].reshape(len(planes), self.crop, -1), planes):
+                _place(target, plane[rows_kept, bytes_kept], window.flip)
+            if window.flip and not is_rgb:
                 cv2.bitwise_not(images[t, 0], images[t, 0])  # 255 - x: motion to the left becomes motion to the right
 
 
