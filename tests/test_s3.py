@@ -115,5 +115,5 @@ def test_the_whole_path_on_an_object_store(
     assert weights["flow.logits.conv3d.bias"].shape == (4,)
     assert "fused" in run("evaluate", f"{results}/final", "--data", data)
     assert not list((tmp_path / "empty").iterdir())
-    left = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
-    assert not left, left
+    left = {str(path.relative_to(tmp_path / "home")) for path in (tmp_path / "home").rglob("*") if path.is_file()}
+    assert left <= {".ray/auth_token"}, left  # Ray's own, of its local clusters

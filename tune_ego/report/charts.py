@@ -78,7 +78,8 @@ def choices(numbers: dict[str, Any]) -> Figure | None:
     columns = min(3, len(parameters))
     figure, axes = panels(len(parameters), columns, 2.5)
     trials = {trial["trial"]: trial for trial in numbers["trials"]}
-    highest = numbers["answer"]["all_trials"]["best"]
+    spreads = [value["mean"] + (value["spread"] or 0) for parameter in parameters for value in parameter["values"]]
+    highest = max([numbers["answer"]["all_trials"]["best"] or 0, *spreads])
     for axis, parameter in zip(axes, parameters):
         if parameter["form"] == "choice":
             _named_values(axis, parameter, trials)
@@ -87,7 +88,7 @@ def choices(numbers: dict[str, Any]) -> Figure | None:
         when = f"\nwhere {parameter['when']}" if parameter["when"] else ""
         axis.set_title(parameter["key"] + when)
         axis.yaxis.set_major_formatter(_PERCENT)
-        axis.set_ylim(0, 1.08 * (highest or 1))  # the same in all
+        axis.set_ylim(0, 1.08 * highest or 1)  # the same in all
         axis.set_ylabel("best val. mean class acc.")
     return figure
 
