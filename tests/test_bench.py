@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tune_ego.bench.prepare import bench_prepare, clips_of_usual_lengths, moving_pairs, plain_loop
+from tune_ego.bench.feed import clips_of_usual_lengths
+from tune_ego.bench.prepare import bench_prepare, moving_pairs, plain_loop
 from tune_ego.bench.record import Benchmark, in_turn
 from tune_ego.bench.search import bench_search, draw_curves, run_fifo
 from tune_ego.dataset.flow import flow_method

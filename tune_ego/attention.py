@@ -19,8 +19,8 @@ from tune_ego.dataset.shards import Clip, Shards
 from tune_ego.evaluate import OpenedModel
 from tune_ego.feed.batches import ClipBatch, to_device
 from tune_ego.feed.windows import Window, WindowReader
+from tune_ego.hardware import autocast_dtype
 from tune_ego.model import StreamOutput
-from tune_ego.train import autocast_dtype
 
 _BATCH = 8
 """Windows in a forward pass."""

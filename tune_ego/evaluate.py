@@ -27,6 +27,7 @@ from tune_ego.errors import UserError
 from tune_ego.feed.batches import to_device
 from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
 from tune_ego.gaze_scores import GazeScores
+from tune_ego.hardware import autocast_dtype
 from tune_ego.metrics import (
     ClipScores,
     accuracies,
@@ -39,7 +40,6 @@ from tune_ego.metrics import (
 from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
 from tune_ego.model.weights import load_tensors
-from tune_ego.train import autocast_dtype
 
 _BATCH = 8
 """Windows in a forward pass."""

@@ -27,7 +27,11 @@ METRIC = "val_mean_class_accuracy"
 VALIDATION_SECONDS = "validation_seconds"
 GPU_BYTES = "gpu_bytes"
 """The most of a GPU's memory that a worker has had; logged where there is one."""
-TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES)
+FEED_WAIT = "feed_wait"
+"""Share of the time since the last line that the loop waited for batches."""
+REPORT_SECONDS = "report_seconds"
+"""What the last line before took to be reported and written, with its checkpoint where it had one."""
+TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES, FEED_WAIT, REPORT_SECONDS)
 """What differs between two runs that are the same to the bit."""
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"

@@ -69,7 +69,7 @@ def _test(config: Config, data: str, run: str, gpus: float) -> None:
     from ray.exceptions import RayError
 
     from tune_ego.evaluation_tables import show
-    from tune_ego.launch import set_up_torch
+    from tune_ego.hardware import set_up_torch
     from tune_ego.placement import worker_resources
 
     def work() -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import os
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import Interrupted, StorageError, UserError, user_error_in
 from tune_ego.feed.batches import on_device, ray_batches
 from tune_ego.feed.windows import FeedPlan, check_fits
+from tune_ego.hardware import set_up_torch
 from tune_ego.model import build_stream, load_weights
 from tune_ego.placement import placement_group_prefix, worker_resources
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
@@ -223,18 +222,6 @@ def watched(stop: str, rank: int) -> Iterator[Callable[[], Notice]]:
         yield notice
     finally:
         ended.set()
-
-
-def set_up_torch(config: Config, gpus: float) -> None:
-    """Threads and kernels, in a process that computes for this configuration."""
-    import torch
-
-    if not gpus:
-        torch.set_num_threads(math.ceil(config.compute.cpus_per_worker))
-    if config.train.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
 
 
 def _batch_bytes(config: Config) -> int:

@@ -10,7 +10,7 @@ import enum
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tune_ego.checkpoint import Origin, check_content, load_model_state, pack
-from tune_ego.config import Config
+from tune_ego.config import WINDOW_FRAMES, Config
 from tune_ego.errors import UserError
-from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS
+from tune_ego.experiment import FEED_WAIT, GPU_BYTES, METRIC, REPORT_SECONDS, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.windows import FeedPlan
+from tune_ego.hardware import autocast_dtype, compile_streams, compiles, memory_format
 from tune_ego.losses import stream_losses
 from tune_ego.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.model import StreamOutput, TwoStream, load_weights
@@ -49,13 +50,15 @@ class NonFiniteLoss(RuntimeError):
     """The loss left the finite numbers; going on, or trying again, would not help."""
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type of mixed precision, None for float32 throughout."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+class _Verdict(NamedTuple):
+    """What all workers say of one iteration: on a GPU it is known a little later."""
+
+    iteration: int
+    losses: Tensor
+    """This worker's."""
+    found: Tensor
+    """[1 where a loss is not finite, the highest notice], on the CPU once `ready`."""
+    ready: torch.cuda.Event | None
 
 
 class Trainer:
@@ -74,13 +77,16 @@ class Trainer:
             source = getattr(config.init_from, modality)
             if source is not None and not go_on:
                 load_weights(self.model[modality], source)  # type: ignore[arg-type]
-        self.model.to(device)
+        self.dtype = autocast_dtype(config.train.precision, device)
+        self.model.to(device).to(memory_format=memory_format(device, self.dtype))
+        self.model.recompute(config.train.activation_checkpointing)
+        self.compiled = self._compile() if compiles(config, device) else {}
+        """Whether each stream is; empty where none was to be."""
         self.parallel: nn.Module = self.model
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self.distributed:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.workers = dist.get_world_size() if self.distributed else 1
-        self.dtype = autocast_dtype(config.train.precision, device)
         self.optimizers = {
             modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
             for modality, stream in self.model.items()
@@ -88,7 +94,10 @@ class Trainer:
         self.iteration = 0
         self.best: dict[str, Any] = {}
         self.heard = 0
-        """The highest notice of all workers at the last step."""
+        """The highest notice of all workers that the last step, or `settle`, has heard of."""
+        self.lag = 1 if device.type == "cuda" else 0
+        """How many iterations may wait for their verdict: a GPU is not waited for at every one."""
+        self._verdicts: list[_Verdict] = []
         self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
         """The first batch of the last validation, and what the model made of it."""
         self._losses: list[Tensor] = []
@@ -118,6 +127,16 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return model(batch.clips(), seeds)
 
+    def _compile(self) -> dict[str, bool]:
+        side, config = self.config.data.crop, self.config
+        shape = (config.micro_batch, WINDOW_FRAMES, side, side)
+        layout = memory_format(self.device, self.dtype)
+        clips = {
+            modality: torch.zeros(shape[0], CHANNELS[modality], *shape[1:], device=self.device).to(memory_format=layout)
+            for modality in self.model
+        }
+        return compile_streams(self.model, clips, self.dtype)
+
     def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
         """One iteration; returns this worker's mean losses, [streams, (total, action, gaze)].
 
@@ -138,9 +157,8 @@ class Trainer:
             optimizers = self.optimizers.values()
             torch.stack([o.scaler.scale(total / share) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
             losses += found.detach() / share
-        finite, self.heard = self._agree(losses, notice)
-        if not finite:
-            raise NonFiniteLoss(self._blame(dict(zip(self.model, losses))))
+        self._verdicts.append(self._verdict(losses, notice))
+        self.heard = self._hear(self.lag)
         for modality, optimizer in self.optimizers.items():
             try:
                 optimizer.step()
@@ -150,14 +168,33 @@ class Trainer:
         self._losses.append(losses)
         return losses
 
-    def _agree(self, losses: Tensor, notice: int) -> tuple[bool, int]:
-        """(whether the losses of all workers are finite, the highest notice): they stop together, or none of them."""
-        if not self.distributed:
-            return bool(torch.isfinite(losses).all()), notice
-        heard = torch.stack([(~torch.isfinite(losses).all()).float(), torch.tensor(float(notice), device=self.device)])
-        dist.all_reduce(heard, dist.ReduceOp.MAX)
-        not_finite, highest = heard.tolist()
-        return not not_finite, int(highest)
+    def settle(self) -> None:
+        """Hear of every iteration that has been done; raises `NonFiniteLoss` as `step` does."""
+        self.heard = max(self.heard, self._hear(0))
+
+    def _verdict(self, losses: Tensor, notice: int) -> _Verdict:
+        not_finite = (~torch.isfinite(losses).all()).float()
+        found = torch.stack([not_finite, torch.full_like(not_finite, float(notice))])
+        if self.distributed:  # they stop together, or none of them
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        found = found.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event() if self.device.type == "cuda" else None
+        if ready is not None:
+            ready.record()
+        return _Verdict(self.iteration + 1, losses, found, ready)
+
+    def _hear(self, waiting: int) -> int:
+        """Take all verdicts but the last `waiting`; returns the highest notice among them."""
+        heard = 0
+        while len(self._verdicts) > waiting:
+            verdict = self._verdicts.pop(0)
+            if verdict.ready is not None:
+                verdict.ready.synchronize()
+            not_finite, notice = verdict.found.tolist()
+            if not_finite:
+                raise NonFiniteLoss(self._blame(verdict))
+            heard = max(heard, int(notice))
+        return heard
 
     def losses(self) -> list[Tensor]:
         """Mean losses over all workers of each iteration since `forget_losses`; every worker has to call it."""
@@ -184,16 +221,16 @@ class Trainer:
             for index, modality in enumerate(CHANNELS)
         }
 
-    def _blame(self, by_stream: dict[str, Tensor]) -> str:
+    def _blame(self, verdict: _Verdict) -> str:
         faults = [
             f"{kind} loss of the {modality} stream is {values[index].item()}"
-            for modality, values in by_stream.items()
+            for modality, values in zip(self.model, verdict.losses)
             for index, kind in ((1, "action"), (2, "gaze"))
             if not torch.isfinite(values[index])
         ]
         if not faults:
             return ""  # another worker's, or a gradient's
-        return f"iteration {self.iteration + 1}: {', '.join(faults)}; a lower optimizer.lr may help"
+        return f"iteration {verdict.iteration}: {', '.join(faults)}; a lower optimizer.lr may help"
 
     @torch.no_grad()
     def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
@@ -242,6 +279,8 @@ class Trainer:
         for modality, (_, action, gaze) in zip(self.model, losses.tolist()):
             metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
             metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
+            if modality in self.compiled:
+                metrics[f"compiled_{modality}"] = float(self.compiled[modality])
         total, action, gaze = losses.sum(dim=0).tolist()
         lowest = min(optimizer.learning_rate for optimizer in self.optimizers.values())
         sums = {"train_loss": total, "action_loss": action, "gaze_loss": gaze, "learning_rate": lowest}
@@ -260,28 +299,48 @@ def train(
     After every iteration this worker's `notice` is asked; what one worker hears all do.
     """
     config = trainer.config
-    since, before = time.monotonic(), trainer.iteration
+    waited = _Waited(batches)
+    since, before, reporting = time.monotonic(), trainer.iteration, 0.0
     while trainer.iteration < plan.iterations:
-        trainer.step(batches, notice())
+        trainer.step(waited, notice())
         done = trainer.iteration
         validates = plan.validates_after(done)
         if validates or done % config.train.log_every == 0:
+            trainer.settle()
             mean = torch.stack(trainer.losses()).mean(dim=0)
             seconds = time.monotonic() - since
             metrics = {
                 "iteration": done,
                 **trainer.training_metrics(mean),
                 "clips_per_second": (done - before) * config.train.batch_size / seconds,
+                FEED_WAIT: waited.seconds / seconds,
+                REPORT_SECONDS: reporting,
                 **trainer.memory(),
             }
             if validates:
                 start = time.monotonic()
-                metrics |= trainer.validate(batches, plan)
+                metrics |= trainer.validate(waited, plan)
                 metrics[VALIDATION_SECONDS] = time.monotonic() - start
             trainer.forget_losses()
+            start = time.monotonic()
             report(metrics, trainer.checkpoint() if validates else None)
             since, before = time.monotonic(), done
+            waited.seconds, reporting = 0.0, since - start
         if trainer.heard and not validates:
+            trainer.settle()
             report(None, trainer.checkpoint())
         if trainer.heard == Notice.STOP:
             return
+
+
+class _Waited(Iterator[ClipBatch]):
+    """Batches, and for how long the loop has waited for them."""
+
+    def __init__(self, batches: Iterator[ClipBatch]) -> None:
+        self._batches, self.seconds = batches, 0.0
+
+    def __next__(self) -> ClipBatch:
+        start = time.monotonic()
+        batch = next(self._batches)
+        self.seconds += time.monotonic() - start
+        return batch

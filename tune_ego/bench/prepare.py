@@ -6,38 +6,29 @@ import tempfile
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from statistics import mean
 
 import av
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from tune_ego.bench.feed import clips_of, clips_of_usual_lengths, measure_feed
 from tune_ego.bench.record import Benchmark, cores, in_turn
 from tune_ego.cluster import ray_session
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import console
 from tune_ego.dataset import flow, video
 from tune_ego.dataset.annotations import find_clips, read_annotations
-from tune_ego.dataset.gaze import no_gaze
-from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
-from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
+from tune_ego.dataset.prepare import Settings, prepare
+from tune_ego.dataset.shards import open_shards
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.dataset.tv_l1 import tv_l1
 from tune_ego.errors import UserError
-from tune_ego.feed.windows import Window, WindowReader, close_shards, training_window
 
-_CROP = 224
-_BATCH = 8
 _PAIRS = 4  # of frames of the clips given, beside the synthetic ones
 _GPU_BATCH = 64  # pairs
 _TEXTURE = (40, 12, 4)  # pixels: cells of the scene, the coarse ones weigh most
 _MOTIONS = ((0.3, -0.1, 0, 1), (2.5, 1, 0.5, 1), (-1.5, 3, 0, 1.015), (11, -6, 2, 1))
 """(x, y) pixels, degrees, scale between two frames: from nearly still to a turn of the head."""
-_MEDIAN, _MEAN, _EXTREMES = 59, 100, (15, 2801)  # frames of EGTEA's clips
-_IO_COUNTS = Path("/proc/self/io")
 
 
 def bench_prepare(
@@ -76,8 +67,8 @@ def _measure(egtea: str, folder: Path, repeats: int, windows: int, synthetic: bo
     benchmark.compare("prepare / plain loop", job, loop)
     real = [] if synthetic else _first_pairs(files, settings.image_size)
     _measure_flow(benchmark, [*moving_pairs(settings.image_size), *real], repeats)
-    clips = clips_of_usual_lengths(shards, folder) if synthetic else _clips_of(shards)
-    _measure_feed(benchmark, shards, clips, windows, repeats)
+    clips = clips_of_usual_lengths(shards, folder) if synthetic else clips_of(shards)
+    measure_feed(benchmark, shards, clips, windows, repeats)
     return benchmark
 
 
@@ -163,78 +154,3 @@ def _first_pairs(files: list[str], image_size: tuple[int, int]) -> list[tuple[np
         if len(grey) == 2:
             pairs.append((grey[0], grey[1]))
     return pairs
-
-
-def _measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count: int, repeats: int) -> None:
-    """Two-stream windows on one core against a bare loop of `cv2.imdecode` over the same JPEG files."""
-    windows = [training_window(clips, 0, sample, shards.image_size, _CROP) for sample in range(count)]
-    reader = WindowReader(clips, ("rgb", "flow"), shards.image_size, _CROP)
-    images = _images_of(clips, windows)
-
-    def read() -> None:
-        for first in range(0, count, _BATCH):
-            reader.read_batch([*windows[first : first + _BATCH]])
-
-    def bare() -> None:
-        for flag, data in images:
-            cv2.imdecode(data, flag)
-
-    seconds = in_turn(2 * repeats + 1, read=read, bare=bare)
-    ceiling = benchmark.add("bare cv2.imdecode, one core", "windows/s", [count / value for value in seconds["bare"]])
-    feed = benchmark.add("feed, one core", "windows/s", [count / value for value in seconds["read"]])
-    benchmark.compare("feed / bare cv2.imdecode", feed, ceiling)
-    benchmark.about["mean frames of the feed's clips"] = round(mean(clip.frames for clip in clips))
-    if _IO_COUNTS.exists():
-        before = _bytes_read()
-        for window in windows:
-            close_shards()  # EGTEA has more shards than stay open: at worst each window opens one
-            reader.read_batch([window])
-        benchmark.add("feed reads, a shard opened each time", "MB a window", [(_bytes_read() - before) / 1e6 / count])
-
-
-def _clips_of(shards: Shards) -> list[Clip]:
-    return [
-        Clip(row["clip"], row["action"], row["frames"], f"{shards.root}/{row['shard']}", row["row_group"])
-        for row in shards.table.to_pylist()
-    ]
-
-
-def clips_of_usual_lengths(shards: Shards, folder: Path) -> list[Clip]:
-    """The frames of synthetic shards once more, as clips with EGTEA's lengths: median 59 frames, mean about 100."""
-    columns = ["rgb", "flow"]
-    rows = pa.concat_tables(read_clip(shards, row).select(columns) for row in shards.table.to_pylist())
-    lengths = np.random.default_rng(0).lognormal(np.log(_MEDIAN), np.sqrt(2 * np.log(_MEAN / _MEDIAN)), rows.num_rows)
-    clips: list[Clip] = []
-    tables: list[pa.Table] = []
-    start, group, shard = 0, 0, 0
-    shortest, longest = _EXTREMES
-    for length in np.clip(np.rint(lengths), shortest, min(longest, rows.num_rows)).astype(int).tolist():
-        images = rows.slice(start, length)
-        if tables and (start + length > rows.num_rows or sum(map(len, tables)) + length > FRAMES_PER_SHARD):
-            write_shard(clips[-1].shard, tables, [], [], {})
-            tables, group, shard = [], 0, shard + 1
-        if start + length > rows.num_rows:
-            break
-        clips.append(Clip(f"clip-{len(clips)}", 0, length, str(folder / f"usual-{shard:04d}.parquet"), group))
-        rgb, motion = (images[name].to_pylist() for name in columns)
-        tables.append(frame_table(clips[-1].name, rgb, motion, no_gaze(length)))
-        start, group = start + length, group + row_groups(length)
-    return clips
-
-
-def _images_of(clips: list[Clip], windows: list[Window]) -> list[tuple[int, np.ndarray]]:
-    """(flag of `cv2.imdecode`, JPEG file) of all that the windows show."""
-    images = []
-    for window in windows:
-        clip = clips[window.clip]
-        groups = range(clip.row_group, clip.row_group + row_groups(clip.frames))
-        with pq.ParquetFile(clip.shard) as file:
-            table = file.read_row_groups(groups, ["rgb", "flow"]).slice(window.start, WINDOW_FRAMES)
-        for name, flag in (("rgb", cv2.IMREAD_COLOR), ("flow", cv2.IMREAD_GRAYSCALE)):
-            images += [(flag, np.frombuffer(value.as_py(), np.uint8)) for value in table[name]]
-    return images
-
-
-def _bytes_read() -> int:
-    """What this process has read so far, by its own calls (from the page cache too)."""
-    return int(_IO_COUNTS.read_text().split()[1])

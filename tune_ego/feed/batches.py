@@ -50,9 +50,15 @@ class ClipBatch(NamedTuple):
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:
+    """What was read, on the device; on a GPU the copies wait for nobody and nobody waits for them."""
+
     def tensor(name: str) -> Tensor:
-        value = torch.tensor(batch[name])  # a copy: what comes from the object store is read-only
-        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+        if device.type != "cuda":
+            return torch.tensor(batch[name])  # a copy: what comes from the object store is read-only
+        value = batch[name]
+        pinned = torch.empty(value.shape, dtype=torch.from_numpy(value[:0].copy()).dtype, pin_memory=True)
+        np.copyto(pinned.numpy(), value)
+        return pinned.to(device, non_blocking=True)
 
     return ClipBatch(
         tensor("rgb") if "rgb" in batch else None,
@@ -62,7 +68,31 @@ def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:
 
 
 def on_device(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -> Iterator[ClipBatch]:
-    return (to_device(batch, device) for batch in batches)
+    """The batches on the device. On a GPU the next one is copied while this one is computed with."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    copies = torch.cuda.Stream(device)
+    waiting: list[tuple[ClipBatch, torch.cuda.Event]] = []
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved, there = to_device(batch, device), torch.cuda.Event()
+            there.record()
+        waiting.append((moved, there))
+        if len(waiting) > 1:
+            yield _handed_over(*waiting.pop(0))
+    for pair in waiting:
+        yield _handed_over(*pair)
+
+
+def _handed_over(batch: ClipBatch, there: torch.cuda.Event) -> ClipBatch:
+    """A batch for the stream that computes, once it is all there."""
+    computing = torch.cuda.current_stream(batch.label_B.device)
+    computing.wait_event(there)
+    for tensor in batch:
+        if tensor is not None:
+            tensor.record_stream(computing)  # its memory is not for others before that stream is done with it
+    return batch
 
 
 def _pause() -> type:

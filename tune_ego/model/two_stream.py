@@ -5,12 +5,14 @@ B batch, C channels, T time, H, W, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tune_ego.config import ModelConfig
 from tune_ego.model.i3d import Unit3D, trunk
@@ -43,6 +45,8 @@ class Stream(nn.Module):
         self.attention_scale = model.attention_scale
         self.dropout = nn.Dropout(model.dropout)
         self.logits = Unit3D(channels, num_classes, activation=None, batch_norm=False)
+        self.recomputes = False
+        """Set by `TwoStream.recompute`."""
         self._copy_init = model.copy_init
         self.copy_blocks(self.attention_modules)
 
@@ -57,17 +61,45 @@ class Stream(nn.Module):
         """Floats in [-1, 1] -> class scores and the attention map (None at `stam_depth` 0)."""
         x = clip_BCTHW
         for name in self._trunk:
-            x = getattr(self, name)(x)
+            x = self._layer(name, x)
         attention_BTHW = None
         if self.attention_modules:
             a = x
             for name in self.attention_modules:
-                a = getattr(self, name)(a)
+                a = self._layer(name, a)
             attention_BTHW = scale_attention(a[:, 0], self.attention_scale)
             x = x * attention_BTHW[:, None].to(x.dtype)
         pooled = F.adaptive_avg_pool3d(x, 1)
         logits_BK = self.logits(self.dropout(pooled)).flatten(1)
         return StreamOutput(logits_BK, attention_BTHW)
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        layer = getattr(self, name)
+        if not (self.recomputes and torch.is_grad_enabled()):
+            found: Tensor = layer(x)
+            return found
+        again: Tensor = checkpoint(
+            layer,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a layer is random
+            context_fn=lambda: (nullcontext(), _statistics_kept(layer)),
+        )
+        return again
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as ever, and its running statistics stay: they have seen this batch."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d) and norm.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
@@ -93,6 +125,12 @@ class TwoStream(nn.ModuleDict):
             if seeds is not None:
                 torch.manual_seed(seeds[modality])
             self[modality] = build_stream(modality, num_classes, model)
+
+    def recompute(self, recomputes: bool) -> None:
+        """Whether what layers keep for their gradients is forgotten, and computed again on the way back."""
+        for stream in self.values():
+            assert isinstance(stream, Stream)
+            stream.recomputes = recomputes
 
     def forward(self, clips: Mapping[str, Tensor], seeds: Mapping[str, int] | None = None) -> dict[str, StreamOutput]:
         """A clip [B, C, T, H, W] per modality, floats in [-1, 1] -> what each stream says.
