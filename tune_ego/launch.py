@@ -21,7 +21,7 @@ from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import Interrupted, StorageError, UserError, user_error_in
-from tune_ego.feed.batches import on_device, ray_batches
+from tune_ego.feed.batches import begun, on_device, ray_batches
 from tune_ego.feed.windows import FeedPlan, check_fits
 from tune_ego.hardware import set_up_torch
 from tune_ego.model import build_stream, load_weights
@@ -154,13 +154,15 @@ def _worker(settings: dict[str, Any]) -> None:
     reporter = _Reporter(job, rank, plan)
     try:
         saved = last_checkpoint(job.run)
+        done = saved[0]["iteration"] if saved is not None else 0
+        if done < plan.iterations:
+            first = plan.first_item(done)
+            batches = begun(ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config)))
         trainer = Trainer(job.config, origin_of(shards), get_device(), rank, go_on=saved is not None)
         if saved is not None:
             trainer.load(*saved)
-        reporter.begin(trainer.iteration)
-        first = plan.first_item(trainer.iteration)
-        if trainer.iteration < plan.iterations:
-            batches = ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config))
+        reporter.begin(done)
+        if done < plan.iterations:
             with watched(job.stop, rank) as notice:
                 reporter.trainer = trainer
                 train(trainer, plan, on_device(batches, trainer.device), reporter, notice)

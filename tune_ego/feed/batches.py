@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tune_ego.feed.windows import FeedPlan
 
+Batch = dict[str, np.ndarray]
 BLOCKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
 AHEAD = 16
@@ -49,7 +51,7 @@ class ClipBatch(NamedTuple):
         return {name: image.float() / 127.5 - 1 for name, image in images.items()}
 
 
-def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:
+def to_device(batch: Batch, device: torch.device) -> ClipBatch:
     """What was read, on the device; on a GPU the copies wait for nobody and nobody waits for them."""
 
     def tensor(name: str) -> Tensor:
@@ -67,7 +69,23 @@ def to_device(batch: dict[str, np.ndarray], device: torch.device) -> ClipBatch:
     )
 
 
-def on_device(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -> Iterator[ClipBatch]:
+def begun(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; the first one is read from now on, in a thread, and not only when it is asked for."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, batches)
+    pool.shutdown(wait=False)
+
+    def rest() -> Iterator[Batch]:
+        try:
+            yield first.result()
+        except StopIteration:
+            return
+        yield from batches
+
+    return rest()
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[ClipBatch]:
     """The batches on the device. On a GPU the next one is copied while this one is computed with."""
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in batches)
@@ -110,7 +128,7 @@ def _pause() -> type:
     return Pause
 
 
-def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int) -> Iterator[Batch]:
     """The plan's items from `first_item` on, read by Ray Data tasks: one pipeline until the end of the run.
 
     Ray keeps the order whatever the number of readers; `batch_bytes` bounds what is read ahead.
@@ -130,7 +148,7 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     context.custom_execution_callback_classes = [_pause()]
     context.raise_original_map_exception = True
 
-    def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    def read(rows: Batch) -> dict[str, Any]:
         batch = plan.read(int(rows["item"][0]))
         return {name: value[None] for name, value in batch.items()}
 

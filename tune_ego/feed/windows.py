@@ -25,6 +25,7 @@ from tune_ego.config import WINDOW_FRAMES, Config, DataConfig
 from tune_ego.dataset.flow import split_components
 from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, open_shards, stray_rows
 from tune_ego.errors import UserError
+from tune_ego.feed.cache import ShardCache
 
 _ORDER, _DRAW = 0, 1  # independent random streams of one seed
 EVALUATION_STEP = 8
@@ -76,9 +77,19 @@ def spread_starts(frames: int, count: int) -> list[int]:
 class WindowReader:
     """Reads windows of a list of clips: the frames of the window and little more."""
 
-    def __init__(self, clips: list[Clip], streams: tuple[str, ...], image_size: tuple[int, int], crop: int) -> None:
-        """`image_size` is (width, height) of the shards' images, `crop` the side of the square taken from them."""
-        self.clips, self.streams, self.image_size, self.crop = clips, streams, image_size, crop
+    def __init__(
+        self,
+        clips: list[Clip],
+        streams: tuple[str, ...],
+        image_size: tuple[int, int],
+        crop: int,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """`image_size` is (width, height) of the shards' images, `crop` the side of the square taken from them.
+
+        With a `cache`, shards that are not on this machine's disk are copied there.
+        """
+        self.clips, self.streams, self.image_size, self.crop, self.cache = clips, streams, image_size, crop, cache
         self._columns = [*streams, "gaze_x", "gaze_y", "gaze_valid"]
 
     def read_batch(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
@@ -124,14 +135,14 @@ class WindowReader:
         """(the row groups that hold the frames, clip frame of their first row)."""
         groups = range(int(frame[0]) // FRAMES_PER_ROW_GROUP, int(frame[-1]) // FRAMES_PER_ROW_GROUP + 1)
         try:
-            file = _open_shard(clip.shard, threading.get_ident())
+            file = _open_shard(clip.shard, self.cache, threading.get_ident())
             for group in groups:
                 found = stray_rows(file, clip.row_group + group, clip.name, group * FRAMES_PER_ROW_GROUP)
                 if found is not None:
                     raise UserError(f"{clip.shard}: {clip.name} should be there, but {found}; run prepare again")
             table = file.read_row_groups([clip.row_group + group for group in groups], self._columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise _damaged(clip, f"cannot be read ({error})") from error
+            raise self._damaged(clip, f"cannot be read ({error})") from error
         return table, groups[0] * FRAMES_PER_ROW_GROUP
 
     def _read_images(
@@ -154,12 +165,16 @@ class WindowReader:
             try:
                 image = simplejpeg.decode_jpeg(files[row], colours, buffer=scratch)
             except ValueError as error:
-                raise _damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image ({error})") from error
+                raise self._damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image ({error})") from error
             planes = image.reshape(1, height, -1) if is_rgb else split_components(image[..., 0])
             for target, plane in zip(images[t].reshape(len(planes), self.crop, -1), planes):
                 _place(target, plane[rows_kept, bytes_kept], window.flip)
             if window.flip and not is_rgb:
                 cv2.bitwise_not(images[t, 0], images[t, 0])  # 255 - x: motion to the left becomes motion to the right
+
+    def _damaged(self, clip: Clip, what: str) -> UserError:
+        copy = f" (or it is its copy in {self.cache.folder}: empty that first)" if self.cache is not None else ""
+        return UserError(f"{clip.shard}: {clip.name} {what}; delete this file and run prepare again{copy}")
 
 
 def _values(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -180,17 +195,15 @@ def _place(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
         target[:] = image
 
 
-def _damaged(clip: Clip, what: str) -> UserError:
-    return UserError(f"{clip.shard}: {clip.name} {what}; delete this file and run prepare again")
-
-
 @lru_cache(maxsize=256)
-def _open_shard(uri: str, thread: int) -> pq.ParquetFile:
+def _open_shard(uri: str, cache: ShardCache | None, thread: int) -> pq.ParquetFile:
     """A reader of one shard for one thread: they must not be shared between threads.
 
     Not all of EGTEA's 741 shards stay open: each holds 0.9 MB (measured), and opening one again takes an eighth of
     the time of reading and decoding a window.
     """
+    if cache is not None and not storage.is_local(uri):
+        uri = cache.fetch(uri) or uri
     filesystem, path = storage.resolve(uri)
     # Ahead-reading by threads pays where each read is a request over the network, and costs where it is a copy.
     ahead = not storage.is_local(uri)
@@ -311,7 +324,7 @@ def _sources(plan: FeedPlan) -> _Sources:
     shards = open_shards(plan.root)
     size = shards.image_size
     train, validation = (
-        WindowReader(clips, plan.streams, size, plan.data.crop)
+        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.of(plan.data))
         for clips in (shards.train(plan.data), shards.validation(plan.data))
     )
     windows = [

@@ -1,0 +1,82 @@
+"""Copies of remote shards on a machine's own disk, so that only the first reading of each goes over the network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.fs as pafs
+
+from tune_ego import storage
+from tune_ego.config import DataConfig
+
+_PART = ".part"
+_CHUNK = 1 << 22
+
+
+class ShardCache(NamedTuple):
+    """A folder that holds at most so many bytes of shards; several processes may use it at a time."""
+
+    folder: str
+    limit: int
+
+    @classmethod
+    def of(cls, data: DataConfig) -> ShardCache | None:
+        return cls(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir is not None else None
+
+    def fetch(self, uri: str) -> str | None:
+        """The path of a copy of a shard, made where there is none; None where the folder cannot take it.
+
+        A shard that was written anew has another size or date, and so another copy. Raises `OSError` where the shard
+        cannot be read.
+        """
+        filesystem, path = storage.resolve(uri)
+        info = filesystem.get_file_info(path)
+        if info.type != pafs.FileType.File or info.size > self.limit:
+            return None
+        identity = f"{uri} {info.size} {info.mtime_ns}"
+        copy = Path(self.folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
+        try:
+            os.utime(copy)  # the least recently used ones go first
+            return str(copy)
+        except OSError:
+            pass
+        part = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}{_PART}")
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(info.size)
+            target = part.open("wb", buffering=0)
+        except OSError:
+            return None
+        try:
+            with target, filesystem.open_input_stream(path) as source:
+                while chunk := source.read(_CHUNK):
+                    try:
+                        target.write(chunk)
+                    except OSError:  # the disk is full
+                        return None
+            if part.stat().st_size != info.size:
+                return None
+            part.replace(copy)
+        finally:
+            part.unlink(missing_ok=True)
+        return str(copy)
+
+    def _make_room(self, size: int) -> None:
+        """Remove copies, the least recently used first, until so many bytes more fit; what is open stays readable."""
+        copies = []
+        for path in Path(self.folder).glob("*.parquet*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            copies.append((status.st_mtime, status.st_size, path))
+        total = sum(held for _, held, _ in copies)
+        for _, held, path in sorted(copies):
+            if total + size <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= held
