@@ -36,7 +36,7 @@ def test_another_optimizer_starts_with_its_own_defaults() -> None:
 DEFAULTS = {
     "streams": "both",
     "fusion_weight": 0.5,
-    "data": {"split": 1, "validation": "stratified", "fold": 0, "crop": 224},
+    "data": {"split": 1, "validation": "stratified", "fold": 0, "crop": 224, "cache_dir": None, "cache_gb": 50.0},
     "model": {
         "stam_depth": 1,
         "stam_block": "inception",
@@ -65,6 +65,8 @@ DEFAULTS = {
         "accumulate": 1,
         "deterministic": False,
         "precision": "auto",
+        "compile": "auto",
+        "activation_checkpointing": False,
         "validate_every": 100,
         "average_checkpoints": 1,
         "validation_windows": 1,

@@ -47,7 +47,7 @@ class DataConfig(_Node):
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
     cache_dir: Union[Annotated[str, Field(pattern="^/")], None] = None
-    """A folder (an absolute path) on each machine's own disk, where shards of an object store stay once they were read."""
+    """A folder (an absolute path) on each machine, where shards of an object store stay once they have been read."""
     cache_gb: Positive = 50.0
     """What it holds at most, GB; those that were not used for longest make room. All of EGTEA is about 20."""
 
