@@ -44,9 +44,13 @@ def main(command: str, source: str, shards: str, root: str, notice: str = "") ->
             known = checkpoint_files.checkpoint_iterations(run)
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
             deadline = ["--deadline-remaining-seconds", "60"]
-            subprocess.run(["ray", "drain-node", "--address", cluster.address, "--node-id", node, *reason, *deadline])
+            # Its own end may take longer than two more checkpoints, of which the second removes the one looked for.
+            drain = subprocess.Popen(
+                ["ray", "drain-node", "--address", cluster.address, "--node-id", node, *reason, *deadline]
+            )
             while all(iteration in known or is_validation(iteration) for iteration in saved()):
                 time.sleep(0.05)
+            assert drain.wait() == 0
             print("a checkpoint was written out of turn")
         cluster.remove_node(nodes[node], allow_graceful=False)
         last = saved()[-1]
