@@ -26,11 +26,12 @@ from tune_ego.tune import start_search
 
 
 def main(command: str, source: str, shards: str, root: str, notice: str = "") -> None:
-    os.environ.update(_ENVIRONMENT)
+    # The session that started this program may have a cluster of its own, which does not watch for spot notices.
+    os.environ.update({**_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"})
     head = {"num_cpus": 1, "include_dashboard": False}  # for a trial's own actor, and too few for a worker
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2) for _ in range(2))}
-    os.environ["RAY_ADDRESS"] = cluster.address  # a cluster of its own would not watch for spot notices
+    os.environ["RAY_ADDRESS"] = cluster.address
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     run = root if command == "train" else experiment.run_folder(root, "00000")
     before: list[dict[str, Any]] = []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
+import threading
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import yaml
 
 from tune_ego import experiment, storage
 from tune_ego.bench.record import Benchmark
@@ -22,7 +26,10 @@ from tune_ego.dataset.synthetic import synthesize
 from tune_ego.demo import IMAGE_SIZE
 from tune_ego.final import train_final
 from tune_ego.search_space import load_space
+from tune_ego.tune import start_search
 
+_STARTS = 3
+"""Trials whose starts are measured."""
 _WARM_UP = 4
 """Lines of metrics.jsonl that do not count: the feed is read ahead, and the machine warms up."""
 
@@ -50,13 +57,65 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
             waits.append(median(line[experiment.FEED_WAIT] for line in lines))
             reports.append(1e3 * median(line[experiment.REPORT_SECONDS] for line in lines))
             checkpoints.append(1e3 * max(line[experiment.REPORT_SECONDS] for line in lines))
+        starts, memory = _starts(Path(folder), data, config)
     bare_step = benchmark.add("bare step on data in memory", "clips/s", bare)
     whole = benchmark.add("whole loop on Ray", "clips/s", loop)
     benchmark.compare("whole loop / bare step", whole, bare_step)
     benchmark.add("of the loop, waiting for the feed", "share", waits)
     benchmark.add("writing and reporting a line", "ms", reports)
     benchmark.add("the same with a validation and a checkpoint", "ms", checkpoints)
+    benchmark.add("from a trial's start to its first step", "s", starts)
+    benchmark.add("memory of a trial's Ray processes, shared pages by parts", "GB", memory)
     return benchmark
+
+
+def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[float]]:
+    """(seconds from the start of each trial of a small search to its first step, GB of its processes at most)."""
+    changes = {"train.iterations": 8, "train.validate_every": 8, "train.log_every": 1, "compute.max_failures": 0}
+    base = override_config(config, changes, "bench").model_dump(mode="json", exclude={"seed"})
+    space = {"base": base, "space": {"seed": {"grid": [*range(_STARTS)]}}, "scheduler": {"name": "fifo"}}
+    (folder / "starts.yaml").write_text(yaml.safe_dump(space))
+    root, ended = folder / "starts", threading.Event()
+    began: dict[str, float] = {}
+    stepped: dict[str, float] = {}
+    memory: dict[str, float] = {}
+
+    def watch() -> None:
+        for look in itertools.count():
+            if ended.wait(0.05):
+                return
+            for name, record in experiment.read_records(str(root)).items():
+                if record["state"] == "running":
+                    began.setdefault(name, time.monotonic())
+                    if look % 20 == 0:  # it takes a while
+                        memory[name] = max(memory.get(name, 0.0), _memory_of_ray_processes())
+                if (Path(experiment.run_folder(str(root), name)) / experiment.METRICS_FILE).exists():
+                    stepped.setdefault(name, time.monotonic())
+
+    say(f"measuring: the starts of {_STARTS} trials, one at a time")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        with console.capture():
+            start_search(str(folder / "starts.yaml"), data, str(root), {}, 0, 1, None)
+    finally:
+        ended.set()
+        thread.join()
+    return [stepped[name] - began[name] for name in stepped], list(memory.values())
+
+
+def _memory_of_ray_processes() -> float:
+    """GB of Ray's working processes on this machine; a page that n processes share counts 1/n in each."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+            if name.startswith("ray::") and not name.startswith(("ray::IDLE", "ray::DashboardAgent")):
+                rollup = (folder / "smaps_rollup").read_text()
+                total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        except (OSError, StopIteration):  # it has ended
+            continue
+    return total * 1024 / 1e9
 
 
 def _synthetic(folder: Path) -> str:

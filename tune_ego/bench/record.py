@@ -18,7 +18,7 @@ from typing import Any
 from tune_ego import __version__, storage
 from tune_ego.console import print_table, say
 
-_PACKAGES = ("torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "av")
+_PACKAGES = ("torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "av", "simplejpeg")
 
 
 @dataclass(frozen=True)
