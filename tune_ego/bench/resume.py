@@ -200,7 +200,8 @@ _SPACE = {
     "samples": 2,
     "scheduler": {"name": "asha", "grace": 8, "reduction": 2},
 }
-_LONGEST_BEFORE_A_KILL = 12.0  # seconds after the first sign of life
+_MOST_BEFORE_A_KILL = 7
+"""Decisions of the scheduler since the last one; with none the search is killed while it starts."""
 
 
 def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
@@ -219,19 +220,24 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
         tune = ["tune", str(folder / "space.yaml"), *where, "--name"]
         _to_the_end(log, *tune, "whole")
         command, done = [*tune, "killed"], 0
+
+        def decided() -> int:
+            return len(experiment.read_decisions(str(root)))
+
         for _ in range(kills):
             start = time.time()
             process = _start(log, *command)
             _wait(process, functools.partial(_is_newer, root / experiment.TRIALS_FILE, start))
-            end = time.time() + rng.uniform(0, _LONGEST_BEFORE_A_KILL)
-            _wait(process, lambda end=end: time.time() > end)  # type: ignore[misc]
+            target = decided() + rng.randint(0, _MOST_BEFORE_A_KILL)
+            _wait(process, lambda target=target: decided() >= target)  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 1))
             if process.poll() is not None:
                 break
             kill_all(process)
             done += 1
             command = ["resume", str(root)]
             states = [trial.state for trial in experiment.read_experiment(str(root)).trials]
-            say(f"kill {done} of {kills}, with {len(states)} trials, {states.count('running')} of them running")
+            say(f"kill {done} of {kills}, after {decided()} decisions, with {states.count('running')} trial running")
         _to_the_end(log, "resume", str(root))
         whole, killed = (_history(folder / name) for name in ("whole", "killed"))
         if whole != killed:
