@@ -237,7 +237,7 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
             done += 1
             command = ["resume", str(root)]
             states = [trial.state for trial in experiment.read_experiment(str(root)).trials]
-            say(f"kill {done} of {kills}, after {decided()} decisions, with {states.count('running')} trial running")
+            say(f"kill {done} of {kills}, after {decided()} decisions, with {states.count('interrupted')} trial interrupted")
         _to_the_end(log, "resume", str(root))
         whole, killed = (_history(folder / name) for name in ("whole", "killed"))
         if whole != killed:
