@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +94,42 @@ def test_a_full_disk_leaves_no_half_copy(remote: list[Clip], tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "cache").iterdir())
+
+
+_FETCHER = """
+import random, sys
+from tune_ego.feed.cache import ShardCache
+folder, limit, *uris = sys.argv[1:]
+cache, got = ShardCache(folder, int(limit)), 0
+for number in range(150):
+    copy = cache.fetch(random.choice(uris))
+    if copy is not None:
+        try:
+            content = open(copy, "rb").read()
+        except FileNotFoundError:  # another one has made room
+            continue
+        assert len(set(content)) == 1 and len(content) == 1_000_000
+        got += 1
+print(got)
+"""
+
+
+def test_several_processes_share_a_cache_that_is_too_small(tmp_path: Path) -> None:
+    """None fails, and what one reads is whole, whatever the others remove."""
+    uris = []
+    for number in range(6):
+        path = tmp_path / f"{number}.parquet"
+        path.write_bytes(bytes([number]) * 1_000_000)
+        uris.append(f"file://{path}")
+    command = [sys.executable, "-c", _FETCHER, str(tmp_path / "cache"), "3000000", *uris]
+    fetchers = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    for fetcher in fetchers:
+        output, _ = fetcher.communicate()
+        assert fetcher.returncode == 0 and int(output) > 50
+
+
+def test_a_copy_that_vanishes_before_it_is_opened_is_done_without(
+    remote: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardCache, "fetch", lambda *_: str(tmp_path / "gone.parquet"))
+    assert np.array_equal(read(remote, ShardCache(str(tmp_path), 10**9)), read(remote, None))

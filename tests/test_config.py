@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_ego.config import Config, dump_config, load_config, override_config, parse_yaml
+from tune_ego.config import Config, dump_config, load_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.optim import Ranger
+from tune_ego.yaml_files import parse_yaml
 
 
 def write(folder: Path, text: str) -> Path:

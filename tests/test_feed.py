@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError, user_error_in
-from tune_ego.feed.batches import ray_batches
+from tune_ego.feed.batches import begun, ray_batches
 from tune_ego.feed.windows import (
     FeedPlan,
     Window,
@@ -181,3 +183,30 @@ def test_a_damaged_shard_is_named(tmp_path: Path, shards: str, damage: str) -> N
     reader = WindowReader([Clip(clip.name, 0, clip.frames, str(damaged), 0)], ("rgb",), data.image_size, 32)
     with pytest.raises(UserError, match=rf"part\.parquet: {clip.name} cannot be read.*delete this file"):
         read(reader, Window(0, 0, 0, 0, False))
+
+
+def test_an_image_of_another_size_is_named(tmp_path: Path, shards: str) -> None:
+    data = open_shards(shards)
+    clip = data.test(1)[0]
+    reader = WindowReader([clip], ("rgb",), (data.image_size[1], data.image_size[0]), 32)
+    with pytest.raises(UserError, match=rf"{clip.name} holds a damaged rgb image \(of 48 x 36 pixels\)"):
+        read(reader, Window(0, 0, 0, 0, False))
+
+
+def test_a_feed_that_has_begun_gives_the_same_batches_and_errors() -> None:
+    def feed(count: int) -> Iterator[dict[str, np.ndarray]]:
+        for number in range(count):
+            asked.set()
+            yield {"item": np.array(number)}
+        if count == 2:
+            raise UserError("spoilt")
+
+    asked = threading.Event()
+    batches = begun(feed(3))
+    assert asked.wait(10)  # before anybody asks for one
+    assert [int(batch["item"]) for batch in batches] == [0, 1, 2]
+    assert not list(begun(feed(0)))
+    broken = begun(feed(2))
+    assert [int(next(broken)["item"]) for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="spoilt"):
+        next(broken)

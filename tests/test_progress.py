@@ -14,11 +14,18 @@ from rich.console import Console
 
 from tests.conftest import tiny_config
 from tests.stub_experiment import write_experiment
+from tests.test_cli import call
 from tune_ego import experiment, progress, storage
 from tune_ego.config import dump_config
 from tune_ego.experiment import GPU_BYTES, METRIC, TrialRecords, read_experiment
 from tune_ego.progress import rung_of, rungs, search_shown, search_view, shown, speed, standing
 from tune_ego.search_space import parse_space
+
+
+def drive(root: Path) -> None:
+    """As if this process drove the search or run."""
+    record = {"id": "x", "host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
+    (root / "driver.json").write_text(json.dumps(record))
 
 
 def half_done(root: Path) -> None:
@@ -30,8 +37,7 @@ def half_done(root: Path) -> None:
         lines = experiment.read_metrics(experiment.run_folder(str(root), name))
         kept = [] if state == "pending" else [{**line, GPU_BYTES: 3 << 30} for line in lines[:20]]
         experiment.write_metrics(experiment.run_folder(str(root), name), kept)
-    record = {"id": "x", "host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
-    (root / "driver.json").write_text(json.dumps(record))
+    drive(root)
 
 
 def test_a_search_in_the_middle(tmp_path: Path) -> None:
@@ -137,10 +143,11 @@ def test_on_a_terminal_it_is_drawn_anew_and_wiped_at_the_end(monkeypatch: pytest
 
 
 def test_status_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.test_cli import call
-
     config = tiny_config(train__iterations=10)
     (tmp_path / experiment.CONFIG_FILE).write_text(dump_config(config))
+    assert call(monkeypatch, "status", str(tmp_path)) == 0
+    assert "interrupted; to go on: the same tune-ego train again" in capsys.readouterr().out
+    drive(tmp_path)
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     assert "starts" in capsys.readouterr().out
     lines = [
@@ -152,3 +159,38 @@ def test_status_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     shown_text = capsys.readouterr().out
     assert "5 of 10" in shown_text and "40.0 %, best 40.0 % at iteration 4" in shown_text
     assert "2.00 iterations/s, 8.0 clips/s" in shown_text and "0:00:02" in shown_text
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "model.pt").write_bytes(b"")
+    assert call(monkeypatch, "status", str(tmp_path)) == 0
+    shown_text = capsys.readouterr().out
+    assert "finished" in shown_text and "iterations/s" not in shown_text and "left" not in shown_text
+
+
+def test_status_of_a_search_names_damaged_records_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half_done(tmp_path)
+    assert call(monkeypatch, "status", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "running" in shown and "to go on" not in shown and "rung" in shown and "iterations/s" in shown
+    (tmp_path / "driver.json").unlink()
+    (tmp_path / "runs" / "00000" / "metrics.jsonl").write_text('{"iteration": 1}\n\nnonsense\n')
+    assert call(monkeypatch, "status", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert f"interrupted; to go on: tune-ego resume {tmp_path}" in shown and "iterations/s" not in shown
+    assert "00000: damaged, and left out: metrics.jsonl is not lines of JSON" in shown
+    assert "00003: iteration 21: action loss of the rgb stream is nan" in shown  # of one that failed
+    assert call(monkeypatch, "export", str(tmp_path), "--out", str(tmp_path / "best.yaml")) == 2
+    assert "runs/00000: its files, or its entry in trials.json, are damaged" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_shows_what_fits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_done(tmp_path)
+    found = read_experiment(str(tmp_path))
+    for width in (80, 200):
+        drawn = Console(file=StringIO(), width=width)
+        monkeypatch.setattr(progress, "console", drawn)
+        drawn.print(search_view(found))
+        text = drawn.file.getvalue()  # type: ignore[attr-defined]
+        assert all(trial.id in text for trial in found.trials if trial.state != "pending") and "…" not in text
+        assert ("searched parameters more" in text) == (width == 80)

@@ -82,7 +82,9 @@ def test_mlflow_goes_on_with_the_run_of_an_earlier_start(tmp_path: Path, monkeyp
 
 def test_wandb_keeps_a_final_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where nobody has logged in: it must not ask
     config, run = tiny_config(), str(tmp_path / "run")
     with run_tracked(["wandb"], config, run):
         experiment.write_metrics(run, [{"iteration": n, "train_loss": 1 / n, METRIC: 0.5} for n in (1, 2, 3)])
@@ -93,6 +95,16 @@ def test_wandb_keeps_a_final_run_offline(tmp_path: Path, monkeypatch: pytest.Mon
             return
         time.sleep(0.1)
     pytest.fail(f"not in {written}")
+
+
+def test_tensorboard_has_each_line_once_after_a_second_start(tmp_path: Path) -> None:
+    config, run = tiny_config(), str(tmp_path / "run")
+    for upto in (3, 5):
+        with run_tracked(["tensorboard"], config, run):
+            experiment.write_metrics(run, [{"iteration": n, "train_loss": 1 / n} for n in range(1, upto + 1)])
+    events = EventAccumulator(f"{run}/tensorboard/run", {"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4, 5]
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(

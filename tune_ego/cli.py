@@ -68,7 +68,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _parse_changes(pairs: list[str] | None) -> dict[str, Any]:
-    from tune_ego.config import parse_yaml
+    from tune_ego.yaml_files import parse_yaml
 
     changes = {}
     for pair in pairs or []:
@@ -274,20 +274,26 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
     from tune_ego import storage
     from tune_ego.config import load_config
     from tune_ego.console import print_table, say
-    from tune_ego.experiment import CONFIG_FILE, configuration_table, read_experiment, trial_table
-    from tune_ego.progress import facts, run_facts
+    from tune_ego.experiment import CONFIG_FILE, configuration_table
+    from tune_ego.progress import facts, run_facts, run_state, search_state, status_table
+    from tune_ego.report.reading import read
 
+    experiment = storage.absolute(experiment)
     if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
-        print_table("", ["", ""], run_facts(load_config(config), storage.absolute(experiment)))
+        print_table("", ["", ""], run_facts(load_config(config), experiment, run_state(experiment)))
         return
-    found = read_experiment(experiment)
-    print_table("", ["", ""], facts(found))
-    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", *trial_table(found))
+    known = read(experiment)
+    found = known.experiment
+    print_table("", ["", ""], [("search", search_state(found, known.alive)), *facts(found)])
+    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", *status_table(found))
     if found.space.repeats > 1:
         print_table("Configurations, over their repeats", *configuration_table(found))
     for trial in found.trials:
-        if trial.warning:
-            say(f"{trial.id}: {trial.warning}")
+        for told in (trial.reason, trial.warning):
+            if told:
+                say(f"{trial.id}: {told}")
+    for name, damage in known.damaged.items():
+        say(f"{name}: damaged, and left out: {damage}")
 
 
 @app.command()

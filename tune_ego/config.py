@@ -7,7 +7,6 @@ Keys are addressed by dots everywhere: `--set optimizer.lr=1e-3`, `optimizer.lr:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tune_ego import storage
 from tune_ego.errors import UserError
+from tune_ego.yaml_files import read_yaml
 
 WINDOW_FRAMES = 16
 """Frames of a window (Lu)."""
@@ -150,7 +149,7 @@ class TrainConfig(_Node):
     bits are slow."""
     compile: Literal["auto", "off"] = "auto"
     """torch.compile. auto: on a GPU, for runs of 1,000 iterations and more, whose time it is worth; not with
-    `deterministic`."""
+    `deterministic` or `activation_checkpointing`."""
     activation_checkpointing: bool = False
     """Keep what goes from layer to layer only, and compute the rest again on the way back: less memory for about a
     third more time, and the same numbers."""
@@ -260,48 +259,6 @@ class Config(_Node):
                 f"{self.train.iterations}"
             )
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `off` and `no` stay words, `1e-3` is a number, a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an absent or unreadable file is a `UserError` naming it."""
-    try:
-        text = storage.read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    value = parse_yaml(text, str(path))
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(value).__name__}")
-    return value
 
 
 def load_config(path: str | Path) -> Config:

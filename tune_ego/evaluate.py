@@ -25,7 +25,6 @@ from tune_ego.console import clip_progress
 from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import to_device
-from tune_ego.feed.cache import ShardCache
 from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
 from tune_ego.gaze_scores import GazeScores
 from tune_ego.hardware import autocast_dtype
@@ -128,8 +127,7 @@ def _run(
     """(class scores, agreement of each stream's attention with gaze) over all windows of the clips."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    cache = ShardCache.of(config.data)
-    reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop, cache)
+    reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     # A CPU computes 16 bits slowly, and not always right.

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -325,11 +325,30 @@ def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})
     def read(trial: str, record: dict[str, Any]) -> Trial:
         if trial in known and known[trial].state == record["state"]:
             return known[trial]
-        return read_trial(found, trial, record, dead)
+        try:
+            return read_trial(found, trial, record, dead)
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{run_folder(found.root, trial)}: its files or its entry are damaged ({error!r})"
+            ) from error
 
     with ThreadPoolExecutor(_READERS) as pool:
         found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())
     return found
+
+
+def follower(root: str) -> Callable[[], Experiment]:
+    """What reads an experiment again and again, and trials that have ended once."""
+    known: dict[str, Trial] = {}
+
+    def look() -> Experiment:
+        found = read_experiment(root, known)
+        known.update({trial.id: trial for trial in found.trials if trial.ended})
+        return found
+
+    return look
 
 
 def config_value(config: Config, key: str) -> str:

@@ -17,7 +17,7 @@ from tune_ego.model import TwoStream
 COMPILE_FROM = 1000
 """Iterations of a run from which on `train.compile: auto` compiles: it takes a minute or two of each start."""
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES, _KEPT_BYTES_OLD = 1 << 30, 32 << 20
 
 
 def set_up_torch(config: Config, gpus: float) -> None:
@@ -34,17 +34,21 @@ def set_up_torch(config: Config, gpus: float) -> None:
 def keep_freed_memory() -> None:
     """Let glibc reuse what tensors leave on a CPU, instead of giving it back and having the kernel clear it anew.
 
-    A step's tensors are large, and the same at each step: measured, 0.88 of a step's time at 16 x 224 x 224.
+    A step's tensors are large, and the same at each step: measured, 0.88 of a step's time at 16 x 224 x 224, for up to
+    1.4 times its memory. In a thread other than the first it works for tensors under 64 MiB only, but for processes
+    that were started with MALLOC_ARENA_MAX=1, as those of `cluster.ray_session` are.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+            # Before 2.35 glibc refuses more than 32 MiB; what is refused leaves the threshold at 128 KiB for good.
+            if not mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
+                mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES_OLD)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type of mixed precision, None for float32 throughout."""
+    """The 16-bit type of mixed precision, None for float32 (in convolutions on a GPU torch's default, TF32)."""
     if precision == "auto":
         if device.type != "cuda":
             return None
@@ -58,10 +62,13 @@ def memory_format(device: torch.device, dtype: torch.dtype | None) -> torch.memo
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether a run of this configuration compiles its streams. The same at each start, so that it resumes exactly."""
+    """Whether a run of this configuration is to compile its streams; the same at each start.
+
+    Not with activation checkpointing, whose recomputation the compiler does not take.
+    """
     train = config.train
-    long_enough = train.iterations >= COMPILE_FROM
-    return train.compile == "auto" and device.type == "cuda" and long_enough and not train.deterministic
+    plain = train.deterministic or train.activation_checkpointing
+    return train.compile == "auto" and device.type == "cuda" and train.iterations >= COMPILE_FROM and not plain
 
 
 def compile_streams(model: TwoStream, clips: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, bool]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tune_ego.cluster import is_local
-from tune_ego.config import Config, read_yaml
+from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import READER_CPUS
+from tune_ego.yaml_files import read_yaml
 
 TRIAL_CPUS = 0.1
 """What Ray reserves for a trial's own actor, which only starts and watches its workers."""

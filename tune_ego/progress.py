@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from statistics import mean
 from typing import Any, NamedTuple
@@ -13,11 +14,20 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from tune_ego import experiment, storage
+from tune_ego import driver, experiment, storage
+from tune_ego.checkpoint_files import MODEL_FILE
 from tune_ego.config import Config
 from tune_ego.console import console, percent, say
-from tune_ego.errors import UserError
-from tune_ego.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial, config_value
+from tune_ego.experiment import (
+    GPU_BYTES,
+    METRIC,
+    VALIDATION_SECONDS,
+    Configuration,
+    Experiment,
+    Trial,
+    config_value,
+    trial_table,
+)
 from tune_ego.search_space import SchedulerSettings, SearchSpace
 
 # Seconds.
@@ -131,6 +141,25 @@ def rung_of(space: SearchSpace, trial: Trial) -> str:
     return f"{reached} of {len(steps)}" if steps else "-"
 
 
+def search_state(found: Experiment, alive: bool) -> str:
+    """In words, and how to go on where nobody drives the search."""
+    ended = sum(trial.ended for trial in found.trials)
+    if alive:
+        return "running"
+    return "over" if ended >= found.spec["trials"] else f"interrupted; to go on: tune-ego resume {found.root}"
+
+
+def run_state(run: str) -> str:
+    """Of a run of `train`, or of a trial's, from its files."""
+    root, _, trial = run.rpartition("/runs/")
+    if root and storage.exists(storage.join(root, experiment.TRIALS_FILE)):
+        state = str(experiment.read_records(root).get(trial, {}).get("state", "unknown"))
+        return "interrupted" if state == "running" and not driver.is_alive(root) else state
+    if storage.exists(storage.join(run, MODEL_FILE)):
+        return "finished"
+    return "running" if driver.is_alive(run) else "interrupted; to go on: the same tune-ego train again"
+
+
 def facts(found: Experiment) -> list[tuple[str, str]]:
     """What stands above the table of trials: (what, value)."""
     now = standing(found)
@@ -159,27 +188,62 @@ def search_view(found: Experiment) -> RenderableType:
     """What `tune` shows of its search while it runs."""
     live = [trial for trial in found.trials if trial.state == "running"]
     ended = sorted((trial for trial in found.trials if trial.ended), key=lambda trial: -(trial.accuracy or 0))
-    table = Table("trial", "state", "rung", "iteration", "best", *found.space.searched_keys, box=None, pad_edge=False)
-    for trial in [*live, *ended][:_TRIALS_SHOWN]:
-        values = [config_value(trial.config, key) for key in found.space.searched_keys]
+    chosen = [*live, *ended][:_TRIALS_SHOWN]
+    names, rows = ["trial", "state", "rung", "iteration", "best"], []
+    for trial in chosen:
         done = f"{trial.iteration} of {trial.config.train.iterations}"
-        table.add_row(trial.id, trial.state, rung_of(found.space, trial), done, percent(trial.accuracy), *values)
-    return Group("", _grid(facts(found)), "", table)
+        rows.append([trial.id, trial.state, rung_of(found.space, trial), done, percent(trial.accuracy)])
+    left = console.width - sum(_width(column) for column in zip(names, *rows))
+    keys = found.space.searched_keys
+    for place, key in enumerate(keys):
+        column = [key.replace(".", ".\n"), *(config_value(trial.config, key) for trial in chosen)]
+        left -= _width(column)
+        if left < 0:
+            more = f"and {len(keys) - place} searched parameters more, for which the terminal is too narrow"
+            return Group("", _grid(facts(found)), "", _table(names, rows), more)
+        names.append(column[0])
+        for row, value in zip(rows, column[1:]):
+            row.append(value)
+    return Group("", _grid(facts(found)), "", _table(names, rows))
 
 
-def run_facts(config: Config, run: str) -> list[tuple[str, str]]:
+def _width(column: Sequence[str]) -> int:
+    """Characters of a column, with the gap after it."""
+    return 2 + max(len(part) for cell in column for part in cell.split("\n"))
+
+
+def _table(names: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name.replace("[", "\\["), no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return table
+
+
+def status_table(found: Experiment) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows) of the trials, best first, with the rung that each has come to; reasons stand elsewhere."""
+    plain = Experiment(found.root, found.spec, [replace(trial, reason="") for trial in found.trials])
+    names, rows = trial_table(plain)
+    rungs_of = {trial.id: rung_of(found.space, trial) for trial in found.trials}
+    names = [*names[:2], "rung", *(name.replace(".", ".\n") for name in names[2:])]
+    return names, [[*row[:2], rungs_of[row[0]], *row[2:]] for row in rows]
+
+
+def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[str, str]]:
     lines = experiment.read_metrics(run)
     if not lines:
-        return [("run", "starts"), ("results", run)]
+        return [("run", "starts" if state == "running" else f"{state}; nothing is logged"), ("results", run)]
     last, total = lines[-1], config.train.iterations
-    rows = [("iteration", f"{last['iteration']:,} of {total:,}"), ("training loss", f"{last['train_loss']:.3f}")]
+    rows = [] if state == "running" else [("run", state)]
+    rows += [("iteration", f"{last['iteration']:,} of {total:,}"), ("training loss", f"{last['train_loss']:.3f}")]
     validated = [line for line in lines if METRIC in line]
     if validated:
         best = max(validated, key=lambda line: line[METRIC])
         told = f"{percent(validated[-1][METRIC])}, best {percent(best[METRIC])} at iteration {best['iteration']:,}"
         rows.append(("validation mean class accuracy", told))
     pace = speed(config, lines)
-    if pace is not None:
+    if pace is not None and state == "running":
         memory = f", {last[GPU_BYTES] / 2**30:.1f} GiB of GPU memory" if GPU_BYTES in last else ""
         rows.append(("speed", f"{1 / pace.seconds:.2f} iterations/s, {pace.clips_per_second:.1f} clips/s{memory}"))
         rows.append(("left, about", duration((total - last["iteration"]) * pace.seconds)))
@@ -213,7 +277,7 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
                 live.update(view(), refresh=True)
             else:
                 say(line())
-        except (OSError, UserError):  # an object store did not answer: the next look will do
+        except Exception:  # an object store did not answer, or a file is damaged: what is shown must not end a search
             return
 
     def follow() -> None:
@@ -236,13 +300,7 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
 @contextmanager
 def search_shown(root: str) -> Iterator[None]:
     """`shown` for the search at `root`."""
-    known: dict[str, Trial] = {}
-
-    def look() -> Experiment:
-        found = experiment.read_experiment(root, known)
-        known.update({trial.id: trial for trial in found.trials if trial.ended})
-        return found
-
+    look = experiment.follower(root)
     with shown(root, lambda: search_view(look()), lambda: _line(facts(look()))):
         yield
 

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import Config, build_config, check_key, override, parse_yaml
+from tune_ego.config import Config, build_config, check_key, override
 from tune_ego.errors import UserError
+from tune_ego.yaml_files import parse_yaml
 
 FORMS = ("choice", "grid", "uniform", "loguniform", "randint")
 _CHECKED_COMBINATIONS = 2000

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import math
+import netrc
 import os
 import shutil
 import tempfile
@@ -78,7 +79,7 @@ def tracked(trackers: dict[str, Tracker], look: Callable[[], list[Trial]]) -> It
     def follow(last: bool = False) -> None:
         try:
             trials = look()
-        except (OSError, UserError):  # an object store did not answer: the next look will do
+        except Exception:  # an object store did not answer, or a file is damaged: the search itself says so
             return
         for follower in followers:
             follower.hand_on(trials, last)
@@ -166,6 +167,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         target = storage.join(self._root, "tensorboard", trial.id)
+        _forget_events(target)
         folder = target if storage.is_local(target) else tempfile.mkdtemp(prefix="tune-ego-events-")
         return _Events(trial, target, folder, SummaryWriter(folder), {})
 
@@ -194,6 +196,13 @@ class TensorBoard:
             for file in Path(run.folder).iterdir():
                 storage.write_bytes(storage.join(run.target, file.name), file.read_bytes())
             shutil.rmtree(run.folder)
+
+
+def _forget_events(target: str) -> None:
+    """Remove what an earlier start has written of a trial: all of it is written again."""
+    for name in storage.list_names(target):
+        if "tfevents" in name:
+            storage.remove(storage.join(target, name))
 
 
 class _Events(NamedTuple):
@@ -272,7 +281,10 @@ def _database(root: str) -> str:
 
 
 class WandB:
-    """As the environment says (WANDB_MODE=offline works); its files go into the folder of a local search or run."""
+    """As WANDB_MODE says, else offline where nobody is logged in: it would ask, and the search wait for the answer.
+
+    Its files go into the folder of a local search or run.
+    """
 
     def __init__(self, root: str) -> None:
         import wandb
@@ -287,6 +299,7 @@ class WandB:
             name=trial.id,
             config=flat(trial.config),
             dir=self._folder,
+            mode=_wandb_mode(),
             resume="allow",
             reinit="create_new",  # several trials at a time
             settings=self._wandb.Settings(silent=True, console="off"),
@@ -302,9 +315,21 @@ class WandB:
         run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
 
 
+def _wandb_mode() -> Any:
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
+    try:
+        known = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        known = {}
+    return "online" if os.environ.get("WANDB_API_KEY") or any("wandb" in host for host in known) else "offline"
+
+
 def search_tracked(names: Sequence[str], root: str) -> Any:
     """`tracked` for the search at `root`."""
-    return tracked(make_trackers(names, root), lambda: experiment.read_experiment(root).trials)
+    look = experiment.follower(root)
+    return tracked(make_trackers(names, root), lambda: look().trials)
 
 
 def run_tracked(names: Sequence[str], config: Config, run: str) -> Any:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tune_ego.checkpoint import Origin, check_content, load_model_state, pack
-from tune_ego.config import WINDOW_FRAMES, Config
+from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.experiment import FEED_WAIT, GPU_BYTES, METRIC, REPORT_SECONDS, VALIDATION_SECONDS
-from tune_ego.feed.batches import ClipBatch
+from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.feed.windows import FeedPlan
 from tune_ego.hardware import autocast_dtype, compile_streams, compiles, memory_format
 from tune_ego.losses import stream_losses
@@ -96,7 +96,8 @@ class Trainer:
         self.heard = 0
         """The highest notice of all workers that the last step, or `settle`, has heard of."""
         self.lag = 1 if device.type == "cuda" else 0
-        """How many iterations may wait for their verdict: a GPU is not waited for at every one."""
+        """How many iterations may wait for their verdict: a GPU is not waited for at every one (but for fp16, whose
+        loss scaler does)."""
         self._verdicts: list[_Verdict] = []
         self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
         """The first batch of the last validation, and what the model made of it."""
@@ -116,6 +117,7 @@ class Trainer:
         self._means = [losses.to(self.device) for losses in content["losses"]]
 
     def checkpoint(self) -> dict[str, Any]:
+        assert not self._verdicts  # `settle` comes first
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
             losses=self.losses(),
@@ -128,14 +130,8 @@ class Trainer:
             return model(batch.clips(), seeds)
 
     def _compile(self) -> dict[str, bool]:
-        side, config = self.config.data.crop, self.config
-        shape = (config.micro_batch, WINDOW_FRAMES, side, side)
-        layout = memory_format(self.device, self.dtype)
-        clips = {
-            modality: torch.zeros(shape[0], CHANNELS[modality], *shape[1:], device=self.device).to(memory_format=layout)
-            for modality in self.model
-        }
-        return compile_streams(self.model, clips, self.dtype)
+        batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
+        return compile_streams(self.model, batch.clips(), self.dtype)
 
     def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
         """One iteration; returns this worker's mean losses, [streams, (total, action, gaze)].

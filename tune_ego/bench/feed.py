@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 
 from tune_ego import storage
 from tune_ego.bench.record import Benchmark, cores, in_turn
@@ -23,12 +24,13 @@ from tune_ego.dataset.gaze import no_gaze
 from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
 from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
 from tune_ego.dataset.synthetic import synthesize
-from tune_ego.feed.batches import ray_batches
+from tune_ego.feed.batches import AHEAD, ray_batches
 from tune_ego.feed.windows import FeedPlan, Window, WindowReader, close_shards, training_window
 
 _CROP = 224
 _BATCH = 8
-_FIRST = 4  # batches, which do not count: they are read ahead while Ray starts
+_COUNTED = 5 * AHEAD
+"""Batches through Ray that count; as many as it may read ahead go before them."""
 _MEDIAN, _MEAN, _EXTREMES = 59, 100, (15, 2801)  # frames of EGTEA's clips
 _IO_COUNTS = Path("/proc/self/io")
 
@@ -43,11 +45,12 @@ def bench_feed(shards: str | None = None, *, repeats: int = 3, windows: int = 12
         clips = clips_of(data) if shards else clips_of_usual_lengths(data, folder)
         with flow.one_thread():
             measure_feed(benchmark, data, clips, windows, repeats)
+        plan = _plan(data)
+        one = benchmark.add("the run's windows, read without Ray, one core", "windows/s", _alone(plan, repeats))
         for readers in sorted({1, cores()}):
-            speeds = [_through_ray(data, readers, windows) for _ in range(repeats)]
-            whole = benchmark.add(f"whole feed on Ray, {readers} at a time", "windows/s", speeds)
-            one = next(figure for figure in benchmark.figures if figure.name == "feed, one core")
-            benchmark.compare(f"whole feed on Ray, {readers} at a time / feed, one core", whole, one)
+            speeds = [_through_ray(plan, readers) for _ in range(repeats)]
+            whole = benchmark.add(f"the same through Ray, {readers} at a time", "windows/s", speeds)
+            benchmark.compare(f"through Ray, {readers} at a time / without", whole, one)
     return benchmark
 
 
@@ -58,21 +61,28 @@ def _synthetic(folder: Path) -> str:
     return str(folder / "shards")
 
 
-def _through_ray(shards: Shards, readers: int, windows: int) -> float:
-    """Windows/s of the feed where nobody computes: what a trainer could take at most."""
-    count = _FIRST + windows // _BATCH
+def _plan(shards: Shards) -> FeedPlan:
+    count = AHEAD + _COUNTED
     changes = {"data.crop": _CROP, "train.batch_size": _BATCH, "train.iterations": count}
     config = override_config(Config(), {**changes, "train.validate_every": count}, "bench")
-    plan = FeedPlan.of(shards.root, config, 1, 0)
+    return FeedPlan.of(shards.root, config, 1, 0)
+
+
+def _alone(plan: FeedPlan, repeats: int) -> list[float]:
+    with flow.one_thread():
+        seconds = in_turn(repeats, read=lambda: [plan.read(item) for item in range(AHEAD, 2 * AHEAD)])["read"]
+    return [AHEAD * _BATCH / value for value in seconds]
+
+
+def _through_ray(plan: FeedPlan, readers: int) -> float:
+    """Windows/s of the feed where nobody computes: what a trainer could take at most."""
     batches = ray_batches(plan, 0, readers, _BATCH * WINDOW_FRAMES * _CROP**2 * 5)
-    for _ in range(_FIRST):
+    for _ in range(AHEAD):
         next(batches)
     start = time.perf_counter()
-    for _ in range(count - _FIRST):
+    for _ in range(_COUNTED):
         next(batches)
-    seconds = time.perf_counter() - start
-    del batches  # what is left of it, the validation, is not read
-    return (count - _FIRST) * _BATCH / seconds
+    return _COUNTED * _BATCH / (time.perf_counter() - start)  # what is left, the validation, is not read
 
 
 def measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count: int, repeats: int) -> None:
@@ -89,10 +99,18 @@ def measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count:
         for flag, data in images:
             cv2.imdecode(data, flag)
 
-    seconds = in_turn(2 * repeats + 1, read=read, bare=bare)
+    def bare_simplejpeg() -> None:
+        for flag, data in images:
+            simplejpeg.decode_jpeg(data, "RGB" if flag == cv2.IMREAD_COLOR else "GRAY")
+
+    seconds = in_turn(2 * repeats + 1, read=read, bare=bare, bare_simplejpeg=bare_simplejpeg)
     ceiling = benchmark.add("bare cv2.imdecode, one core", "windows/s", [count / value for value in seconds["bare"]])
     feed = benchmark.add("feed, one core", "windows/s", [count / value for value in seconds["read"]])
     benchmark.compare("feed / bare cv2.imdecode", feed, ceiling)
+    decoder = benchmark.add(
+        "bare simplejpeg, one core", "windows/s", [count / value for value in seconds["bare_simplejpeg"]]
+    )
+    benchmark.compare("feed / bare simplejpeg, which it decodes with", feed, decoder)
     benchmark.about["mean frames of the feed's clips"] = round(mean(clip.frames for clip in clips))
     if _IO_COUNTS.exists():
         before = _bytes_read()

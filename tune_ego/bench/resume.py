@@ -237,7 +237,8 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
             done += 1
             command = ["resume", str(root)]
             states = [trial.state for trial in experiment.read_experiment(str(root)).trials]
-            say(f"kill {done} of {kills}, after {decided()} decisions, with {states.count('interrupted')} trial interrupted")
+            running = states.count("interrupted")
+            say(f"kill {done} of {kills}, after {decided()} decisions, {running} trial running")
         _to_the_end(log, "resume", str(root))
         whole, killed = (_history(folder / name) for name in ("whole", "killed"))
         if whole != killed:

@@ -109,7 +109,9 @@ def find_record(shards: Shards, clip: str) -> dict[str, Any]:
     record = next((row for row in shards.table.to_pylist() if row["clip"] == clip), None)
     if record is None:
         problem = next((entry for entry in shards.info["problems"] if entry["clip"] == clip), None)
-        near = get_close_matches(clip, shards.table["clip"].to_pylist(), n=2)
+        names = shards.table["clip"].to_pylist()
+        parts = [name for name in names if clip and clip.lower() in name.lower()]
+        near = parts[:2] or get_close_matches(clip, names, n=2, cutoff=0.0)
         reason = f"was left out: {problem['reason']}" if problem else "is not in these shards"
         hint = f"; nearest: {', '.join(near)}" if near and not problem else ""
         raise UserError(f"{shards.root}: {clip} {reason}{hint}")

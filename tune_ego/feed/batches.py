@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_ego.config import WINDOW_FRAMES
 from tune_ego.feed.windows import FeedPlan
 
 Batch = dict[str, np.ndarray]
@@ -69,6 +70,18 @@ def to_device(batch: Batch, device: torch.device) -> ClipBatch:
     )
 
 
+def blank_batch(count: int, side: int, streams: tuple[str, ...], device: torch.device) -> ClipBatch:
+    """A batch of `count` black, still windows without gaze, laid out in memory as those that are read."""
+    shapes = {"rgb": (side, side, 3), "flow": (2, side, side)}
+    images = {
+        name: torch.zeros(count, WINDOW_FRAMES, *shapes[name], dtype=torch.uint8, device=device) for name in streams
+    }
+    frames = torch.zeros(count, WINDOW_FRAMES, device=device)
+    number = torch.zeros(count, dtype=torch.int64, device=device)
+    gaze = frames[..., None].expand(-1, -1, 2)
+    return ClipBatch(images.get("rgb"), images.get("flow"), gaze, frames > 0, number, number, number == 0)
+
+
 def begun(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches; the first one is read from now on, in a thread, and not only when it is asked for."""
     pool = ThreadPoolExecutor(1)
@@ -86,21 +99,16 @@ def begun(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[ClipBatch]:
-    """The batches on the device. On a GPU the next one is copied while this one is computed with."""
+    """The batches on the device. To a GPU they are copied beside what it computes: the loop is an iteration ahead."""
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in batches)
         return
     copies = torch.cuda.Stream(device)
-    waiting: list[tuple[ClipBatch, torch.cuda.Event]] = []
     for batch in batches:
         with torch.cuda.stream(copies):
             moved, there = to_device(batch, device), torch.cuda.Event()
             there.record()
-        waiting.append((moved, there))
-        if len(waiting) > 1:
-            yield _handed_over(*waiting.pop(0))
-    for pair in waiting:
-        yield _handed_over(*pair)
+        yield _handed_over(moved, there)
 
 
 def _handed_over(batch: ClipBatch, there: torch.cuda.Event) -> ClipBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,15 @@ from tune_ego import storage
 from tune_ego.config import DataConfig
 
 _PART = ".part"
+_DAY = 86400  # seconds
 _CHUNK = 1 << 22
 
 
 class ShardCache(NamedTuple):
-    """A folder that holds at most so many bytes of shards; several processes may use it at a time."""
+    """A folder that is to hold at most so many bytes of shards; several processes may use it at a time.
+
+    What they fetch at the same moment, and what they hold open while others remove it, comes on top.
+    """
 
     folder: str
     limit: int
@@ -30,8 +35,8 @@ class ShardCache(NamedTuple):
     def fetch(self, uri: str) -> str | None:
         """The path of a copy of a shard, made where there is none; None where the folder cannot take it.
 
-        A shard that was written anew has another size or date, and so another copy. Raises `OSError` where the shard
-        cannot be read.
+        A shard that was written anew has another size or date, and so another copy. Another process may remove a copy
+        before it is opened. Raises `OSError` where the shard cannot be read.
         """
         filesystem, path = storage.resolve(uri)
         info = filesystem.get_file_info(path)
@@ -40,7 +45,9 @@ class ShardCache(NamedTuple):
         identity = f"{uri} {info.size} {info.mtime_ns}"
         copy = Path(self.folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
         try:
-            os.utime(copy)  # the least recently used ones go first
+            os.utime(copy)  # those opened longest ago go first
+            return str(copy)
+        except PermissionError:  # another user's
             return str(copy)
         except OSError:
             pass
@@ -58,20 +65,29 @@ class ShardCache(NamedTuple):
                         target.write(chunk)
                     except OSError:  # the disk is full
                         return None
-            if part.stat().st_size != info.size:
+            try:
+                if part.stat().st_size != info.size:
+                    return None
+                part.replace(copy)
+            except OSError:
                 return None
-            part.replace(copy)
         finally:
             part.unlink(missing_ok=True)
         return str(copy)
 
     def _make_room(self, size: int) -> None:
-        """Remove copies, the least recently used first, until so many bytes more fit; what is open stays readable."""
+        """Remove copies, those opened longest ago first, until so many bytes more fit; what is open stays readable.
+
+        Of what is being fetched only what is left of processes that ended a day ago is removed.
+        """
         copies = []
         for path in Path(self.folder).glob("*.parquet*"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was faster
+                continue
+            if path.suffix == _PART and time.time() - status.st_mtime < _DAY:
+                size += status.st_size
                 continue
             copies.append((status.st_mtime, status.st_size, path))
         total = sum(held for _, held, _ in copies)

@@ -164,6 +164,8 @@ class WindowReader:
                 continue
             try:
                 image = simplejpeg.decode_jpeg(files[row], colours, buffer=scratch)
+                if image.shape != scratch.shape:
+                    raise ValueError(f"of {image.shape[1]} x {image.shape[0]} pixels")
             except ValueError as error:
                 raise self._damaged(clip, f"holds a damaged {'rgb' if is_rgb else 'flow'} image ({error})") from error
             planes = image.reshape(1, height, -1) if is_rgb else split_components(image[..., 0])
@@ -173,7 +175,8 @@ class WindowReader:
                 cv2.bitwise_not(images[t, 0], images[t, 0])  # 255 - x: motion to the left becomes motion to the right
 
     def _damaged(self, clip: Clip, what: str) -> UserError:
-        copy = f" (or it is its copy in {self.cache.folder}: empty that first)" if self.cache is not None else ""
+        cached = self.cache is not None and not storage.is_local(clip.shard)
+        copy = f" (or it is its copy in {self.cache.folder}: empty that first)" if cached and self.cache else ""
         return UserError(f"{clip.shard}: {clip.name} {what}; delete this file and run prepare again{copy}")
 
 
@@ -202,8 +205,16 @@ def _open_shard(uri: str, cache: ShardCache | None, thread: int) -> pq.ParquetFi
     Not all of EGTEA's 741 shards stay open: each holds 0.9 MB (measured), and opening one again takes an eighth of
     the time of reading and decoding a window.
     """
-    if cache is not None and not storage.is_local(uri):
-        uri = cache.fetch(uri) or uri
+    copy = cache.fetch(uri) if cache is not None and not storage.is_local(uri) else None
+    if copy is not None:
+        try:
+            return _open_file(copy)
+        except FileNotFoundError:  # another process has made room
+            pass
+    return _open_file(uri)
+
+
+def _open_file(uri: str) -> pq.ParquetFile:
     filesystem, path = storage.resolve(uri)
     # Ahead-reading by threads pays where each read is a request over the network, and costs where it is a copy.
     ahead = not storage.is_local(uri)
