@@ -181,7 +181,7 @@ def test_status_of_a_search_names_damaged_records_and_how_to_go_on(
     assert "00000: damaged, and left out: metrics.jsonl is not lines of JSON" in shown
     assert "00003: iteration 21: action loss of the rgb stream is nan" in shown  # of one that failed
     assert call(monkeypatch, "export", str(tmp_path), "--out", str(tmp_path / "best.yaml")) == 2
-    assert "runs/00000: its files, or its entry in trials.json, are damaged" in capsys.readouterr().err
+    assert "runs/00000: its files or its entry are damaged" in capsys.readouterr().err
 
 
 def test_a_narrow_terminal_shows_what_fits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
