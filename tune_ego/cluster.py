@@ -30,6 +30,8 @@ _ENVIRONMENT = {
 }
 _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Idle readers are ended after this long, and a new one takes seconds to start; the default is 1 s.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "MALLOC_ARENA_MAX": "1",  # workers train in a thread, whose own arena would hold no large tensors
 }
 
