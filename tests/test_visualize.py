@@ -107,7 +107,8 @@ def test_a_narrow_picture_shows_all_of_the_title_and_the_true_class() -> None:
     assert "".join(lines).replace(" ", "") == title.replace(" ", "") and len(lines) > 1
     assert all(cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] <= 284 for line in lines)
     assert "".join(_lines("x" * 90, 288)) == "x" * 90
-    assert cv2.getTextSize("true class, windows at their middles", cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)[0][0] < 288 - 46
+    heading = "score of the true class, each window at its middle"
+    assert cv2.getTextSize(heading, cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)[0][0] < 288 - 46
     scores = np.array([0.3, 0.25, 0.2, 0.15, 0.06, 0.04])
     bars = [_bars(scores, label, list("abcdef"), "rgb") for label in (5, 3)]
     for image in bars:

@@ -224,7 +224,7 @@ def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndar
     for score in (0.0, 0.5, 1.0):
         cv2.line(image, at(0, score), at(clip.frames - 1, score), _GREY, 1)
         _put(image, f"{100 * score:.0f} %", (4, at(0, score)[1] + 4), _INK, 0.38)
-    _put(image, "true class, windows at their middles", (left, 16), _INK, 0.38)
+    _put(image, "score of the true class, each window at its middle", (left, 16), _INK, 0.38)
     for number, name in enumerate(looks[0].scores):
         x = left + 70 * number
         cv2.line(image, (x, 30), (x + 20, 30), _COLOURS[name], 2, cv2.LINE_AA)
