@@ -13,18 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.stub_experiment import write_evaluation, write_experiment
 from tune_ego import storage
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.experiment import TrialRecords, read_experiment
+from tune_ego.report.charts import _heights
 from tune_ego.report.commands import report
 from tune_ego.report.numbers import even_iteration
 from tune_ego.report.page import COMPARED, SECTIONS, look_up
 from tune_ego.report.write import write_comparison, write_report
 
 SCALES = {"plain": 1, "percent": 100, "fine": 100, "points": 100, "count": 1, "score": 1, "speed": 1, "general": 1}
+ODD_SPACE = """
+base: {train: {iterations: 300, validate_every: 50}}
+space:
+  label: {choice: ["$a_$ #010105", 'id="x" url(#y']}
+  seed: {randint: [0, 1000000]}
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.lr: [{when: {label: ["$a_$ #010105"]}, loguniform: [1e-3, 1e-2]}, {loguniform: [1e-2, 1e-1]}]
+  optimizer.momentum: [{when: {optimizer.name: sgd}, uniform: [0.8, 0.95]}]
+  optimizer.weight_decay: {loguniform: [1e-8, 1e-4]}
+  schedule.name: {choice: [plateau, multistep]}
+  schedule.gamma: [{when: {schedule.name: multistep}, choice: [0.1, 0.5]}]
+  model.activation: {choice: [relu, swish]}
+  model.stam_depth: {choice: [1, 2, 3]}
+  model.dropout: {uniform: [0.3, 0.8]}
+  loss.gaze_weight: {loguniform: [0.01, 1.0]}
+  loss.gaze_sigma: {uniform: [1.0, 4.0]}
+  train.batch_size: {choice: [8, 16, 128]}
+  fusion_weight: {uniform: [0.3, 0.8]}
+samples: 16
+scheduler: {name: asha, grace: 50, reduction: 3}
+"""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -329,6 +352,38 @@ def test_what_an_evaluation_is_of(tmp_path: Path) -> None:
         check_page(out, SECTIONS)
         with pytest.raises(UserError, match="not what `tune-ego evaluate` writes"):
             write_report(str(root), str(out), str(run))
+
+
+def test_odd_names_conditions_and_many_parameters(tmp_path: Path) -> None:
+    """Labels are drawn as they are; what a trial does not have is no value of it; what has no axis is named."""
+    space = tmp_path / "odd.yaml"
+    space.write_text(ODD_SPACE)
+    root, out = tmp_path / "search", tmp_path / "report.html"
+    write_experiment(root, 16, str(space))
+    numbers = write_report(str(root), str(out))
+    page = check_page(out, SECTIONS)
+    for label in ("$a_$ #010105", 'id="x" url(#y', "where label $a_$ #010105"):
+        assert label in page.text
+    assert "mean recall of the classes" in page.text and "loss, nats, sum over streams" in page.text
+    assert "learning rate, lowest of the streams" in page.text
+    values = [value["value"] for one in numbers["choices"]["parameters"] for value in one["values"]]
+    values += [row["value"] for row in numbers["answer"]["values"]]
+    assert values and "-" not in values
+    shown, left_out = numbers["parallel"]["keys"], numbers["parallel"]["left_out"]
+    assert sorted(shown + left_out) == sorted(numbers["experiment"]["keys"]) and len(shown) == 13 and len(left_out) == 2
+    assert f"Without an axis: {', '.join(left_out)}." in page.text
+    shares = {entry["key"]: entry["share"] for entry in numbers["importance"]["entries"]}
+    assert max(shares, key=lambda key: shares[key]) == shown[0]
+    assert f"seeds of the trials{numbers['reproduce']['trial_seeds'][0]} " in page.text.replace("\n", "")
+
+
+def test_axes_of_parallel_coordinates() -> None:
+    axis = Figure().add_subplot()
+    found = _heights(axis, 0, "uniform", ["0.8", "-", "0.9"], [0.8, None, 0.9])
+    assert found == pytest.approx([0, -0.05, 1])
+    found = _heights(axis, 1, "choice", ["16", "8", "128", "-"], [16, 8, 128, None])
+    assert found == pytest.approx([0.5, 0, 1, -0.05], abs=0.021)
+    assert [text.get_text() for text in axis.texts[3:]] == ["8", "16", "128"]
 
 
 def test_the_evaluated_run_beside_a_search_is_found(tmp_path: Path) -> None:
