@@ -10,19 +10,44 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.stub_experiment import write_evaluation, write_experiment
 from tune_ego import storage
+from tune_ego.config import Config, dump_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.experiment import TrialRecords, read_experiment
+from tune_ego.report.charts import _heights
 from tune_ego.report.commands import report
 from tune_ego.report.numbers import even_iteration
 from tune_ego.report.page import COMPARED, SECTIONS, look_up
 from tune_ego.report.write import write_comparison, write_report
 
-SCALES = {"percent": 100, "fine": 100, "points": 100, "count": 1, "score": 1, "speed": 1, "general": 1}
+SCALES = {"plain": 1, "percent": 100, "fine": 100, "points": 100, "count": 1, "score": 1, "speed": 1, "general": 1}
+ODD_SPACE = """
+base: {train: {iterations: 300, validate_every: 50}}
+space:
+  label: {choice: ["$a_$ #010105", 'id="x" url(#y']}
+  seed: {randint: [0, 1000000]}
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.lr: [{when: {label: ["$a_$ #010105"]}, loguniform: [1e-3, 1e-2]}, {loguniform: [1e-2, 1e-1]}]
+  optimizer.momentum: [{when: {optimizer.name: sgd}, uniform: [0.8, 0.95]}]
+  optimizer.weight_decay: {loguniform: [1e-8, 1e-4]}
+  schedule.name: {choice: [plateau, multistep]}
+  schedule.gamma: [{when: {schedule.name: multistep}, choice: [0.1, 0.5]}]
+  model.activation: {choice: [relu, swish]}
+  model.stam_depth: {choice: [1, 2, 3]}
+  model.dropout: {uniform: [0.3, 0.8]}
+  loss.gaze_weight: {loguniform: [0.01, 1.0]}
+  loss.gaze_sigma: {uniform: [1.0, 4.0]}
+  train.batch_size: {choice: [8, 16, 128]}
+  fusion_weight: {uniform: [0.3, 0.8]}
+samples: 16
+scheduler: {name: asha, grace: 50, reduction: 3}
+"""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -120,7 +145,7 @@ def test_200_trials(large: Path) -> None:
     assert {entry["key"] for entry in numbers["importance"]["entries"][:2]} == {"optimizer.lr"}
     assert sum(entry["share"] for entry in numbers["importance"]["entries"]) == pytest.approx(1)
     seconds = sum(
-        10 * 12 / line["clips_per_second"] + line.get("validation_seconds", 0)
+        10 * 12 / line["clips_per_second"] + line.get("validation_seconds", 0) + line["report_seconds"]
         for t in found.trials
         for line in t.metrics
     )
@@ -154,6 +179,10 @@ def test_states(tmp_path: Path) -> None:
         check_page(out, SECTIONS)
         return told
 
+    def note(changes: dict[str, object]) -> None:
+        records = json.loads((root / "trials.json").read_text())
+        storage.write_json(str(root / "trials.json"), {**records, **changes})
+
     write_experiment(root, 4)
     assert state() == "over: 4 of 4 trials have ended"
     records = TrialRecords(str(root))
@@ -163,41 +192,86 @@ def test_states(tmp_path: Path) -> None:
     beat = {"id": "x", "host": "elsewhere", "pid": 1, "beat": time.time()}
     storage.write_json(str(root / "driver.json"), beat)
     assert state().startswith("running: 2 of 4 trials have ended")
+    for content in ("{}", "[]", "{", '{"beat": "x"}'):
+        (root / "driver.json").write_text(content)
+        assert state().startswith("interrupted: 2 of 4 trials")
     (root / "driver.json").unlink()
     for trial in read_experiment(str(root)).trials:
         records.note(trial.id, "failed", "out of memory")
         shutil.rmtree(trial.run)
     assert state() == "over, and every trial failed, the first for: out of memory"
     assert "There is no answer: no trial has been validated" in Page(out.read_text()).text
+    note({"00003": None})
+    assert state().startswith("interrupted: 3 of 4 trials have ended")
     (root / "trials.json").unlink()
     assert state().startswith("empty")
 
 
-@pytest.mark.parametrize("damage", ["metrics", "cut", "nan", "entry", "unknown", "decisions"])
+ENTRIES: dict[str, dict[str, object]] = {
+    "entry": {"sampled": None},
+    "unknown": {"sampled": {"a@0": 1}},
+    "state": {"state": None},
+    "other_state": {"state": "lost"},
+    "short": {"state": "finished"},
+}
+DECISIONS = {
+    "decisions": "[[1, 2",
+    "words": '[["a", "b", "c", "d", "e"]]',
+    "nothing": '[[1, "00001", null, null, "STOP"]]',
+    "mapping": '{"a": 1}',
+}
+REASONS = {
+    "nan": "metrics.jsonl: line 1: gaze_loss is nan",
+    "no_iteration": "metrics.jsonl: line 2 has no iteration",
+    "empty": "it was stopped, but .*metrics.jsonl has no line",
+    "short": "it has finished, but .*metrics.jsonl ends at iteration 450 of 1500",
+    "state": "unknown state: None",
+    "other_state": "unknown state: 'lost'",
+    **dict.fromkeys(DECISIONS, "decisions.json: damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", ["metrics", "cut", "nan", "no_iteration", "empty", *ENTRIES, *DECISIONS])
 def test_a_damaged_trial_is_named_and_the_others_shown(tmp_path: Path, damage: str) -> None:
+    """Not shown itself, nor counted among what was saved."""
     root, out = tmp_path / "search", tmp_path / "report.html"
     write_experiment(root, 4)
-    metrics = root / "runs" / "00001" / "metrics.jsonl"
-    if damage in ("entry", "unknown"):
-        records = json.loads((root / "trials.json").read_text())
-        records["00001"] = {"state": "finished"} if damage == "entry" else {**records["00001"], "sampled": {"a@0": 1}}
+    run = root / "runs" / "00001"
+    records = json.loads((root / "trials.json").read_text())
+    assert records["00001"]["state"] == "stopped"
+    if damage in ENTRIES:
+        records["00001"] |= ENTRIES[damage]
         (root / "trials.json").write_text(json.dumps(records))
-    elif damage == "decisions":
-        (root / "runs" / "00001" / "decisions.json").write_text("[[1, 2")
+    elif damage in DECISIONS:
+        (run / "decisions.json").write_text(DECISIONS[damage])
     else:
-        text = metrics.read_text()
+        text = (run / "metrics.jsonl").read_text()
         changed = {
             "metrics": "\x00" * 9,
             "cut": text[:-20],
             "nan": text.replace('"gaze_loss": 0.', '"gaze_loss": NaN, "x": 0.', 1),
+            "no_iteration": text.replace('"iteration": 20,', ""),
+            "empty": "",
         }
-        metrics.write_text(changed[damage])
+        (run / "metrics.jsonl").write_text(changed[damage])
     numbers = write_report(str(root), str(out))
     page = check_page(out, SECTIONS)
     ((trial, reason),) = [(one["trial"], one["reason"]) for one in numbers["damaged"]]
     assert trial == "00001" and reason and f"trial 00001: {reason}" in page.text
     shown = [row["trial"] for row in numbers["trials"]]
     assert sorted(shown) == ["00000", "00002", "00003"]
+    assert re.search(REASONS.get(damage, ""), reason)
+    assert numbers["stopping"]["trials_counted"] == 3 and numbers["experiment"]["trials_drawn"] == 4
+
+
+def test_a_validation_without_micro_accuracy(tmp_path: Path) -> None:
+    root, out = tmp_path / "search", tmp_path / "report.html"
+    write_experiment(root, 4)
+    for file in root.glob("runs/*/metrics.jsonl"):
+        file.write_text(re.sub(r'"val_micro_accuracy": [\d.e-]+, ', "", file.read_text()))
+    numbers = write_report(str(root), str(out))
+    assert not numbers["damaged"] and numbers["answer"]["micro_accuracy"] is None
+    check_page(out, SECTIONS)
 
 
 def test_bad_input(tmp_path: Path, large: Path) -> None:
@@ -211,6 +285,11 @@ def test_bad_input(tmp_path: Path, large: Path) -> None:
         with pytest.raises(UserError, match=r"experiment\.json: (not an experiment of tune_ego|damaged)"):
             write_report(str(tmp_path), out)
     search = str(large / "search")
+    spec = json.loads((large / "search" / "experiment.json").read_text())
+    odd = {"trials": "x", "seed": None, "gpus_per_worker": "y"}
+    (tmp_path / "experiment.json").write_text(json.dumps(spec | odd))
+    with pytest.raises(UserError, match=r"damaged: trials is 'x', seed is None, gpus_per_worker is 'y'"):
+        write_report(str(tmp_path), out)
     with pytest.raises(UserError, match="neither an evaluation"):
         write_report(search, out, str(tmp_path))
     with pytest.raises(UserError, match="not what `tune-ego evaluate` writes"):
@@ -222,11 +301,92 @@ def test_bad_input(tmp_path: Path, large: Path) -> None:
     with pytest.raises(UserError, match="name a run with --checkpoint"):
         write_report(search, out, data=str(tmp_path))
     assert not Path(out).exists()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(search, str(tmp_path / "folder.html"))
+    assert (tmp_path / "folder.json").is_file()  # before the page
+
+
+def _evaluated(folder: Path, config: Config, data: str = "/nowhere/shards", **changes: object) -> Path:
+    """A run of `config` with an evaluation."""
+    storage.write_text(str(folder / "config.yaml"), dump_config(config))
+    storage.write_json(str(folder / "run.json"), {"data": data, "version": "0.1.0"})
+    content = write_evaluation(folder / "evaluation.json", 12)
+    storage.write_json(str(folder / "evaluation.json"), {**content, **changes})
+    return folder
+
+
+def test_what_an_evaluation_is_of(tmp_path: Path) -> None:
+    """Found are runs of the best configuration alone; a given one of another, or on known clips, says so."""
+    root, out = tmp_path / "a" / "search", tmp_path / "report.html"
+    write_experiment(root, 4)
+    best = read_experiment(str(root)).best.config
+    longer = override_config(best, {"train.iterations": 3000, "seed": 5}, "")
+    changes = {"data.split": 3, "streams": "rgb", "model.width": 0.5, "init_from.rgb": "/x.pt"}
+    others = [override_config(longer, {key: value}, "") for key, value in changes.items()]
+    for number, (config, key) in enumerate([*zip(others, changes), (longer, "data")]):
+        run = _evaluated(tmp_path / "a" / f"other{number}", config, "/other" if key == "data" else "/nowhere/shards")
+        numbers = write_report(str(root), str(out), str(run))
+        assert numbers["evaluation"]["differs"] == [key]
+        assert f"not the best configuration: other {key}" in check_page(out, SECTIONS).text
+    assert "no evaluated run" in write_report(str(root), str(out))["evaluation"]["why"]
+
+    run = _evaluated(tmp_path / "a" / "final", longer, clips_trained_on=7, fusion_weight=0.3)
+    numbers = write_report(str(root), str(out))
+    page = check_page(out, SECTIONS)
+    assert numbers["evaluation"]["run"] == str(run) and numbers["evaluation"]["differs"] == []
+    assert "NOT A TEST: mean class accuracy, fused" in page.text
+    assert all("not a test: 7 of them were trained on" in row["on"] for row in numbers["published"]["ours"][:3])
+    commands = [one["command"] for one in numbers["reproduce"]["commands"]]
+    assert f"tune-ego train {run}/config.yaml --data /nowhere/shards" in " ".join(commands)
+    assert any(command.endswith("--split 1 --fusion-weight 0.3") for command in commands)
+
+    damages: list[dict[str, Any]] = [
+        {"attention": {"rgb": {"auc": 0.5}}},
+        {"classes": []},
+        {"fused": {"recall": []}},
+    ]
+    for damage in damages:
+        _evaluated(run, longer, **damage)
+        assert "not what `tune-ego evaluate` writes" in write_report(str(root), str(out))["evaluation"]["why"]
+        check_page(out, SECTIONS)
+        with pytest.raises(UserError, match="not what `tune-ego evaluate` writes"):
+            write_report(str(root), str(out), str(run))
+
+
+def test_odd_names_conditions_and_many_parameters(tmp_path: Path) -> None:
+    """Labels are drawn as they are; what a trial does not have is no value of it; what has no axis is named."""
+    space = tmp_path / "odd.yaml"
+    space.write_text(ODD_SPACE)
+    root, out = tmp_path / "search", tmp_path / "report.html"
+    write_experiment(root, 16, str(space))
+    numbers = write_report(str(root), str(out))
+    page = check_page(out, SECTIONS)
+    for label in ("$a_$ #010105", 'id="x" url(#y', "where label $a_$ #010105"):
+        assert label in page.text
+    assert "mean recall of the classes" in page.text and "loss, nats, sum over streams" in page.text
+    assert "learning rate, lowest of the streams" in page.text
+    values = [value["value"] for one in numbers["choices"]["parameters"] for value in one["values"]]
+    values += [row["value"] for row in numbers["answer"]["values"]]
+    assert values and "-" not in values
+    shown, left_out = numbers["parallel"]["keys"], numbers["parallel"]["left_out"]
+    assert sorted(shown + left_out) == sorted(numbers["experiment"]["keys"]) and len(shown) == 13 and len(left_out) == 2
+    assert f"Without an axis: {', '.join(left_out)}." in page.text
+    shares = {entry["key"]: entry["share"] for entry in numbers["importance"]["entries"]}
+    assert max(shares, key=lambda key: shares[key]) == shown[0]
+    assert f"seeds of the trials{numbers['reproduce']['trial_seeds'][0]} " in page.text.replace("\n", "")
+
+
+def test_axes_of_parallel_coordinates() -> None:
+    axis = Figure().add_subplot()
+    found = _heights(axis, 0, "uniform", ["0.8", "-", "0.9"], [0.8, None, 0.9])
+    assert found == pytest.approx([0, -0.05, 1])
+    found = _heights(axis, 1, "choice", ["16", "8", "128", "-"], [16, 8, 128, None])
+    assert found == pytest.approx([0.5, 0, 1, -0.05], abs=0.021)
+    assert [text.get_text() for text in axis.texts[3:]] == ["8", "16", "128"]
 
 
 def test_the_evaluated_run_beside_a_search_is_found(tmp_path: Path) -> None:
-    from tune_ego.config import dump_config
-
     root = tmp_path / "search"
     write_experiment(root, 4)
     trials = sorted(read_experiment(str(root)).trials, key=lambda trial: trial.accuracy or 0)

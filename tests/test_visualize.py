@@ -14,15 +14,15 @@ import torch
 from tests.stub_experiment import write_experiment
 from tests.test_evaluate import checkpoint
 from tests.test_report import check_page
-from tune_ego.attention import as_clip, look_at
+from tune_ego.attention import Look, as_clip, look_at
 from tune_ego.dataset.inspection import overlay
-from tune_ego.dataset.shards import open_shards
+from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate, open_model
-from tune_ego.feed.windows import WindowReader, centre_window, dense_starts
+from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
 from tune_ego.report.page import SECTIONS
 from tune_ego.report.write import write_report
-from tune_ego.visualize import look_of, visualize
+from tune_ego.visualize import _COLOURS, _TRUE, _bars, _lines, _plot, look_of, visualize
 
 
 def test_what_is_drawn_is_what_the_model_says(tmp_path: Path, shards: str) -> None:
@@ -99,6 +99,27 @@ def test_one_stream_and_no_attention(
     assert (tmp_path / "out.mp4").stat().st_size > 1000 and (tmp_path / "out.png").exists()
     assert len(looks[0].scores) == (1 if "streams" in changes else 3)
     assert ("No attention to draw" in capsys.readouterr().out) == ("model__stam_depth" in changes)
+
+
+def test_a_narrow_picture_shows_all_of_the_title_and_the_true_class() -> None:
+    title = "OP01-R01-Synthetic-11167-12625-F000268-F000303: Divide/Pull Apart bread (test clip of split 1)"
+    lines = _lines(title, 288)
+    assert "".join(lines).replace(" ", "") == title.replace(" ", "") and len(lines) > 1
+    assert all(cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] <= 284 for line in lines)
+    assert "".join(_lines("x" * 90, 288)) == "x" * 90
+    heading = "score of the true class, each window at its middle"
+    assert cv2.getTextSize(heading, cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)[0][0] < 288 - 46
+    scores = np.array([0.3, 0.25, 0.2, 0.15, 0.06, 0.04])
+    bars = [_bars(scores, label, list("abcdef"), "rgb") for label in (5, 3)]
+    for image in bars:
+        green = (image == np.array(_TRUE)).all(axis=2).any(axis=1)
+        assert green.any() and green.argmax() > image.shape[0] * 0.7  # the last bar
+    none, half = np.zeros(0), np.array([0.5, 0.5])
+    look = Look(Window(0, 0, 0, 0, False), none, none, none, dict.fromkeys(("rgb", "flow", "fused"), half), {})
+    plot = _plot([look], Clip("c", 0, 16, "", 0), 288, None)
+    for name in ("rgb", "flow"):  # their legend is below the heading
+        rows = (plot == np.array(_COLOURS[name])).all(axis=2).any(axis=1)
+        assert rows.any() and rows.argmax() > 20
 
 
 def test_a_clip_that_is_not_there(tmp_path: Path, shards: str) -> None:

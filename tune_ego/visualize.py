@@ -28,7 +28,7 @@ _SIDE, _GAP, _LINE = 272, 8, 20  # pixels
 _STRIP_SIDE, _STRIP_FRAMES, _STRIP_MARGIN = 168, 8, 104
 _TOP = 4
 """Classes whose scores are shown."""
-_PLOT = 150
+_PLOT = 168
 _COLOURS = {"rgb": (213, 94, 0), "flow": (0, 114, 178), "fused": (0, 0, 0)}
 """Of Okabe and Ito: colour-blind people tell them apart."""
 _INK, _GREY, _TRUE = (20, 20, 20), (205, 205, 205), (0, 130, 95)
@@ -107,8 +107,8 @@ def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title:
         parts.append(np.concatenate([_text(head, _SIDE), picture, bars]))
     body = _side_by_side(parts)
     width = body.shape[1]
-    top = _text(f"{title}, frame {frame} of {clip.frames}", width)
-    image = np.concatenate([top, body, _plot(looks, clip, width, frame)])
+    place_in_clip = _text(f"frame {frame} of {clip.frames}", width)
+    image = np.concatenate([_wrapped(title, width), place_in_clip, body, _plot(looks, clip, width, frame)])
     return image[: image.shape[0] // 2 * 2, : width // 2 * 2]
 
 
@@ -138,7 +138,7 @@ def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.
         column.append(_text(f"{percent(float(scores[predicted]))}, {verdict}", _STRIP_SIDE, colour))
         parts.append(np.concatenate(column))
     body = _side_by_side(parts)
-    return np.concatenate([_text(title, body.shape[1]), body, _plot(looks, clip, body.shape[1], None)])
+    return np.concatenate([_wrapped(title, body.shape[1]), body, _plot(looks, clip, body.shape[1], None)])
 
 
 def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
@@ -162,6 +162,27 @@ def _text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> np.ndar
     return image
 
 
+def _wrapped(text: str, width: int) -> np.ndarray:
+    """A text in as many lines as it takes."""
+    return np.concatenate([_text(line, width) for line in _lines(text, width)])
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """A text cut between words, and within a word that fits into no line, into lines of so many pixels."""
+    words, lines = text.split(), [""]
+    while words:
+        longer = f"{lines[-1]} {words[0]}".lstrip()
+        if _fitting(longer, width) == longer:
+            lines[-1] = longer
+            words.pop(0)
+        elif lines[-1]:
+            lines.append("")
+        else:
+            lines[-1] = _fitting(words[0], width) or words[0][0]
+            words[0] = words[0][len(lines[-1]) :]
+    return lines
+
+
 def _fitting(text: str, width: int) -> str:
     """As much of a text as fits into so many pixels."""
     while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] > width - 4:
@@ -174,10 +195,12 @@ def _bars_height() -> int:
 
 
 def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np.ndarray:
-    """The highest class scores of a window; the true class in green."""
+    """The highest class scores of a window; the true class in green, in the last place where it is not among them."""
     image = _blank(_bars_height(), _SIDE)
     _put(image, f"{name} scores", (2, _LINE - 5), _COLOURS[name])
-    for place, index in enumerate(np.argsort(-scores_K)[:_TOP]):
+    shown = [int(index) for index in np.argsort(-scores_K)[:_TOP]]
+    shown = shown if label in shown else [*shown[:-1], label]
+    for place, index in enumerate(shown):
         top = _LINE + place * (_LINE + 12)
         colour = _TRUE if index == label else _INK
         told = f"{100 * scores_K[index]:.1f} %"
@@ -193,7 +216,7 @@ def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np
 def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndarray:
     """The true class's score in each window, at its middle frame, over the clip; `now` is marked."""
     image = _blank(_PLOT, width)
-    left, right, top, bottom = 46, width - 16, 30, _PLOT - 30
+    left, right, top, bottom = 46, width - 16, 48, _PLOT - 30
 
     def at(frame: float, score: float) -> tuple[int, int]:
         return round(left + (right - left) * frame / max(clip.frames - 1, 1)), round(bottom - (bottom - top) * score)
@@ -201,11 +224,11 @@ def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndar
     for score in (0.0, 0.5, 1.0):
         cv2.line(image, at(0, score), at(clip.frames - 1, score), _GREY, 1)
         _put(image, f"{100 * score:.0f} %", (4, at(0, score)[1] + 4), _INK, 0.38)
-    _put(image, "score of the true class, each window at its middle", (left, 16), _INK)
+    _put(image, "score of the true class, each window at its middle", (left, 16), _INK, 0.38)
     for number, name in enumerate(looks[0].scores):
-        x = right - 70 * (len(looks[0].scores) - number)
-        cv2.line(image, (x, 12), (x + 20, 12), _COLOURS[name], 2, cv2.LINE_AA)
-        _put(image, name, (x + 25, 16), _INK)
+        x = left + 70 * number
+        cv2.line(image, (x, 30), (x + 20, 30), _COLOURS[name], 2, cv2.LINE_AA)
+        _put(image, name, (x + 25, 34), _INK)
         points = [_middle(look, clip, float(look.scores[name][clip.label]), at) for look in looks]
         for first, second in pairwise(points):
             cv2.line(image, first, second, _COLOURS[name], 2, cv2.LINE_AA)

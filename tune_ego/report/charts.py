@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from tune_ego.experiment import METRIC
-from tune_ego.report.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, WIDTH, drawn, panels, short
+from tune_ego.report.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, WIDTH, drawn, log_labels, panels, short
 
 _STATES = {
     "finished": (BLUE, 0.9, 1.1),
@@ -26,11 +26,19 @@ _UNITS = {
     "train_loss": "loss, nats",
     "val_loss": "loss, nats",
     "gaze_loss": "mean squared error",
-    METRIC: "share of clips",
+    METRIC: "mean recall of the classes",
     "learning_rate": "learning rate",
 }
+_OF_STREAMS = {
+    "train_loss": "sum over streams",
+    "val_loss": "sum over streams",
+    "gaze_loss": "sum over streams",
+    "learning_rate": "lowest of the streams",
+}
+"""What stands for the two of them."""
 _PERCENT = PercentFormatter(1.0, decimals=0, symbol=" %")
-_MOST_AXES = 14
+_ABSENT, _FOOT = "-", -0.05
+"""The text of a parameter that a trial does not have, and where its line crosses the axis."""
 _LOW_HIGH = LinearSegmentedColormap.from_list("low_high", ["#4a90c2", "#9a9a9a", "#e69f00"])
 """Told apart by colour-blind people, and seen on white and on black."""
 
@@ -56,11 +64,13 @@ def learning_curves(numbers: dict[str, Any]) -> Figure | None:
         where = f", {numbers['experiment']['validation']}" if key == METRIC else ""
         axis.set_title(curves["logged"][key] + where)
         axis.set_xlabel("iteration")
-        axis.set_ylabel(_UNITS[key])
+        of_streams = f", {_OF_STREAMS[key]}" if curves["streams"] > 1 and key in _OF_STREAMS else ""
+        axis.set_ylabel(_UNITS[key] + of_streams)
         if key == METRIC:
             axis.yaxis.set_major_formatter(_PERCENT)
         if key == "learning_rate":
             axis.set_yscale("log")
+            log_labels(axis.yaxis)
     entries = [Line2D([], [], color=ORANGE, linewidth=2.2, label="the best")]
     for state in sorted(states):
         colour, opacity, width = _STATES.get(state, (GREEN, 0.9, 1.1))
@@ -116,6 +126,7 @@ def _range_of_values(axis: Axes, parameter: dict[str, Any], trials: dict[str, An
     axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     if parameter["form"] == "loguniform":
         axis.set_xscale("log")
+        log_labels(axis.xaxis)
         axis.set_xlim(low * (low / high) ** 0.04, high * (high / low) ** 0.04)
         if high / low < 100:  # two powers of ten or fewer would be the only numbers
             middle = float(np.sqrt(low * high))
@@ -172,13 +183,20 @@ def stopping(numbers: dict[str, Any]) -> Figure | None:
 def parallel(numbers: dict[str, Any]) -> Figure | None:
     """A line for each validated trial through its values; orange ones are the best."""
     trials = [trial for trial in reversed(numbers["trials"]) if trial["accuracy"] is not None]
-    keys = numbers["experiment"]["keys"][: _MOST_AXES - 1]
+    keys = numbers["parallel"]["keys"]
     if not trials or not keys:
         return None
     figure = Figure((WIDTH, 4.2), layout="constrained")
     axis = figure.add_subplot()
-    forms = {parameter["key"]: parameter["form"] for parameter in numbers["choices"]["parameters"]}
-    heights = [_heights(axis, place, key, forms.get(key, "choice"), trials) for place, key in enumerate(keys)]
+    forms: dict[str, str] = {}
+    for parameter in sorted(numbers["choices"]["parameters"], key=lambda one: str(one["form"]) == "choice"):
+        forms.setdefault(parameter["key"], parameter["form"])  # a range, where one branch at least has one
+    columns = [numbers["experiment"]["keys"].index(key) for key in keys]
+    heights = []
+    for place, (key, column) in enumerate(zip(keys, columns)):
+        texts = [trial["values"][column] for trial in trials]
+        known = [trial["numbers"].get(key) for trial in trials]
+        heights.append(_heights(axis, place, forms.get(key, "choice"), texts, known))
     accuracies = [trial["accuracy"] for trial in trials]
     low, high = min(accuracies), max(accuracies)
     ranks = [(accuracy - low) / ((high - low) or 1) for accuracy in accuracies]
@@ -204,25 +222,26 @@ def parallel(numbers: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _heights(axis: Axes, place: int, key: str, form: str, trials: list[dict[str, Any]]) -> list[float]:
-    """Where each trial crosses the axis of a parameter, 0 to 1; draws the axis' ticks."""
-    texts = [trial["values"][place] for trial in trials]
-    known = [trial["numbers"][key] for trial in trials if key in trial["numbers"]]
+def _heights(axis: Axes, place: int, form: str, texts: list[str], numbers: list[float | None]) -> list[float]:
+    """Where each trial crosses the axis of a parameter, 0 to 1; draws the axis' ticks.
+
+    Trials of a branch without the parameter cross it at the foot.
+    """
+    known = [number for number in numbers if number is not None]
     if form == "choice" or not known:
-        names = sorted(set(texts))
+        values = dict(zip(texts, numbers))
+        names = sorted(set(texts) - {_ABSENT}, key=lambda name: (values[name] is None, values[name] or 0, name))
         step = {name: (n / (len(names) - 1) if len(names) > 1 else 0.5) for n, name in enumerate(names)}
         _ticks(axis, place, list(step.values()), [short(name, 16) for name in names])
         jitter = np.random.default_rng(place).uniform(-0.02, 0.02, len(texts))
-        return [step[text] + float(off) for text, off in zip(texts, jitter)]
+        return [step[text] + float(off) if text in step else _FOOT for text, off in zip(texts, jitter)]
     scale = np.log10 if form == "loguniform" and min(known) > 0 else np.asarray
     low, high = float(scale(min(known))), float(scale(max(known)))
     parts = (0, 0.5, 1)
-    values = [low + part * (high - low) for part in parts]
-    _ticks(axis, place, list(parts), [f"{10**v if scale is np.log10 else v:.2g}" for v in values])
-    return [
-        (float(scale(trial["numbers"][key])) - low) / ((high - low) or 1) if key in trial["numbers"] else -0.05
-        for trial in trials
-    ]
+    ends = [low + part * (high - low) for part in parts]
+    _ticks(axis, place, list(parts), [f"{10**v if scale is np.log10 else v:.2g}" for v in ends])
+    width = (high - low) or 1
+    return [_FOOT if number is None else (float(scale(number)) - low) / width for number in numbers]
 
 
 def _ticks(axis: Axes, place: int, heights: list[float], texts: list[str]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tune_ego.experiment import VALIDATION_SECONDS, Experiment, Trial
+from tune_ego.experiment import REPORT_SECONDS, VALIDATION_SECONDS, Experiment, Trial
 
 
 def trial_seconds(trial: Trial) -> float:
-    """Seconds of training and validation: clips seen by clips a second, and what validations took.
+    """Seconds of training, validation and reporting: clips seen by clips a second, and what the other two took.
 
     Starting it, and what was lost with a process and done again, is not in the log.
     """
@@ -16,7 +16,7 @@ def trial_seconds(trial: Trial) -> float:
     for line in trial.metrics:
         speed = line.get("clips_per_second", 0.0)
         seconds += (line["iteration"] - before) * batch / speed if speed > 0 else 0.0
-        seconds += line.get(VALIDATION_SECONDS, 0.0)
+        seconds += line.get(VALIDATION_SECONDS, 0.0) + line.get(REPORT_SECONDS, 0.0)
         before = line["iteration"]
     return seconds
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 # Stand-ins that matplotlib writes and the page's variables replace. The hues are those of Okabe and Ito, which
 # colour-blind people tell apart.
@@ -30,6 +32,7 @@ WIDTH = 11.5
 """Inches of a figure; it is shown at the page's width, where 8 points are about 11 pixels."""
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a search space's words may have dollars
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -81,17 +84,25 @@ def _svg(figure: Figure, name: str, told: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var(--{variable})")
-    # Names are unique in a file, and the page holds several.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    width = re.search(r'viewBox="0 0 ([\d.]+) ', text)
-    assert width
+    text = re.sub(r"<[^>]*>", lambda tag: _for_the_page(tag[0], name), text)  # what is between tags are labels
     text = re.sub(r'<svg height="[^"]*"|<svg ', "<svg ", text, count=1)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     return text.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+
+
+def _for_the_page(tag: str, name: str) -> str:
+    """A tag with the page's colours, and with names that are the figure's own: the page holds several."""
+    for stand_in, variable in _VARIABLES.items():
+        tag = tag.replace(stand_in, f"var(--{variable})")
+    tag = re.sub(r'\bid="', f'id="{name}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{name}-", tag)
+    return re.sub(r'href="#', f'href="#{name}-', tag)
+
+
+def log_labels(axis: Axis) -> None:
+    """Plain numbers for a logarithmic axis: matplotlib's own are mathematics, which is off here."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -103,5 +114,5 @@ def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
 
 
 def short(text: str, most: int = 28) -> str:
-    """A text cut to so many letters, for matplotlib, which takes dollars for mathematics."""
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    """A text cut to so many letters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

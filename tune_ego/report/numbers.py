@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tune_ego import __version__
+from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.evaluation_tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.experiment import METRIC, Configuration, Experiment, Trial, by_configuration, config_value
@@ -22,6 +23,8 @@ from tune_ego.report.stopping import stopping_numbers
 
 RANGES = ("uniform", "loguniform", "randint")
 _MOST_BINS, _LEAST_IN_BIN = 4, 3
+_MOST_AXES = 13
+"""Parameters of the parallel coordinates."""
 _POINTS, _LEAST_POINTS, _MOST_POINTS = 8000, 12, 400
 """Points of a panel of learning curves over all trials; of a curve at least and at most."""
 SERIES = {
@@ -35,10 +38,10 @@ SERIES = {
 
 
 def experiment_numbers(found: Found, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
-    """All numbers of one experiment; `evaluation` is what `evaluation_numbers` gave, `options` are the command's."""
+    """All numbers of one experiment; `evaluation` is what `read_evaluation` gave, `options` are the command's."""
     search = found.experiment
     trials = sorted(search.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True)
-    best = _best(search)
+    best, shares = _best(search), importance_numbers(search)
     return {
         "report": {"version": __version__, "made": datetime.now(timezone.utc).isoformat(timespec="seconds")},
         "experiment": _overview(found),
@@ -48,7 +51,8 @@ def experiment_numbers(found: Found, evaluation: dict[str, Any], options: list[s
         "trials": [_trial(search, trial) for trial in trials],
         "curves": _curves(trials, best),
         "stopping": stopping_numbers(found),
-        "importance": importance_numbers(search),
+        "parallel": _parallel(search.space.searched_keys, shares),
+        "importance": shares,
         "published": published_numbers(search, best, evaluation),
         "evaluation": evaluation,
         "cost": cost_numbers(search),
@@ -94,9 +98,10 @@ def _state(found: Found) -> str:
         return f"running: {ended}, and what follows is what is known so far"
     if not trials:
         return "empty: no trial has been started, or none can be read"
-    if all(trial.state == "failed" for trial in trials):
+    failed = all(trial.state == "failed" for trial in trials)
+    if failed and len(trials) >= spec["trials"] and not found.damaged:
         return f"over, and every trial failed, the first for: {trials[0].reason}"
-    if sum(trial.ended for trial in trials) < spec["trials"] - len(found.damaged):
+    if failed or sum(trial.ended for trial in trials) < spec["trials"] - len(found.damaged):
         return f"interrupted: {ended}; to go on: tune-ego resume {found.experiment.root}"
     return f"over: {ended}"
 
@@ -108,9 +113,9 @@ def validation_name(search: Experiment) -> str:
     return " and ".join(names) or "not known: there is no trial"
 
 
-def raw_value(trial: Trial, key: str) -> Any:
-    """A dotted key's value in a trial's configuration; None where it has no such key."""
-    return reduce(lambda node, part: getattr(node, part, None), key.split("."), trial.config)  # type: ignore[arg-type,return-value]
+def raw_value(config: Config, key: str) -> Any:
+    """A dotted key's value in a configuration; None where it has no such key."""
+    return reduce(lambda node, part: getattr(node, part, None), key.split("."), config)  # type: ignore[arg-type,return-value]
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:
@@ -119,7 +124,7 @@ def _spread(values: list[float]) -> dict[str, float | None]:
 
 def _trial(search: Experiment, trial: Trial) -> dict[str, Any]:
     keys, best = search.space.searched_keys, trial.best or {}
-    numbers = {key: value for key in keys if _is_number(value := raw_value(trial, key))}
+    numbers = {key: value for key in keys if _is_number(value := raw_value(trial.config, key))}
     return {
         "trial": trial.id,
         "state": trial.state,
@@ -148,7 +153,7 @@ def _answer(search: Experiment, best: Configuration | None) -> dict[str, Any] | 
     prefix = f"{METRIC}_"
     streams = sorted({key.removeprefix(prefix) for line in lines for key in line if key.startswith(prefix)})
     seen = [trial.accuracy for trial in search.trials if trial.accuracy is not None]
-    keys = search.space.searched_keys
+    keys = [key for key in search.space.searched_keys if raw_value(best.config, key) is not None]
     return {
         "configuration": best.id,
         "trials": [trial.id for trial in best.trials],
@@ -157,7 +162,7 @@ def _answer(search: Experiment, best: Configuration | None) -> dict[str, Any] | 
         "spread": best.spread,
         "repeats_validated": len(best.accuracies),
         "at_iterations": [line["iteration"] for line in lines],
-        "micro_accuracy": mean(line["val_micro_accuracy"] for line in lines),
+        "micro_accuracy": _mean_micro(lines),
         "streams": [
             {"stream": name, "accuracy": mean(line[prefix + name] for line in lines if prefix + name in line)}
             for name in streams
@@ -165,6 +170,12 @@ def _answer(search: Experiment, best: Configuration | None) -> dict[str, Any] | 
         "all_trials": {"validated": len(seen), **_spread(seen), "worst": min(seen)},
         "warnings": [f"{trial.id}: {trial.warning}" for trial in best.trials if trial.warning],
     }
+
+
+def _mean_micro(lines: list[dict[str, Any]]) -> float | None:
+    """None where no validation has it."""
+    known = [line["val_micro_accuracy"] for line in lines if "val_micro_accuracy" in line]
+    return mean(known) if known else None
 
 
 def even_iteration(trials: list[Trial]) -> int | None:
@@ -185,7 +196,7 @@ def _choices(search: Experiment) -> dict[str, Any]:
             index = search.space.branch_of(trial.sampled).get(key)
             if index is not None and search.space.branches[key][index].domain.form in RANGES:
                 drawn.setdefault(index, []).append(trial)
-            else:
+            elif raw_value(trial.config, key) is not None:  # this trial's branch has the parameter
                 named.setdefault(config_value(trial.config, key), []).append(trial)
         for index, chosen in sorted(drawn.items()):
             branch = search.space.branches[key][index]
@@ -197,6 +208,19 @@ def _choices(search: Experiment) -> dict[str, Any]:
             ordered = {value: named[value] for value in _in_order(search, key, set(named))}
             parameters.append({"key": key, "when": "", "form": "choice", "values": _worth(ordered, even)})
     return {"even_iteration": even, "parameters": parameters}
+
+
+def _parallel(keys: list[str], importance: dict[str, Any]) -> dict[str, Any]:
+    """Which parameters get an axis: the most important ones, where importance is known, else the first ones."""
+    shares = dict.fromkeys(keys, 0.0)
+    for entry in importance["entries"]:
+        shares[entry["key"]] += entry["share"]
+    ordered = sorted(keys, key=lambda key: -shares[key])
+    return {
+        "keys": ordered[:_MOST_AXES],
+        "left_out": ordered[_MOST_AXES:],
+        "by_importance": bool(importance["entries"]),
+    }
 
 
 def _in_order(search: Experiment, key: str, values: set[str]) -> list[str]:
@@ -211,7 +235,7 @@ def _text(value: Any) -> str:
 
 def _bins(key: str, trials: list[Trial]) -> dict[str, list[Trial]]:
     """Trials in up to four groups of equally many, ascending in the key's value."""
-    ordered = sorted(trials, key=lambda trial: float(raw_value(trial, key)))
+    ordered = sorted(trials, key=lambda trial: float(raw_value(trial.config, key)))
     count = max(1, min(_MOST_BINS, len(ordered) // _LEAST_IN_BIN))
     groups: dict[str, list[Trial]] = {}
     for number in range(count):
@@ -247,6 +271,7 @@ def _curves(trials: list[Trial], best: Configuration | None) -> dict[str, Any]:
         "logged": {key: name for key, name in SERIES.items() if key in logged},
         "not_logged": [name for key, name in SERIES.items() if key not in logged],
         "most_points": most,
+        "streams": max((len(trial.config.stream_names) for trial in started), default=0),
         "best": [trial.id for trial in best.trials] if best else [],
         "trials": [
             {"trial": trial.id, "state": trial.state, "series": _series(trial, most, logged)} for trial in started
@@ -268,12 +293,14 @@ def _series(trial: Trial, most: int, logged: set[str]) -> dict[str, list[list[fl
 
 def published_numbers(search: Experiment, best: Configuration | None, evaluation: dict[str, Any]) -> dict[str, Any]:
     """The published results, and ours beside them, fractions; each row says what it was measured on."""
+    seen = evaluation.get("clips_trained_on")
     ours = [
         {
             "model": f"evaluated checkpoint, {row['stream']}",
             "micro": row["micro_accuracy"],
             "mean_class": row["mean_class_accuracy"],
-            "on": f"test clips of split {evaluation['split']}",
+            "on": f"test clips of split {evaluation['split']}"
+            + (f"; not a test: {seen} of them were trained on" if seen else ""),
         }
         for row in evaluation.get("streams", [])
     ]
@@ -284,7 +311,7 @@ def published_numbers(search: Experiment, best: Configuration | None, evaluation
         ours.append(
             {
                 "model": f"trial {found.config.label or found.id}",
-                "micro": mean(line["val_micro_accuracy"] for line in lines),
+                "micro": _mean_micro(lines),
                 "mean_class": found.accuracy,
                 "on": f"validation clips: {validation_name(search)}",
             }

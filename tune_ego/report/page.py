@@ -41,6 +41,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "fine": lambda value: f"{100 * value:.2f} %",
     "points": lambda value: f"{100 * value:.1f}",
     "count": lambda value: f"{value:,}",
+    "plain": str,
     "hours": lambda value: f"{value:.2f} h" if value >= 1 else f"{60 * value:.1f} min",
     "score": lambda value: f"{value:.3f}",
     "speed": lambda value: f"{value:.1f}",

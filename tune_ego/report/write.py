@@ -9,7 +9,7 @@ from tune_ego.checkpoint_files import MODEL_FILE
 from tune_ego.console import percent, say
 from tune_ego.errors import UserError
 from tune_ego.report import page, reading
-from tune_ego.report.evaluation import evaluation_numbers, find_evaluation
+from tune_ego.report.evaluation import read_evaluation
 from tune_ego.report.numbers import experiment_numbers
 
 _HTML = ".html"
@@ -24,17 +24,16 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the page `out` (`.html`) and its numbers beside it (`.json`); returns the numbers.
 
-    `evaluation` as in `find_evaluation`. With shards in `data` the attention of `checkpoint`, else of what was
+    `evaluation` as in `read_evaluation`. With shards in `data` the attention of `checkpoint`, else of what was
     evaluated, is drawn. Raises `UserError` for what is not there or not what it should be.
     """
     numbers_out = _numbers_file(out)
     if checkpoint is not None and data is None:
         raise UserError("--checkpoint: the pictures are of clips; say with --data where the shards are")
     found = reading.read(root)
-    uri, why = find_evaluation(found.experiment, evaluation)
     given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
-    numbers = experiment_numbers(found, evaluation_numbers(uri, why), options)
+    numbers = experiment_numbers(found, read_evaluation(found.experiment, evaluation), options)
     cases, pictures = _cases(checkpoint or numbers["evaluation"].get("checkpoint"), data)
     numbers["attention_cases"] = cases
     _write(out, numbers_out, page.render(numbers, pictures), numbers)
@@ -65,7 +64,7 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
     pair = []
     for root in roots:
         found = reading.read(root)
-        pair.append(experiment_numbers(found, evaluation_numbers(*find_evaluation(found.experiment, None)), []))
+        pair.append(experiment_numbers(found, read_evaluation(found.experiment, None), []))
     numbers = {
         "experiments": pair,
         "best_values": _best_values(pair),
@@ -77,9 +76,16 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
 
 
 def _best_values(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The best configurations' values of what one of the two searched; `not searched` in the other."""
-    a, b = ({row["key"]: row["value"] for row in (one["answer"] or {"values": []})["values"]} for one in pair)
-    return [{"key": key, "a": a.get(key, "not searched"), "b": b.get(key, "not searched")} for key in {**a, **b}]
+    """The best configurations' values of what one of the two searched; `-` where it has no such key."""
+    found = [{row["key"]: row["value"] for row in (one["answer"] or {"values": []})["values"]} for one in pair]
+    told = [
+        {
+            key: values.get(key, "-" if key in one["experiment"]["keys"] else "not searched")
+            for key in {**found[0], **found[1]}
+        }
+        for one, values in zip(pair, found)
+    ]
+    return [{"key": key, "a": told[0][key], "b": told[1][key]} for key in told[0]]
 
 
 def _differences(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -116,6 +122,6 @@ def _numbers_file(out: str) -> str:
 
 
 def _write(out: str, numbers_out: str, text: str, numbers: dict[str, Any]) -> None:
-    storage.write_text(storage.absolute(out), text)
     storage.write_json(storage.absolute(numbers_out), numbers)
+    storage.write_text(storage.absolute(out), text)
     say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, and every number of it in {numbers_out}")
