@@ -458,3 +458,12 @@ def test_a_browser_shows_it(tmp_path: Path, large: Path) -> None:
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
     assert ("answer/accuracy", "percent", f"{100 * numbers['answer']['accuracy']:.1f} %") in page.numbers
     assert done.stdout.count("<svg ") == 7
+
+
+def test_a_report_does_not_go_over_other_files(tmp_path: Path) -> None:
+    """`--out E/experiment.html` would write its numbers over the search's own record."""
+    write_experiment(tmp_path)
+    before = (tmp_path / "experiment.json").read_bytes()
+    with pytest.raises(UserError, match=r"experiment\.json, which is there and no report's"):
+        write_report(str(tmp_path), str(tmp_path / "experiment.html"), None)
+    assert (tmp_path / "experiment.json").read_bytes() == before and not (tmp_path / "experiment.html").exists()

@@ -118,7 +118,18 @@ def _not_comparable(pair: list[dict[str, Any]]) -> list[str]:
 def _numbers_file(out: str) -> str:
     if not out.endswith(_HTML):
         raise UserError(f"--out {out}: the report is a page; let its name end with {_HTML}")
-    return out.removesuffix(_HTML) + ".json"
+    numbers = out.removesuffix(_HTML) + ".json"
+    if storage.exists(numbers) and not _is_a_reports(numbers):
+        raise UserError(f"--out {out}: the numbers would go to {numbers}, which is there and no report's")
+    return numbers
+
+
+def _is_a_reports(uri: str) -> bool:
+    try:
+        content = storage.read_json(uri)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and not {"report", "experiments"}.isdisjoint(content)
 
 
 def _write(out: str, numbers_out: str, text: str, numbers: dict[str, Any]) -> None:
