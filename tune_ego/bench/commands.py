@@ -49,7 +49,7 @@ def bench_step(
     """Forward, backward and optimizer on data in memory, by stream, precision, layout and compilation.
 
     On the GPU, where there is one. Each beside the machine's rate of matrix products, and the straightforward version
-    beside ours. On two CPU cores about 5 minutes.
+    beside ours. On two CPU cores about 2 minutes.
     """
     from tune_ego.bench.step import bench_step as run
 
