@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 
-from tune_ego import storage
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.inspection import draw_gaze, find_record, overlay
 from tune_ego.dataset.shards import Clip, Shards
@@ -89,8 +88,7 @@ def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> li
 
 def as_clip(shards: Shards, name: str) -> Clip:
     """A clip by its name; raises `UserError`, with the nearest names, where it is not in the shards."""
-    row = find_record(shards, name)
-    return Clip(row["clip"], row["action"], row["frames"], storage.join(shards.root, row["shard"]), row["row_group"])
+    return shards.clip(find_record(shards, name))
 
 
 def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:

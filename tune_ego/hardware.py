@@ -15,7 +15,7 @@ from tune_ego.console import say
 from tune_ego.model import TwoStream
 
 COMPILE_FROM = 1000
-"""Iterations of a run from which on `train.compile: auto` compiles: it takes a minute or two of each start."""
+"""Iterations of a run from which on `train.compile: auto` compiles, which costs time at each start. Not measured."""
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 _KEPT_BYTES, _KEPT_BYTES_OLD = 1 << 30, 32 << 20
 

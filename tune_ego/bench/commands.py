@@ -72,7 +72,7 @@ def bench_loop(shards: Shards = None, out: Record = None) -> None:
 def bench_all(
     out: Annotated[Optional[str], typer.Option(help="Folder, or URI, for a JSON file of each.")] = None,
 ) -> None:
-    """Every benchmark, one after another: on two CPU cores about an hour."""
+    """Every benchmark, one after another, each for as long as its own help says."""
     from tune_ego.bench.feed import bench_feed as feed
     from tune_ego.bench.loop import bench_loop as loop
     from tune_ego.bench.prepare import bench_prepare as prepare

@@ -121,10 +121,7 @@ def measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count:
 
 
 def clips_of(shards: Shards) -> list[Clip]:
-    return [
-        Clip(row["clip"], row["action"], row["frames"], f"{shards.root}/{row['shard']}", row["row_group"])
-        for row in shards.table.to_pylist()
-    ]
+    return [shards.clip(row) for row in shards.table.to_pylist()]
 
 
 def clips_of_usual_lengths(shards: Shards, folder: Path) -> list[Clip]:

@@ -21,7 +21,7 @@ from tune_ego.bench.record import Benchmark, Figure, cores
 from tune_ego.checkpoint import Origin
 from tune_ego.config import WINDOW_FRAMES, Config, ModelConfig, build_config
 from tune_ego.console import say
-from tune_ego.feed.batches import ClipBatch
+from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.hardware import compile_streams, keep_freed_memory
 from tune_ego.model import build_stream
 from tune_ego.model.two_stream import CHANNELS
@@ -185,18 +185,16 @@ def config_of(variant: Variant) -> Config:
 
 def made_up_batch(config: Config, device: torch.device) -> ClipBatch:
     """Noise with gaze in half of its frames."""
-    random = np.random.default_rng(0)
-    count, side = config.micro_batch, config.data.crop
-    shapes = {"rgb": (side, side, 3), "flow": (2, side, side)}
-    images = {
-        name: torch.from_numpy(random.integers(0, 256, (count, WINDOW_FRAMES, *shapes[name]), np.uint8)).to(device)
-        for name in config.stream_names
-    }
-    gaze = torch.from_numpy(random.random((count, WINDOW_FRAMES, 2), np.float32)).to(device)
-    valid = torch.from_numpy(random.random((count, WINDOW_FRAMES)) < 0.5).to(device)
-    label = torch.from_numpy(random.integers(0, CLASSES, count)).to(device)
-    here = torch.ones(count, dtype=torch.bool, device=device)
-    return ClipBatch(images.get("rgb"), images.get("flow"), gaze, valid, label, torch.arange(count).to(device), here)
+    torch.manual_seed(0)
+    blank = blank_batch(config.micro_batch, config.data.crop, config.stream_names, device)
+    for image in (blank.rgb_BTHWC, blank.flow_BT2HW):
+        if image is not None:
+            image.random_(0, 256)
+    return blank._replace(
+        gaze_BT2=torch.rand(blank.gaze_BT2.shape, device=device),
+        gaze_valid_BT=torch.rand(blank.gaze_valid_BT.shape, device=device) < 0.5,
+        label_B=torch.randint(0, CLASSES, blank.label_B.shape, device=device),
+    )
 
 
 def set_up(variant: Variant, config: Config | None = None) -> tuple[Trainer, ClipBatch, bool]:

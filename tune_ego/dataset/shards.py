@@ -219,6 +219,10 @@ class Shards:
             if row[f"split{split}"] == role
         ]
 
+    def clip(self, row: dict[str, Any]) -> Clip:
+        """The clip of a row of `clips.parquet`."""
+        return Clip(row["clip"], row["action"], row["frames"], storage.join(self.root, row["shard"]), row["row_group"])
+
     def test(self, split: int) -> list[Clip]:
         return self._select(lambda row: row[f"split{split}"] == "test", f"test clips of split {split}")
 
@@ -241,11 +245,7 @@ class Shards:
 
     def _select(self, wanted: Any, what: str) -> list[Clip]:
         columns = self.table.drop_columns(["session", "subject", "verb", "nouns"]).to_pylist()
-        clips = [
-            Clip(row["clip"], row["action"], row["frames"], storage.join(self.root, row["shard"]), row["row_group"])
-            for row in columns
-            if wanted(row)
-        ]
+        clips = [self.clip(row) for row in columns if wanted(row)]
         if not clips:
             raise UserError(f"{self.root}: there are no {what}")
         return clips

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,13 +45,10 @@ class ShardCache(NamedTuple):
             return None
         identity = f"{uri} {info.size} {info.mtime_ns}"
         copy = Path(self.folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
-        try:
-            os.utime(copy)  # those opened longest ago go first
+        if copy.exists():
+            with suppress(PermissionError, FileNotFoundError):  # another user's; removed at this moment
+                os.utime(copy)  # those opened longest ago go first
             return str(copy)
-        except PermissionError:  # another user's
-            return str(copy)
-        except OSError:
-            pass
         part = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}{_PART}")
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)

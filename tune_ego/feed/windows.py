@@ -175,8 +175,9 @@ class WindowReader:
                 cv2.bitwise_not(images[t, 0], images[t, 0])  # 255 - x: motion to the left becomes motion to the right
 
     def _damaged(self, clip: Clip, what: str) -> UserError:
-        cached = self.cache is not None and not storage.is_local(clip.shard)
-        copy = f" (or it is its copy in {self.cache.folder}: empty that first)" if cached and self.cache else ""
+        copy = ""
+        if self.cache is not None and not storage.is_local(clip.shard):
+            copy = f" (or it is its copy in {self.cache.folder}: empty that first)"
         return UserError(f"{clip.shard}: {clip.name} {what}; delete this file and run prepare again{copy}")
 
 
@@ -206,12 +207,12 @@ def _open_shard(uri: str, cache: ShardCache | None, thread: int) -> pq.ParquetFi
     the time of reading and decoding a window.
     """
     copy = cache.fetch(uri) if cache is not None and not storage.is_local(uri) else None
-    if copy is not None:
-        try:
-            return _open_file(copy)
-        except FileNotFoundError:  # another process has made room
-            pass
-    return _open_file(uri)
+    try:
+        return _open_file(copy or uri)
+    except FileNotFoundError:
+        if copy is None:
+            raise
+        return _open_file(uri)  # another process has removed the copy, to make room
 
 
 def _open_file(uri: str) -> pq.ParquetFile:
