@@ -185,7 +185,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     script = """
 import resource, sys, torch
 from tune_ego.feed.batches import ClipBatch
-from tune_ego.hardware import keep_freed_memory
+from tune_ego.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep": keep_freed_memory()
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before = resident()

@@ -17,9 +17,9 @@ from tune_ego.driver import stop_uri
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, read_metrics
-from tune_ego.feed.batches import READER_CPUS
 from tune_ego.final import train_final
 from tune_ego.launch import Job, fit
+from tune_ego.placement import READER_CPUS
 
 
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:

@@ -25,20 +25,20 @@ from tune_ego.bench.resume import bench_resume, descendants
 from tune_ego.checkpoint import (
     DamagedCheckpoint,
     Origin,
-    last_whole,
     mean_weights,
     read_checkpoint,
     write_checkpoint,
 )
-from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri
+from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole
 from tune_ego.config import dump_config
 from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
 from tune_ego.feed.windows import FeedPlan
-from tune_ego.launch import Job, _Reporter, fit
+from tune_ego.launch import Job, fit
 from tune_ego.scheduler import RecordedScheduler
 from tune_ego.search_space import parse_space
 from tune_ego.train import Trainer
 from tune_ego.tune import last_report
+from tune_ego.worker import _Reporter
 
 
 def trainer() -> Trainer:

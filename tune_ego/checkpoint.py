@@ -84,12 +84,6 @@ def mean_weights(run: str, iterations: list[int]) -> dict[str, Tensor]:
     }
 
 
-def last_whole(run: str) -> int | None:
-    """The iteration of a run's last checkpoint whose checksum is right; each damaged one after it is named."""
-    found = read_last_whole(run)
-    return found[0] if found else None
-
-
 def last_checkpoint(run: str) -> tuple[dict[str, Any], str] | None:
     """(content, URI) of that checkpoint."""
     found = read_last_whole(run)

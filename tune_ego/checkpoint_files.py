@@ -87,6 +87,12 @@ def read_last_whole(run: str) -> tuple[int, bytes] | None:
     return None
 
 
+def last_whole(run: str) -> int | None:
+    """The iteration of a run's last checkpoint whose checksum is right; each damaged one after it is named."""
+    found = read_last_whole(run)
+    return found[0] if found else None
+
+
 def find_checkpoint(uri: str) -> str:
     """The file meant by a file, a checkpoint's folder or a run's folder.
 

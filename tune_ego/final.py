@@ -30,7 +30,7 @@ def train_final(
     `tracking.make_trackers`, that it is written to. Returns the URI of the weights.
     Raises `UserError` where the folder holds another run.
     """
-    from tune_ego.checkpoint import last_whole
+    from tune_ego.checkpoint_files import last_whole
     from tune_ego.launch import Job, check_run, fit, with_found_weights
     from tune_ego.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import sys
 
 import torch
 from torch import Tensor, nn
 
 from tune_ego.config import Config
 from tune_ego.console import say
+from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.model import TwoStream
 
 COMPILE_FROM = 1000
 """Iterations of a run from which on `train.compile: auto` compiles, which costs time at each start. Not measured."""
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
-_KEPT_BYTES, _KEPT_BYTES_OLD = 1 << 30, 32 << 20
 
 
 def set_up_torch(config: Config, gpus: float) -> None:
@@ -29,22 +26,6 @@ def set_up_torch(config: Config, gpus: float) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse what tensors leave on a CPU, instead of giving it back and having the kernel clear it anew.
-
-    A step's tensors are large, and the same at each step: measured, 0.88 of a step's time at 16 x 224 x 224, for up to
-    1.4 times its memory. In a thread other than the first it works for tensors under 64 MiB only, but for processes
-    that were started with MALLOC_ARENA_MAX=1, as those of `cluster.ray_session` are.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            # Before 2.35 glibc refuses more than 32 MiB; what is refused leaves the threshold at 128 KiB for good.
-            if not mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
-                mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES_OLD)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -10,9 +10,11 @@ from typing import Any
 from tune_ego.cluster import is_local
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import READER_CPUS
 from tune_ego.yaml_files import read_yaml
 
+READER_CPUS = 0.25
+"""What a worker reserves of a CPU for each of its reader tasks: else workers could take every CPU, and the readers wait
+for ever."""
 TRIAL_CPUS = 0.1
 """What Ray reserves for a trial's own actor, which only starts and watches its workers."""
 _HEAD = "node:__internal_head__"

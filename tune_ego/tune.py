@@ -12,7 +12,7 @@ import ray
 from ray import tune
 
 from tune_ego import __version__, checkpoint_files, driver, experiment, storage
-from tune_ego.checkpoint import last_whole
+from tune_ego.checkpoint_files import last_whole
 from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config
 from tune_ego.console import print_table, say

@@ -22,7 +22,8 @@ from tune_ego.checkpoint import Origin
 from tune_ego.config import WINDOW_FRAMES, Config, ModelConfig, build_config
 from tune_ego.console import say
 from tune_ego.feed.batches import ClipBatch, blank_batch
-from tune_ego.hardware import compile_streams, keep_freed_memory
+from tune_ego.freed_memory import keep_freed_memory
+from tune_ego.hardware import compile_streams
 from tune_ego.model import build_stream
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.train import Trainer

@@ -5,7 +5,6 @@ B batch, T time, H, W, C channels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
+from tune_ego.feed.pace import Pace, pausing
 from tune_ego.feed.windows import FeedPlan
+from tune_ego.freed_memory import keep_freed_memory
 
 Batch = dict[str, np.ndarray]
-BLOCKS = 2000
+TASKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
 AHEAD = 16
 """Batches that are read ahead of the trainer."""
-_PAUSE = 0.01  # seconds
-READER_CPUS = 0.25
-"""What a worker reserves of a CPU for each of its reader tasks: else workers could take every CPU, and the readers wait
-for ever."""
+TASK_BYTES = 1 << 23
+"""Batches smaller than this are read several by a task, and still handed over one by one."""
 
 
 class ClipBatch(NamedTuple):
@@ -121,21 +120,6 @@ def _handed_over(batch: ClipBatch, there: torch.cuda.Event) -> ClipBatch:
     return batch
 
 
-def _pause() -> type:
-    """A callback that makes Ray Data's executor sleep between its steps.
-
-    It is a thread of the training process, and once enough is read ahead its loop spins without a pause: it held the
-    interpreter's lock often enough to slow training on two cores to a third.
-    """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Pause(ExecutionCallback):  # type: ignore[misc]
-        def on_execution_step(self, executor: Any) -> None:
-            time.sleep(_PAUSE)
-
-    return Pause
-
-
 def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int) -> Iterator[Batch]:
     """The plan's items from `first_item` on, read by Ray Data tasks: one pipeline until the end of the run.
 
@@ -143,25 +127,28 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     """
     import ray.data
 
-    count = plan.items - first_item
+    count, pace = plan.items - first_item, Pace()
+    items_a_task = max(1, TASK_BYTES // batch_bytes, -(-count // TASKS))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=AHEAD * batch_bytes * max(1, -(-count // BLOCKS))
+        object_store_memory=AHEAD * items_a_task * batch_bytes
     )
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
     context.target_max_block_size = batch_bytes
-    context.custom_execution_callback_classes = [_pause()]
+    context.custom_execution_callback_classes = [pausing(pace)]
     context.raise_original_map_exception = True
+    context.memory_usage_poll_interval_s = None  # a thread for each task
 
     def read(rows: Batch) -> dict[str, Any]:
+        keep_freed_memory()
         batch = plan.read(int(rows["item"][0]))
         return {name: value[None] for name, value in batch.items()}
 
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
-    dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=min(count, BLOCKS))
+    dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=-(-count // items_a_task))
     pool = ray.data.TaskPoolStrategy(size=readers)
     # Without CPUs: the worker reserved them, on this node. One that will be taken away starts no tasks: then on others.
     node = ray.get_runtime_context().get_node_id()
@@ -170,4 +157,5 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
         read, batch_size=1, num_cpus=0, label_selector=here, fallback_strategy=elsewhere, compute=pool
     )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+        pace.note()
         yield {name: value[0] for name, value in batch.items()}
