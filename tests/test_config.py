@@ -37,7 +37,15 @@ def test_another_optimizer_starts_with_its_own_defaults() -> None:
 DEFAULTS = {
     "streams": "both",
     "fusion_weight": 0.5,
-    "data": {"split": 1, "validation": "stratified", "fold": 0, "crop": 224, "cache_dir": None, "cache_gb": 50.0},
+    "data": {
+        "split": 1,
+        "validation": "stratified",
+        "fold": 0,
+        "crop": 224,
+        "decode": "cpu",
+        "cache_dir": None,
+        "cache_gb": 50.0,
+    },
     "model": {
         "stam_depth": 1,
         "stam_block": "inception",

@@ -216,3 +216,13 @@ def test_a_variant_is_measured_beside_the_matrix_product() -> None:
     assert largest_difference(ours.outputs, plain.outputs) < 1e-5
     other = {name: value + 1 for name, value in plain.outputs.items()}
     assert 0.99 < largest_difference(ours.outputs, other) < 1.01
+
+
+def test_what_only_watches_a_run_or_reads_for_it_imports_no_torch() -> None:
+    """A trial's own process, its controller and its readers: torch is 300 MB and two seconds in each."""
+    program = """
+import sys
+import tune_ego.tune, tune_ego.watcher, tune_ego.feed.plan, tune_ego.feed.pace, tune_ego.freed_memory
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,20 +12,14 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError, user_error_in
-from tune_ego.feed.batches import begun, ray_batches
-from tune_ego.feed.windows import (
-    FeedPlan,
-    Window,
-    WindowReader,
-    check_fits,
-    dense_starts,
-    spread_starts,
-    training_window,
-)
+from tune_ego.feed.batches import begun, ray_batches, to_device
+from tune_ego.feed.plan import FeedPlan
+from tune_ego.feed.windows import Window, WindowReader, check_fits, dense_starts, spread_starts, training_window
 
 CLIPS = [Clip(f"c{n}", n % 3, 10 + n, "s", 0) for n in range(12)]
 
@@ -210,3 +205,29 @@ def test_a_feed_that_has_begun_gives_the_same_batches_and_errors() -> None:
     assert [int(next(broken)["item"]) for _ in range(2)] == [0, 1]
     with pytest.raises(UserError, match="spoilt"):
         next(broken)
+
+
+def test_what_the_device_decodes_is_what_readers_decode(shards: str) -> None:
+    """On a CPU to the bit; padding, short clips and mirrored windows too."""
+    data = open_shards(shards)
+    clips = data.test(1)
+    reader = WindowReader([*clips, replace(clips[0], frames=5)], ("rgb", "flow"), data.image_size, 32)
+    chosen = [Window(0, 0, 3, 5, False), None, Window(1, 2, 0, 1, True), Window(len(clips), 0, 4, 16, True)]
+    plain, encoded = reader.read_batch(chosen), reader.read_encoded(chosen)
+    assert sum(map(len, (encoded["rgb_jpeg"], encoded["flow_jpeg"]))) < plain["rgb"].nbytes
+    ours, theirs = (to_device(batch, torch.device("cpu")) for batch in (encoded, plain))
+    for name, found, expected in zip(ours._fields, ours, theirs):
+        assert found is not None and expected is not None
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num()), name
+
+
+def test_encoded_batches_travel_through_ray(shards: str) -> None:
+    encoded = plan(shards, data__decode="gpu")
+    found = list(ray_batches(encoded, 0, readers=1, batch_bytes=1 << 16))
+    assert len(found) == encoded.items
+    for item, batch in enumerate(found):
+        expected = encoded.read(item)
+        assert "rgb_jpeg" in expected
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(batch[name], value, err_msg=name)

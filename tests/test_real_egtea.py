@@ -23,7 +23,7 @@ from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import read_metrics
 from tune_ego.export import export_best
-from tune_ego.feed.windows import FeedPlan
+from tune_ego.feed.plan import FeedPlan
 from tune_ego.final import train_final
 from tune_ego.tune import start_search
 

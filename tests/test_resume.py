@@ -27,12 +27,14 @@ from tune_ego.checkpoint import (
     Origin,
     mean_weights,
     read_checkpoint,
+    snapshot,
+    to_bytes,
     write_checkpoint,
 )
 from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole
 from tune_ego.config import dump_config
 from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
-from tune_ego.feed.windows import FeedPlan
+from tune_ego.feed.plan import FeedPlan
 from tune_ego.launch import Job, fit
 from tune_ego.scheduler import RecordedScheduler
 from tune_ego.search_space import parse_space
@@ -68,6 +70,16 @@ def test_what_the_final_weights_are_the_mean_of_stays_whatever_is_written_in_bet
         save(tmp_path, iteration, 2, {4, 6, 8})
     assert checkpoint_iterations(str(tmp_path)) == [2, 4, 6, 7, 8]
     assert mean_weights(str(tmp_path), [4, 6, 8])
+
+
+def test_a_snapshot_stays_as_it_is_while_training_goes_on() -> None:
+    made = trainer()
+    saved = snapshot(made.checkpoint())
+    before = to_bytes(saved)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(1)
+    assert to_bytes(saved) == before != to_bytes(made.checkpoint())
 
 
 def test_what_a_trial_did_after_it_was_stopped_does_not_count(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.experiment import METRIC, TIMES
 from tune_ego.feed.batches import on_device
-from tune_ego.feed.windows import FeedPlan, read_items
+from tune_ego.feed.plan import FeedPlan, read_items
 from tune_ego.hardware import autocast_dtype
 from tune_ego.search_space import load_space
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train

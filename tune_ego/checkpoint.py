@@ -55,6 +55,17 @@ def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], *
     }
 
 
+def snapshot(content: Any) -> Any:
+    """A copy of a checkpoint's content on the CPU, which training does not change any more."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: snapshot(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(snapshot, content))
+    return content
+
+
 def to_bytes(content: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -26,6 +26,7 @@ from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import to_device
 from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
+from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.gaze_scores import GazeScores
 from tune_ego.hardware import autocast_dtype
 from tune_ego.metrics import (
@@ -41,7 +42,9 @@ from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
 from tune_ego.model.weights import load_tensors
 
-_BATCH = 8
+_READ = 8
+"""Windows that a thread reads at a time."""
+_BATCH = {"cpu": _READ, "cuda": 4 * _READ}
 """Windows in a forward pass."""
 _SWEEP_STEPS = 20
 
@@ -84,7 +87,7 @@ def evaluate(
         _check_fusion_weight(fusion_weight, config, source)
     split = config.data.split if split is None else split
     clips = shards.test(split)
-    scores, attention = _run(model, config, clips, shards)
+    scores, attention = score_clips(model, config, clips, shards)
     weight = config.fusion_weight if fusion_weight is None else fusion_weight
     found = {name: scores_NK.cpu() for name, scores_NK in scores.reduce(weight).items()}
     label_N = torch.tensor([clip.label for clip in clips])
@@ -121,11 +124,16 @@ def _load(source: str) -> tuple[Config, Origin, TwoStream, int]:
     return config, origin, model, config.train.iterations
 
 
-def _run(
+def score_clips(
     model: TwoStream, config: Config, clips: list[Clip], shards: Shards
 ) -> tuple[ClipScores, dict[str, dict[str, Any] | None]]:
-    """(class scores, agreement of each stream's attention with gaze) over all windows of the clips."""
+    """(class scores, agreement of each stream's attention with gaze) over all dense windows of the clips.
+
+    Computes, and leaves the model, on the GPU where there is one.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).eval()
     reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
@@ -134,7 +142,7 @@ def _run(
     dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
         done = 0
-        for batch in _batches(reader):
+        for batch in _batches(reader, _BATCH[device.type]):
             moved = to_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(moved.clips())
@@ -210,17 +218,19 @@ def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str
         raise UserError(f"{source}: trained on {origin.flow} flow, {shards.root} has {flow}")
 
 
-def _batches(reader: WindowReader) -> Iterator[dict[str, np.ndarray]]:
-    """Every dense window of every clip, read by threads a few batches ahead."""
+def _batches(reader: WindowReader, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Every dense window of every clip, so many at a time, read ahead by as many threads as there are cores."""
     cv2.setNumThreads(1)
-    windows = [
+    windows: list[Window | None] = [
         centre_window(index, start, reader.image_size, reader.crop)
         for index, clip in enumerate(reader.clips)
         for start in dense_starts(clip.frames)
     ]
-    pieces: Iterator[list[Window | None]] = (list(windows[at : at + _BATCH]) for at in range(0, len(windows), _BATCH))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, 4)]
+    pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
+    threads, wanted = os.cpu_count() or 1, size // _READ
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, threads + 2 * wanted)]
         while pending:
-            yield pending.pop(0).result()
-            pending += [pool.submit(reader.read_batch, piece) for piece in islice(pieces, 1)]
+            parts = [read.result() for read in pending[:wanted]]
+            pending = [*pending[wanted:], *(pool.submit(reader.read_batch, piece) for piece in islice(pieces, wanted))]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]

@@ -22,7 +22,7 @@ from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.experiment import FEED_WAIT, GPU_BYTES, METRIC, REPORT_SECONDS, VALIDATION_SECONDS
 from tune_ego.feed.batches import ClipBatch, blank_batch
-from tune_ego.feed.windows import FeedPlan
+from tune_ego.feed.plan import FeedPlan
 from tune_ego.hardware import autocast_dtype, compile_streams, compiles, memory_format
 from tune_ego.losses import stream_losses
 from tune_ego.metrics import ClipScores, accuracies, cross_entropy
@@ -125,7 +125,8 @@ class Trainer:
             optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
         )
 
-    def _forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
+    def forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
+        """Of `model`, in the run's precision; `seeds` are for dropout, of each stream."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return model(batch.clips(), seeds)
 
@@ -147,7 +148,7 @@ class Trainer:
             batch = next(batches)
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
                 self.parallel.require_backward_grad_sync = number == passes[-1]
-            outputs = self._forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
+            outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
             gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
             found = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
             optimizers = self.optimizers.values()
@@ -243,7 +244,7 @@ class Trainer:
         scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
         for _ in range(plan.validation_items):
             batch = next(batches)
-            outputs = self._forward(self.model, batch, None)
+            outputs = self.forward(self.model, batch, None)
             self.seen = self.seen or (batch, outputs)
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
         mean_scores = scores.reduce(self.config.fusion_weight)

@@ -25,7 +25,8 @@ from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
 from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.feed.batches import AHEAD, ray_batches
-from tune_ego.feed.windows import FeedPlan, Window, WindowReader, close_shards, training_window
+from tune_ego.feed.plan import FeedPlan
+from tune_ego.feed.windows import Window, WindowReader, close_shards, training_window
 
 _CROP = 224
 _BATCH = 8

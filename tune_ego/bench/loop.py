@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from tune_ego import experiment, storage
-from tune_ego.bench.record import Benchmark
-from tune_ego.bench.step import Variant, in_a_process, measure
+from tune_ego.bench.record import Benchmark, in_turn
+from tune_ego.bench.step import Variant, in_a_process, measure, set_up
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.console import console, say
@@ -28,7 +28,9 @@ from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.shards import open_shards
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.demo import IMAGE_SIZE
+from tune_ego.evaluate import open_model, score_clips
 from tune_ego.experiment import METRIC
+from tune_ego.feed.windows import dense_starts
 from tune_ego.final import train_final
 from tune_ego.search_space import load_space
 from tune_ego.tune import start_search
@@ -64,6 +66,8 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
             reports.append(1e3 * median(seconds for validated, seconds in after if not validated))
             checkpoints.append(1e3 * median(seconds for validated, seconds in after if validated))
         starts, memory = _starts(Path(folder), data, config)
+        say("measuring: dense evaluation, and the training forward")
+        forward, dense = _forward_and_evaluation(f"{folder}/run-0", data, config, repeats)
     bare_step = benchmark.add("bare step on data in memory", "clips/s", bare)
     whole = benchmark.add("whole loop on Ray", "clips/s", loop)
     benchmark.compare("whole loop / bare step", whole, bare_step)
@@ -72,6 +76,9 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
     benchmark.add("the same with a checkpoint", "ms", checkpoints)
     benchmark.add("from a trial's start to its first step", "s", starts)
     benchmark.add("memory of a trial's Ray processes, shared pages by parts", "GB", memory)
+    training = benchmark.add("training forward on data in memory", "windows/s", forward)
+    tested = benchmark.add("dense evaluation of the test clips", "windows/s", dense)
+    benchmark.compare("dense evaluation / training forward", tested, training)
     return benchmark
 
 
@@ -114,7 +121,33 @@ def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[
     finally:
         ended.set()
         thread.join()
-    return [stepped[name] - began[name] for name in stepped], list(memory.values())
+    return [stepped[name] - began[name] for name in stepped if name in began], list(memory.values())
+
+
+def _forward_and_evaluation(run: str, data: str, config: Config, repeats: int) -> tuple[list[float], list[float]]:
+    """Windows/s, measured in turn: forward passes as in training, and `evaluate` on the test clips, read from disk."""
+    opened = open_model(run, data)
+    clips = opened.shards.test(config.data.split)
+    windows = sum(len(dense_starts(clip.frames)) for clip in clips)
+    trainer, batch, _ = set_up(Variant(), config)
+    passes = max(1, windows // config.micro_batch)
+
+    def forward() -> None:
+        trainer.model.train()
+        for _ in range(passes):
+            trainer.forward(trainer.model, batch, dict.fromkeys(config.stream_names, 0))
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def dense() -> None:
+        with console.capture():
+            score_clips(opened.model, opened.config, clips, opened.shards)
+
+    seconds = in_turn(repeats, forward=forward, dense=dense)
+    return (
+        [passes * config.micro_batch / value for value in seconds["forward"]],
+        [windows / value for value in seconds["dense"]],
+    )
 
 
 def _memory_of_ray_processes() -> float:

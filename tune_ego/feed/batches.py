@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.feed.pace import Pace, pausing
-from tune_ego.feed.windows import FeedPlan
+from tune_ego.feed.plan import FeedPlan
 from tune_ego.freed_memory import keep_freed_memory
 
 Batch = dict[str, np.ndarray]
@@ -62,9 +62,16 @@ def to_device(batch: Batch, device: torch.device) -> ClipBatch:
         np.copyto(pinned.numpy(), value)
         return pinned.to(device, non_blocking=True)
 
+    def images(name: str) -> Tensor | None:
+        if f"{name}_jpeg" in batch:
+            from tune_ego.feed.decoding import decoded  # torchvision: a second to import
+
+            return decoded(batch, name, device)
+        return tensor(name) if name in batch else None
+
     return ClipBatch(
-        tensor("rgb") if "rgb" in batch else None,
-        tensor("flow") if "flow" in batch else None,
+        images("rgb"),
+        images("flow"),
         *(tensor(name) for name in ("gaze", "gaze_valid", "label", "clip", "present")),
     )
 

@@ -9,10 +9,9 @@ B batch, T time, H, W, C channels.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,9 +20,9 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES, Config, DataConfig
+from tune_ego.config import WINDOW_FRAMES, Config
 from tune_ego.dataset.flow import split_components
-from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, open_shards, stray_rows
+from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, stray_rows
 from tune_ego.errors import UserError
 from tune_ego.feed.cache import ShardCache
 
@@ -102,34 +101,80 @@ class WindowReader:
         count, side = len(windows), self.crop
         shapes = {"rgb": (side, side, 3), "flow": (2, side, side)}
         batch = {name: np.empty((count, WINDOW_FRAMES, *shapes[name]), np.uint8) for name in self.streams}
-        batch["gaze"] = np.zeros((count, WINDOW_FRAMES, 2), np.float32)
-        batch["gaze_valid"] = np.zeros((count, WINDOW_FRAMES), bool)
+        batch |= self._about(windows)
         for place, window in enumerate(windows):
             sample = {name: value[place] for name, value in batch.items()}
-            if window is not None:
-                self._read_into(sample, window)
+            if window is None:
+                for name in self.streams:
+                    sample[name].fill(0)
                 continue
+            table, rows = self._frames(window)
+            self._gaze_into(sample, table, rows, window)
             for name in self.streams:
-                sample[name].fill(0)
-        indices = [0 if window is None else window.clip for window in windows]
-        batch["clip"] = np.array(indices, np.int64)
-        batch["label"] = np.array([self.clips[index].label for index in indices], np.int64)
-        batch["present"] = np.array([window is not None for window in windows])
+                self._read_images(sample[name], table[name], rows, window, self.clips[window.clip])
         return batch
 
-    def _read_into(self, sample: dict[str, np.ndarray], window: Window) -> None:
+    def read_encoded(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
+        """As `read_batch`, with the images as they are in the shards; `feed.decoding` makes the same of them.
+
+        Instead of `rgb`, `rgb_jpeg` uint8, the JPEG files one after another, and `rgb_bytes` int64 [B, T], their sizes,
+        0 in padding; `flow` likewise; `place` int64 [B, 4]: top, left and side of the crop, and 1 where mirrored.
+        """
+        batch = self._about(windows)
+        files: dict[str, list[np.ndarray]] = {name: [] for name in self.streams}
+        for place, window in enumerate(windows):
+            if window is None:
+                for found in files.values():
+                    found += [np.empty(0, np.uint8)] * WINDOW_FRAMES
+                continue
+            table, rows = self._frames(window)
+            self._gaze_into({name: value[place] for name, value in batch.items()}, table, rows, window)
+            for name, found in files.items():
+                values = _values(table[name])
+                for row in rows.tolist():
+                    self._check_header(values[row], name, self.clips[window.clip])
+                    found.append(values[row])
+        for name, found in files.items():
+            batch[f"{name}_jpeg"] = np.concatenate(found)
+            batch[f"{name}_bytes"] = np.array([len(file) for file in found], np.int64).reshape(-1, WINDOW_FRAMES)
+        places = [(0, 0, False) if window is None else (window.top, window.left, window.flip) for window in windows]
+        batch["place"] = np.array([(top, left, self.crop, flip) for top, left, flip in places], np.int64)
+        return batch
+
+    def _about(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
+        """What a batch says of its windows, without gaze yet."""
+        count, indices = len(windows), [0 if window is None else window.clip for window in windows]
+        return {
+            "gaze": np.zeros((count, WINDOW_FRAMES, 2), np.float32),
+            "gaze_valid": np.zeros((count, WINDOW_FRAMES), bool),
+            "clip": np.array(indices, np.int64),
+            "label": np.array([self.clips[index].label for index in indices], np.int64),
+            "present": np.array([window is not None for window in windows]),
+        }
+
+    def _frames(self, window: Window) -> tuple[pa.Table, np.ndarray]:
+        """(the row groups that hold a window, the rows of its frames)."""
         clip = self.clips[window.clip]
         frame = np.minimum(window.start + np.arange(WINDOW_FRAMES), clip.frames - 1)  # short clips repeat the last one
         table, first = self._rows(clip, frame)
-        rows = frame - first
-        for name in self.streams:
-            self._read_images(sample[name], table[name], rows, window, clip)
+        return table, frame - first
+
+    def _gaze_into(self, sample: dict[str, np.ndarray], table: pa.Table, rows: np.ndarray, window: Window) -> None:
         gaze = np.stack([table[name].to_numpy()[rows] for name in ("gaze_x", "gaze_y")], axis=-1)
         gaze = (gaze * self.image_size - (window.left, window.top)) / self.crop
         if window.flip:
             gaze[:, 0] = 1 - gaze[:, 0]
         sample["gaze"][:] = gaze
         sample["gaze_valid"][:] = table["gaze_valid"].to_numpy()[rows]
+
+    def _check_header(self, file: np.ndarray, name: str, clip: Clip) -> None:
+        width, height = self.image_size
+        try:
+            found = simplejpeg.decode_jpeg_header(file)[:2]
+            if found != (height if name == "rgb" else 2 * height, width):
+                raise ValueError(f"of {found[1]} x {found[0]} pixels")
+        except ValueError as error:
+            raise self._damaged(clip, f"holds a damaged {name} image ({error})") from error
 
     def _rows(self, clip: Clip, frame: np.ndarray) -> tuple[pa.Table, int]:
         """(the row groups that hold the frames, clip frame of their first row)."""
@@ -234,120 +279,3 @@ def check_fits(shards: Shards, config: Config) -> None:
         raise UserError(f"data.crop = {config.data.crop} does not fit into the shards' {width} x {height} images")
     shards.train(config.data)
     shards.validation(config.data)
-
-
-@dataclass(frozen=True)
-class FeedPlan:
-    """What one worker reads during a run: a sequence of items, each one forward pass of training or validation.
-
-    An iteration is cut into `passes`, and worker r of n takes those numbered r, r + n, ...: they are its training
-    items. After every `validate_every`-th iteration and after the last come the validation items. Items are numbered
-    from the run's start, so a resumed run begins at an item.
-    """
-
-    root: str
-    data: DataConfig
-    streams: tuple[str, ...]
-    seed: int
-    iterations: int
-    micro_batch: int
-    passes: int
-    validate_every: int
-    validation_windows: int
-    workers: int = 1
-    rank: int = 0
-
-    @classmethod
-    def of(cls, root: str, config: Config, workers: int, rank: int) -> FeedPlan:
-        train = config.train
-        return cls(
-            *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
-            *(config.passes, train.validate_every, train.validation_windows, workers, rank),
-        )
-
-    @property
-    def own_passes(self) -> range:
-        """The passes of an iteration that this worker takes."""
-        return range(self.rank, self.passes, self.workers)
-
-    def validates_after(self, iterations: int) -> bool:
-        """Whether a validation follows when `iterations` are done."""
-        return iterations % self.validate_every == 0 or iterations == self.iterations
-
-    @property
-    def validations(self) -> list[int]:
-        """The iterations after which a validation follows."""
-        return [done for done in range(1, self.iterations + 1) if self.validates_after(done)]
-
-    @property
-    def validation_items(self) -> int:
-        """Items of one validation; the same for every worker."""
-        return -(-len(_sources(self).validation_windows) // (self.workers * self.micro_batch))
-
-    def first_item(self, iterations: int) -> int:
-        """The item that follows when `iterations` are done and validated."""
-        return iterations * len(self.own_passes) + iterations // self.validate_every * self.validation_items
-
-    @property
-    def items(self) -> int:
-        extra = 0 if self.iterations % self.validate_every == 0 else self.validation_items
-        return self.first_item(self.iterations) + extra
-
-    def windows(self, item: int) -> tuple[bool, list[Window | None]]:
-        """(is it training, this worker's windows) of an item."""
-        passes = self.own_passes
-        cycle = self.validate_every * len(passes) + self.validation_items
-        rounds, place = divmod(item, cycle)
-        training_items = min(self.validate_every, self.iterations - rounds * self.validate_every) * len(passes)
-        sources = _sources(self)
-        if place < training_items:
-            iteration, turn = divmod(place, len(passes))
-            iteration += rounds * self.validate_every
-            first = (iteration * self.passes + passes[turn]) * self.micro_batch
-            samples = range(first, first + self.micro_batch)
-            size = sources.image_size
-            return True, [training_window(sources.train.clips, self.seed, n, size, self.data.crop) for n in samples]
-        first = ((place - training_items) * self.workers + self.rank) * self.micro_batch
-        chosen = sources.validation_windows[first : first + self.micro_batch]
-        return False, [*chosen, *[None] * (self.micro_batch - len(chosen))]
-
-    @property
-    def validation_labels(self) -> list[int]:
-        return [clip.label for clip in _sources(self).validation.clips]
-
-    def read(self, item: int) -> dict[str, np.ndarray]:
-        training, windows = self.windows(item)
-        sources = _sources(self)
-        if not any(windows):  # another worker's clips only: read one, and count it out
-            batch = sources.validation.read_batch([sources.validation_windows[0]] * self.micro_batch)
-            return {**batch, "present": np.zeros(self.micro_batch, bool)}
-        return (sources.train if training else sources.validation).read_batch(windows)
-
-
-class _Sources(NamedTuple):
-    train: WindowReader
-    validation: WindowReader
-    validation_windows: list[Window]
-    image_size: tuple[int, int]
-
-
-@lru_cache(maxsize=4)
-def _sources(plan: FeedPlan) -> _Sources:
-    shards = open_shards(plan.root)
-    size = shards.image_size
-    train, validation = (
-        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.of(plan.data))
-        for clips in (shards.train(plan.data), shards.validation(plan.data))
-    )
-    windows = [
-        centre_window(index, start, size, plan.data.crop)
-        for index, clip in enumerate(validation.clips)
-        for start in spread_starts(clip.frames, plan.validation_windows)
-    ]
-    return _Sources(train, validation, windows, size)
-
-
-def read_items(plan: FeedPlan, items: Any) -> Any:
-    """The batches of a range of items, one after another, in this process."""
-    cv2.setNumThreads(1)
-    return (plan.read(int(item)) for item in items)
