@@ -10,21 +10,24 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.feed.pace import Pace, pausing
+from tune_ego.feed.packing import Batch, pack, unpack
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.freed_memory import keep_freed_memory
 
-Batch = dict[str, np.ndarray]
 TASKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
 AHEAD = 16
 """Batches that are read ahead of the trainer."""
-TASK_BYTES = 1 << 23
-"""Batches smaller than this are read several by a task, and still handed over one by one."""
+BLOCK_BYTES = 1 << 24
+"""Batches smaller than this are handed over several at a time, and those of a block are read by one task."""
+BLOCKS = 4
+"""At least so many blocks are read ahead."""
 
 
 class ClipBatch(NamedTuple):
@@ -135,24 +138,26 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     import ray.data
 
     count, pace = plan.items - first_item, Pace()
-    items_a_task = max(1, TASK_BYTES // batch_bytes, -(-count // TASKS))
+    items_a_block = max(1, BLOCK_BYTES // batch_bytes)
+    items_a_task = max(items_a_block, -(-count // TASKS))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=AHEAD * items_a_task * batch_bytes
+        object_store_memory=max(AHEAD * batch_bytes, BLOCKS * items_a_block * batch_bytes)
     )
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
-    context.target_max_block_size = batch_bytes
+    context.target_max_block_size = items_a_block * batch_bytes
     context.custom_execution_callback_classes = [pausing(pace)]
     context.raise_original_map_exception = True
     context.memory_usage_poll_interval_s = None  # a thread for each task
 
-    def read(rows: Batch) -> dict[str, Any]:
+    def read(rows: pa.Table) -> Iterator[pa.Table]:
         keep_freed_memory()
-        batch = plan.read(int(rows["item"][0]))
-        return {name: value[None] for name, value in batch.items()}
+        items = rows["item"].to_pylist()
+        for first in range(0, len(items), items_a_block):
+            yield pack([plan.read(item) for item in items[first : first + items_a_block]])
 
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
     dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=-(-count // items_a_task))
@@ -160,9 +165,8 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     # Without CPUs: the worker reserved them, on this node. One that will be taken away starts no tasks: then on others.
     node = ray.get_runtime_context().get_node_id()
     here, elsewhere = {"ray.io/node-id": node}, [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
-    dataset = dataset.map_batches(
-        read, batch_size=1, num_cpus=0, label_selector=here, fallback_strategy=elsewhere, compute=pool
-    )
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+    where: dict[str, Any] = {"num_cpus": 0, "label_selector": here, "fallback_strategy": elsewhere}
+    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", compute=pool, **where)
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         pace.note()
-        yield {name: value[0] for name, value in batch.items()}
+        yield from unpack(block)

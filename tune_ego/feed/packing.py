@@ -1,0 +1,62 @@
+"""Batches as rows of a table of one binary column: as columns, each array of a batch costs Ray a fraction of a
+millisecond, on both sides. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Batch = dict[str, np.ndarray]
+_COLUMN = "batch"
+_ALIGNED = 64  # bytes
+
+
+def pack(batches: list[Batch]) -> pa.Table:
+    """A row for each batch: what its arrays are as JSON, the length of that, and the arrays, each aligned."""
+    layouts = [_Layout(batch) for batch in batches]
+    ends = np.cumsum([0, *(layout.size for layout in layouts)])
+    data = np.empty(int(ends[-1]), np.uint8)
+    for layout, batch, start, end in zip(layouts, batches, ends, ends[1:]):
+        layout.fill(data[start:end], batch)
+    buffers = [None, pa.py_buffer(ends.astype(np.int64)), pa.py_buffer(data)]
+    return pa.table({_COLUMN: pa.Array.from_buffers(pa.large_binary(), len(batches), buffers)})
+
+
+def unpack(table: pa.Table) -> Iterator[Batch]:
+    """The batches of `pack`, one after another; read-only and not copied."""
+    for chunk in table[_COLUMN].chunks:
+        for row in chunk:
+            data = np.frombuffer(row.as_buffer(), np.uint8)
+            length = int(data[:8].view(np.int64)[0])
+            batch, place = {}, _aligned(8 + length)
+            for name, dtype, shape in json.loads(data[8 : 8 + length].tobytes()):
+                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                batch[name] = data[place : place + size].view(dtype).reshape(shape)
+                place += _aligned(size)
+            yield batch
+
+
+class _Layout:
+    """Where the arrays of a batch lie in its row."""
+
+    def __init__(self, batch: Batch) -> None:
+        arrays: list[Any] = [(name, value.dtype.str, value.shape) for name, value in batch.items()]
+        self.about = json.dumps(arrays).encode()
+        self.first = _aligned(8 + len(self.about))
+        self.size = self.first + sum(_aligned(value.nbytes) for value in batch.values())
+
+    def fill(self, row: np.ndarray, batch: Batch) -> None:
+        row[:8] = np.array([len(self.about)], np.int64).view(np.uint8)
+        row[8 : 8 + len(self.about)] = np.frombuffer(self.about, np.uint8)
+        place = self.first
+        for value in batch.values():
+            row[place : place + value.nbytes].view(value.dtype).reshape(value.shape)[...] = value
+            place += _aligned(value.nbytes)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
