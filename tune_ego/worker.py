@@ -171,6 +171,8 @@ class _Reporter:
 
     def __call__(self, metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
         if self.rank == 0:
+            if self.writing is not None and self.writing.done():
+                self.wait()  # what failed is heard of now
             self.lines += [metrics] if metrics else []
             if checkpoint is not None or time.monotonic() - self.written > _METRICS_EVERY:
                 experiment.write_metrics(self.job.run, self.lines)
@@ -179,8 +181,8 @@ class _Reporter:
                 # After its metrics: those without one are forgotten.
                 self.wait()
                 self.writing = self.pool.submit(write_checkpoint, self.job.run, snapshot(checkpoint), self.needed)
-                if not self.job.final:
-                    self.wait()  # a trial may be ended as soon as it is heard of
+                if not self.job.final or metrics is None:
+                    self.wait()  # a trial may be ended as soon as it is heard of, and a machine after a notice
             if metrics and checkpoint is not None:
                 self._draw(metrics["iteration"])
         if metrics and checkpoint is not None:

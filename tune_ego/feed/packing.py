@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ def pack(batches: list[Batch]) -> pa.Table:
 def unpack(table: pa.Table) -> Iterator[Batch]:
     """The batches of `pack`, one after another; read-only and not copied."""
     for chunk in table[_COLUMN].chunks:
-        for row in chunk:
-            data = np.frombuffer(row.as_buffer(), np.uint8)
+        _, offsets, everything = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        for start, end in pairwise(ends):  # not the chunk's scalars: their buffers are copies
+            data = np.frombuffer(everything, np.uint8)[start:end]
             length = int(data[:8].view(np.int64)[0])
             batch, place = {}, _aligned(8 + length)
             for name, dtype, shape in json.loads(data[8 : 8 + length].tobytes()):
