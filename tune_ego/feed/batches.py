@@ -167,6 +167,9 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     here, elsewhere = {"ray.io/node-id": node}, [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
     where: dict[str, Any] = {"num_cpus": 0, "label_selector": here, "fallback_strategy": elsewhere}
     dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", compute=pool, **where)
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        pace.note()
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    pace.asked()
+    for block in blocks:
+        pace.taken()
         yield from unpack(block)
+        pace.asked()

@@ -6,27 +6,40 @@ import time
 from typing import Any
 
 _SHORTEST, _LONGEST = 0.01, 0.25  # seconds
+_WAITS = 0.05
+"""A trainer whose last block took more of the time between two is waiting for the feed."""
 
 
 class Pace:
-    """How fast batches are taken."""
+    """How fast the trainer takes blocks, and whether it waits for them."""
 
     def __init__(self) -> None:
-        self.interval = 0.0
-        """Seconds between the last two."""
-        self._last = time.monotonic()
+        self._interval = 0.0
+        self._waits = True
+        self._asked = self._taken = time.monotonic()
 
-    def note(self) -> None:
+    def asked(self) -> None:
+        """The trainer wants a block."""
+        self._asked, self._waits = time.monotonic(), True
+
+    def taken(self) -> None:
+        """It has it."""
         now = time.monotonic()
-        self.interval, self._last = now - self._last, now
+        self._interval, self._taken = now - self._taken, now
+        self._waits = now - self._asked > _WAITS * self._interval
 
-    def pause(self, waiting: int) -> float:
-        """Seconds in which half of so many batches that wait will be taken, within bounds."""
-        return min(max(_SHORTEST, self.interval * waiting / 2), _LONGEST)
+    def pause(self, ready: int) -> float:
+        """Seconds in which half of the blocks that are `ready`, and of one on its way, will be taken; within bounds.
+
+        None of them may be ready while the trainer has enough: some are beyond the executor, on their way to it.
+        """
+        if self._waits:
+            return _SHORTEST
+        return min(max(_SHORTEST, self._interval * (ready + 1) / 2), _LONGEST)
 
 
 def pausing(pace: Pace) -> type:
-    """A callback that makes Ray Data's executor sleep between its steps, while it has batches that nobody has taken.
+    """A callback that makes Ray Data's executor sleep between its steps, while the trainer does not wait.
 
     It is a thread of the training process, whose steps take a millisecond each and follow each other without a pause:
     it slowed training on two cores to a third.
