@@ -126,6 +126,8 @@ def test_pools_pad_with_zeros_at_every_size(kernel: tuple[int, int, int], stride
             (pooled * weight).sum().backward()
             (expected * weight).sum().backward()
             torch.testing.assert_close(x.grad, twin.grad)
+            with torch.no_grad():  # another way, where no gradient has to find its place
+                assert torch.equal(MaxPool3dSame(kernel, stride, non_negative=False)(x), expected)
         positive = torch.rand(1, 2, *size)
         fast = MaxPool3dSame(kernel, stride, non_negative=True)(positive)
         assert torch.equal(fast, literal.max_pool(positive, kernel, stride))

@@ -1,22 +1,28 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
 import pytest
 
-from tune_ego.feed import pace as pace_module
 from tune_ego.feed.pace import Pace
+
+Clock = Callable[..., None]
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Sets what `time.monotonic` gives from now on, one after another."""
-    times = []
-    monkeypatch.setattr(pace_module.time, "monotonic", lambda: times.pop(0))
+    times: list[float] = []
+    monkeypatch.setattr(time, "monotonic", lambda: times.pop(0) if times else 0.0)
 
-    def set_to(*seconds):
+    def set_to(*seconds: float) -> None:
         times[:] = seconds
 
     return set_to
 
 
-def taken_after(clock, interval, waited):
+def taken_after(clock: Clock, interval: float, waited: float) -> Pace:
     """A pace whose trainer took blocks so many seconds apart, and waited so long for each."""
     clock(0.0, interval - waited, interval)
     pace = Pace()
@@ -25,7 +31,7 @@ def taken_after(clock, interval, waited):
     return pace
 
 
-def test_executor_does_not_pause_long_before_the_first_block(clock):
+def test_executor_does_not_pause_long_before_the_first_block(clock: Clock) -> None:
     clock(0.0, 0.0)
     pace = Pace()
     assert pace.pause(0) == pace.pause(100) == pytest.approx(0.01)
@@ -33,7 +39,7 @@ def test_executor_does_not_pause_long_before_the_first_block(clock):
     assert pace.pause(0) == pytest.approx(0.01)
 
 
-def test_executor_pauses_for_half_of_what_lies_before_the_trainer(clock):
+def test_executor_pauses_for_half_of_what_lies_before_the_trainer(clock: Clock) -> None:
     pace = taken_after(clock, 0.2, 0.002)
     assert pace.pause(0) == pytest.approx(0.1)
     assert pace.pause(1) == pytest.approx(0.2)
@@ -42,7 +48,7 @@ def test_executor_pauses_for_half_of_what_lies_before_the_trainer(clock):
     assert taken_after(clock, 0.001, 0.0).pause(0) == pytest.approx(0.01)
 
 
-def test_executor_hurries_while_the_trainer_waits(clock):
+def test_executor_hurries_while_the_trainer_waits(clock: Clock) -> None:
     pace = taken_after(clock, 0.2, 0.05)
     assert pace.pause(3) == pytest.approx(0.01)
     pace = taken_after(clock, 0.2, 0.0)

@@ -36,11 +36,11 @@ from tune_ego.config import dump_config
 from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.launch import Job, fit
+from tune_ego.reporter import Reporter
 from tune_ego.scheduler import RecordedScheduler
 from tune_ego.search_space import parse_space
 from tune_ego.train import Trainer
 from tune_ego.tune import last_report
-from tune_ego.worker import _Reporter
 
 
 def trainer() -> Trainer:
@@ -65,7 +65,7 @@ def test_what_the_final_weights_are_the_mean_of_stays_whatever_is_written_in_bet
     config = tiny_config(train__iterations=8, train__average_checkpoints=3)
     for final, needed in ((True, {4, 6, 8}), (False, set[int]())):
         plan = FeedPlan.of("", config, 1, 0)
-        assert _Reporter(Job(config, "", "", 0, "", final), 0, plan).needed == needed
+        assert Reporter(Job(config, "", "", 0, "", final), 0, plan).needed == needed
     for iteration in (2, 4, 6, 7, 8):  # 7: interrupted, or a spot notice
         save(tmp_path, iteration, 2, {4, 6, 8})
     assert checkpoint_iterations(str(tmp_path)) == [2, 4, 6, 7, 8]

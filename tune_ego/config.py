@@ -45,9 +45,10 @@ class DataConfig(_Node):
     """Which tenth of the training clips validates."""
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """Where JPEG images are decoded in training: by the readers, or on the GPU by the training process (nvJPEG, whose
-    pixels may differ a little), which relieves machines with few CPUs for each GPU."""
+    decode: Literal["auto", "cpu", "gpu"] = "cpu"
+    """Where a run decodes JPEG images, for training and validation: in the readers, or on the GPU (nvJPEG, whose pixels
+    may differ a little), which relieves machines with few CPUs for each GPU; `auto`: on the GPU where runs have one.
+    `evaluate` decodes on the CPU."""
     cache_dir: Union[Annotated[str, Field(pattern="^/")], None] = None
     """A folder (an absolute path) on each machine, where shards of an object store stay once they have been read."""
     cache_gb: Positive = 50.0

@@ -6,8 +6,7 @@ windows; the two streams are fused by the (weighted) mean of their scores. Atten
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ from tune_ego.config import Config
 from tune_ego.console import clip_progress
 from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import to_device
+from tune_ego.feed.batches import on_device
 from tune_ego.feed.windows import Window, WindowReader, centre_window, dense_starts
 from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.gaze_scores import GazeScores
-from tune_ego.hardware import autocast_dtype
+from tune_ego.hardware import autocast_dtype, memory_format
 from tune_ego.metrics import (
     ClipScores,
     accuracies,
@@ -46,6 +45,9 @@ _READ = 8
 """Windows that a thread reads at a time."""
 _BATCH = {"cpu": _READ, "cuda": 4 * _READ}
 """Windows in a forward pass."""
+_LOOK_EVERY = {"cpu": 1, "cuda": 32}
+"""Batches between two looks whether all was finite: a GPU has to be waited for."""
+_MOST_READERS = 16
 _SWEEP_STEPS = 20
 
 
@@ -134,36 +136,50 @@ def score_clips(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device).eval()
+    # A CPU computes 16 bits slowly, and not always right.
+    dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
+    model.to(device).to(memory_format=memory_format(device, dtype)).eval()
     reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
-    # A CPU computes 16 bits slowly, and not always right.
-    dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
+    spoilt = _Spoilt(clips, device)
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
-        done = 0
-        for batch in _batches(reader, _BATCH[device.type]):
-            moved = to_device(batch, device)
+        batches = _batches(reader, _BATCH[device.type], advance)
+        for done, batch in enumerate(on_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                outputs = model(moved.clips())
-            _check_finite(outputs, batch, clips)
-            scores.add(moved.clip_B, {name: output.logits_BK for name, output in outputs.items()}, moved.present_B)
+                outputs = model(batch.clips())
+            spoilt.add(outputs, batch.clip_B)
+            if done % _LOOK_EVERY[device.type] == 0:
+                spoilt.check()
+            scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
             for name, output in outputs.items() if gaze else ():
                 shape = output.attention_BTHW.shape
-                gaze[name].add(output.attention_BTHW, moved.gaze_BT2, moved.gaze_valid_BT)
+                gaze[name].add(output.attention_BTHW, batch.gaze_BT2, batch.gaze_valid_BT)
             if gaze:
-                gaze["centre"].add_centre(shape, moved.gaze_BT2, moved.gaze_valid_BT, config.loss.gaze_sigma)
-            advance(int(batch["clip"].max()) + 1 - done)
-            done = int(batch["clip"].max()) + 1
+                gaze["centre"].add_centre(shape, batch.gaze_BT2, batch.gaze_valid_BT, config.loss.gaze_sigma)
+        spoilt.check()
     return scores, {name: score.result() for name, score in gaze.items()}
 
 
-def _check_finite(outputs: Mapping[str, StreamOutput], batch: dict[str, np.ndarray], clips: list[Clip]) -> None:
-    for name, output in outputs.items():
-        for what, values in (("scores", output.logits_BK), ("attention", output.attention_BTHW)):
-            if values is not None and not values.isfinite().all():
-                bad = int((~values.isfinite().flatten(1).all(dim=1)).nonzero()[0])
-                clip = clips[int(batch["clip"][bad])].name
+class _Spoilt:
+    """The first clip of each kind of output that is not finite, on the device."""
+
+    def __init__(self, clips: list[Clip], device: torch.device) -> None:
+        self._clips, self._none = clips, torch.tensor(len(clips), device=device)
+        self._first: dict[tuple[str, str], Tensor] = {}
+
+    def add(self, outputs: Mapping[str, StreamOutput], clip_B: Tensor) -> None:
+        for name, output in outputs.items():
+            for what, values in (("scores", output.logits_BK), ("attention", output.attention_BTHW)):
+                if values is not None:
+                    finite_B = values.isfinite().flatten(1).all(dim=1)
+                    first = torch.where(finite_B, self._none, clip_B).min()
+                    self._first[name, what] = torch.minimum(self._first.get((name, what), self._none), first)
+
+    def check(self) -> None:
+        for (name, what), first in self._first.items():
+            if first < self._none:
+                clip = self._clips[int(first)].name
                 raise UserError(f"the {name} stream's {what} are not finite, first in {clip}: its weights are no good")
 
 
@@ -218,8 +234,9 @@ def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str
         raise UserError(f"{source}: trained on {origin.flow} flow, {shards.root} has {flow}")
 
 
-def _batches(reader: WindowReader, size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every dense window of every clip, so many at a time, read ahead by as many threads as there are cores."""
+def _batches(reader: WindowReader, size: int, read: Callable[[int], None]) -> Iterator[dict[str, np.ndarray]]:
+    """Every dense window of every clip, so many at a time, read ahead by threads; calls `read` with how many clips more
+    have been."""
     cv2.setNumThreads(1)
     windows: list[Window | None] = [
         centre_window(index, start, reader.image_size, reader.crop)
@@ -227,10 +244,19 @@ def _batches(reader: WindowReader, size: int) -> Iterator[dict[str, np.ndarray]]
         for start in dense_starts(clip.frames)
     ]
     pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
-    threads, wanted = os.cpu_count() or 1, size // _READ
-    with ThreadPoolExecutor(threads) as pool:
+    threads, wanted, done = min(torch.get_num_threads(), _MOST_READERS), size // _READ, 0
+    pool = ThreadPoolExecutor(threads)
+    try:
         pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, threads + 2 * wanted)]
         while pending:
-            parts = [read.result() for read in pending[:wanted]]
+            parts = [piece.result() for piece in pending[:wanted]]
             pending = [*pending[wanted:], *(pool.submit(reader.read_batch, piece) for piece in islice(pieces, wanted))]
-            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+            batch = (
+                {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+            )
+            last = int(batch["clip"][-1]) + 1
+            read(last - done)
+            done = last
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -96,13 +96,23 @@ def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Ten
     against the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]). Nothing found: precision 0."""
     low, high = map_SP.amin(dim=1, keepdim=True), map_SP.amax(dim=1, keepdim=True)
     scaled_SP = (map_SP - low) / (high - low).clamp(min=torch.finfo(map_SP.dtype).tiny)
-    found_SPK = (scaled_SP[:, :, None] > thresholds).to(map_SP.dtype)
+    # How many thresholds a cell exceeds; the cells that exceed number k are those of counts over k.
+    exceeded_SP = torch.searchsorted(thresholds, scaled_SP)
     centre = torch.arange(RESOLUTION, device=map_SP.device) + 0.5
     x, y = (point_SF2 * RESOLUTION).unbind(dim=-1)
     squared = (centre - y[..., None]).square()[..., :, None] + (centre - x[..., None]).square()[..., None, :]
     gaze_SFP = (squared.flatten(2) <= GAZE_RADIUS**2).to(map_SP.dtype)
-    hits = gaze_SFP @ found_SPK
-    return hits / found_SPK.sum(dim=1)[:, None].clamp(min=1), hits / gaze_SFP.sum(dim=2, keepdim=True).clamp(min=1)
+
+    def over(weight_SNP: Tensor) -> Tensor:
+        """[S, N, thresholds]: the weights of the cells that exceed each."""
+        counts_SNP = exceeded_SP[:, None].expand_as(weight_SNP)
+        weights = weight_SNP.new_zeros(*weight_SNP.shape[:2], len(thresholds) + 1).scatter_add_(
+            2, counts_SNP, weight_SNP
+        )
+        return weights.flip(2).cumsum(2).flip(2)[..., 1:]
+
+    hits_SFK, found_S1K = over(gaze_SFP), over(torch.ones_like(scaled_SP)[:, None])
+    return hits_SFK / found_S1K.clamp(min=1), hits_SFK / gaze_SFP.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 class GazeScores:

@@ -46,10 +46,18 @@ def nodes_to_come(address: str | None) -> list[Node]:
 
 
 def gpus_per_worker(config: Config, nodes: list[Node]) -> float:
-    """What `compute.gpus_per_worker` means on a cluster of these nodes."""
-    if config.compute.gpus_per_worker != "auto":
-        return config.compute.gpus_per_worker
-    return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+    """What `compute.gpus_per_worker` means on a cluster of these nodes; `UserError` where decoding needs more."""
+    found = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+    gpus = found if config.compute.gpus_per_worker == "auto" else config.compute.gpus_per_worker
+    decodes_on_gpu(config, gpus)
+    return gpus
+
+
+def decodes_on_gpu(config: Config, gpus: float) -> bool:
+    """What `data.decode` means for workers of so many GPUs; raises `UserError` where it asks for one they lack."""
+    if config.data.decode == "gpu" and not gpus:
+        raise UserError("data.decode: gpu needs a GPU, and workers have none; `auto` takes one where there is one")
+    return config.data.decode != "cpu" and gpus > 0
 
 
 def worker_resources(config: Config, gpus: float) -> Node:

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
-import cv2
 import torch
 
 from tune_ego import checkpoint_files, experiment, storage
-from tune_ego.attention import validation_strip
-from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, snapshot, to_bytes, write_checkpoint
-from tune_ego.config import Config
+from tune_ego.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes
+from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import StorageError, UserError, user_error_in
 from tune_ego.feed.batches import begun, on_device, ray_batches
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.hardware import set_up_torch
 from tune_ego.launch import Job
+from tune_ego.placement import decodes_on_gpu
+from tune_ego.reporter import Reporter
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
 
-_METRICS_EVERY = 2.0
-"""Seconds between two writes of metrics.jsonl, validations aside."""
 _STOP_EVERY = 1.0
 """Seconds between two looks for the file that asks a run to stop."""
 
@@ -43,16 +38,14 @@ def work(job: Job) -> None:
     if experiment.read_failure(job.run) is not None:
         return  # another worker's, before Ray started them all again
     shards = open_shards(job.data)
-    plan = FeedPlan.of(job.data, job.config, workers, rank)
-    reporter = _Reporter(job, rank, plan)
+    plan = FeedPlan.of(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
+    reporter = Reporter(job, rank, plan)
     try:
-        if job.config.data.decode == "gpu" and not job.gpus:
-            raise UserError("data.decode: gpu needs a GPU, and this run has none; leave it out")
         saved = last_checkpoint(job.run)
         done = saved[0]["iteration"] if saved is not None else 0
         if done < plan.iterations:
             first = plan.first_item(done)
-            batches = begun(ray_batches(plan, first, job.config.compute.readers, _batch_bytes(job.config)))
+            batches = begun(ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan)))
         trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, go_on=saved is not None)
         if saved is not None:
             trainer.load(*saved)
@@ -63,6 +56,7 @@ def work(job: Job) -> None:
                 train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
                 reporter.wait()
     except Exception as error:
+        reporter.end()
         mistake = user_error_in(error)
         if isinstance(mistake, StorageError) or (mistake is None and not isinstance(error, NonFiniteLoss)):
             raise  # Ray tries again
@@ -134,73 +128,8 @@ def watched(stop: str, rank: int) -> Iterator[Callable[[], Notice]]:
         ended.set()
 
 
-def _batch_bytes(config: Config) -> int:
-    if config.data.decode == "gpu":
-        return config.micro_batch << 20  # JPEG files: measured, 0.72 MB a window of 320 x 240 pixels
-    channels = sum({"rgb": 3, "flow": 2}[name] for name in config.stream_names)
-    return config.micro_batch * 16 * config.data.crop**2 * channels
-
-
-class _Reporter:
-    """Writes the run's files on rank 0 and tells Ray Train about validations on every rank.
-
-    The files are ours and not Ray's: whole or not there, whenever a process dies, and read without Ray.
-    """
-
-    def __init__(self, job: Job, rank: int, plan: FeedPlan) -> None:
-        self.job, self.rank = job, rank
-        last = plan.validations[-job.config.train.average_checkpoints :] if job.final else ()
-        self.needed = {*last} if len(last) > 1 else set()
-        """Checkpoints that the final weights will be the mean of."""
-        self.trainer: Trainer | None = None
-        """Whose attention is drawn after validations."""
-        self.lines: list[dict[str, Any]] = []
-        self.written = 0.0
-        self.pool = ThreadPoolExecutor(1)
-        self.writing: Future[None] | None = None
-
-    def begin(self, iteration: int) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from, and report its validations again.
-
-        A search's scheduler may not have heard of some of them; what it has heard changes nothing.
-        """
-        self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
-        for line in [] if self.job.final else self.lines:
-            if experiment.METRIC in line:
-                self._tell_ray(line)
-
-    def __call__(self, metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
-        if self.rank == 0:
-            if self.writing is not None and self.writing.done():
-                self.wait()  # what failed is heard of now
-            self.lines += [metrics] if metrics else []
-            if checkpoint is not None or time.monotonic() - self.written > _METRICS_EVERY:
-                experiment.write_metrics(self.job.run, self.lines)
-                self.written = time.monotonic()
-            if checkpoint is not None:
-                # After its metrics: those without one are forgotten.
-                self.wait()
-                self.writing = self.pool.submit(write_checkpoint, self.job.run, snapshot(checkpoint), self.needed)
-                if not self.job.final or metrics is None:
-                    self.wait()  # a trial may be ended as soon as it is heard of, and a machine after a notice
-            if metrics and checkpoint is not None:
-                self._draw(metrics["iteration"])
-        if metrics and checkpoint is not None:
-            self._tell_ray(metrics)
-
-    def wait(self) -> None:
-        """Until the last checkpoint is written: a final run goes on meanwhile. Raises what its writing raised."""
-        if self.writing is not None:
-            self.writing.result()
-
-    def _draw(self, iteration: int) -> None:
-        strip = validation_strip(*self.trainer.seen) if self.trainer and self.trainer.seen else None
-        if strip is not None:
-            png = cv2.imencode(".png", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))[1].tobytes()
-            storage.write_bytes(storage.join(self.job.run, experiment.picture_file(iteration)), png)
-
-    @staticmethod
-    def _tell_ray(metrics: dict[str, Any]) -> None:
-        import ray.train
-
-        ray.train.report(metrics)  # returns when all workers have called it
+def _batch_bytes(plan: FeedPlan) -> int:
+    if plan.encoded:
+        return plan.micro_batch << 20  # measured, 0.72 MB a window of 320 x 240 pixels
+    channels = sum({"rgb": 3, "flow": 2}[name] for name in plan.streams)
+    return plan.micro_batch * WINDOW_FRAMES * plan.data.crop**2 * channels

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.feed.pace import Pace, pausing
-from tune_ego.feed.packing import Batch, pack, unpack
-from tune_ego.feed.plan import FeedPlan
-from tune_ego.freed_memory import keep_freed_memory
+from tune_ego.feed.packing import Batch, unpack
+from tune_ego.feed.plan import FeedPlan, read_packed
 
 TASKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
 AHEAD = 16
-"""Batches that are read ahead of the trainer."""
+"""At least so many batches are read ahead of the trainer."""
 BLOCK_BYTES = 1 << 24
 """Batches smaller than this are handed over several at a time, and those of a block are read by one task."""
 BLOCKS = 4
-"""At least so many blocks are read ahead."""
+"""At least so many blocks are read ahead, and two more for each reader: Ray counts what a task may write as written."""
 
 
 class ClipBatch(NamedTuple):
@@ -55,7 +54,10 @@ class ClipBatch(NamedTuple):
 
 
 def to_device(batch: Batch, device: torch.device) -> ClipBatch:
-    """What was read, on the device; on a GPU the copies wait for nobody and nobody waits for them."""
+    """What was read, on the device; on a GPU the copies wait for nobody and nobody waits for them.
+
+    Only images that come as JPEG files (`data.decode`) are waited for, while the GPU decodes them.
+    """
 
     def tensor(name: str) -> Tensor:
         if device.type != "cuda":
@@ -145,19 +147,13 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=max(AHEAD * batch_bytes, BLOCKS * items_a_block * batch_bytes)
+        object_store_memory=max(AHEAD, (BLOCKS + 2 * readers) * items_a_block) * batch_bytes
     )
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
     context.target_max_block_size = items_a_block * batch_bytes
     context.custom_execution_callback_classes = [pausing(pace)]
     context.raise_original_map_exception = True
     context.memory_usage_poll_interval_s = None  # a thread for each task
-
-    def read(rows: pa.Table) -> Iterator[pa.Table]:
-        keep_freed_memory()
-        items = rows["item"].to_pylist()
-        for first in range(0, len(items), items_a_block):
-            yield pack([plan.read(item) for item in items[first : first + items_a_block]])
 
     # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
     dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=-(-count // items_a_task))
@@ -166,6 +162,7 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     node = ray.get_runtime_context().get_node_id()
     here, elsewhere = {"ray.io/node-id": node}, [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
     where: dict[str, Any] = {"num_cpus": 0, "label_selector": here, "fallback_strategy": elsewhere}
+    read = partial(read_packed, plan=plan, items_a_block=items_a_block)
     dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", compute=pool, **where)
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     pace.asked()

@@ -13,20 +13,20 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from tune_ego.config import WINDOW_FRAMES
+from tune_ego.errors import UserError
 
 
 def decoded(batch: dict[str, np.ndarray], name: str, device: torch.device) -> Tensor:
     """The images of a stream of a batch of `WindowReader.read_encoded`, cropped and mirrored: what `read_batch` reads.
 
-    uint8, `rgb` [B, T, H, W, 3] or `flow` [B, T, 2, H, W]; on a GPU pixels may differ a little.
+    uint8, `rgb` [B, T, H, W, 3] or `flow` [B, T, 2, H, W]; on a GPU pixels may differ a little. Raises `UserError` for
+    an image that cannot be decoded.
     """
     sizes_BT, places_B4 = batch[f"{name}_bytes"], batch["place"].tolist()
     data = torch.tensor(batch[f"{name}_jpeg"])  # a copy: what comes from the object store is read-only
     files = [file for file in data.split(sizes_BT.flatten().tolist()) if len(file)]
     mode = ImageReadMode.RGB if name == "rgb" else ImageReadMode.GRAY
-    with warnings.catch_warnings():  # since 0.29 it points to torchcodec: one more package, for this option alone
-        warnings.simplefilter("ignore", DeprecationWarning)
-        images = iter(decode_jpeg(files, mode=mode, device=device) if files else [])
+    images = iter(_decode(files, mode, device) if files else [])
     clips = []
     for sizes_T, (top, left, side, flip) in zip(sizes_BT, places_B4):
         if not sizes_T.any():  # padding
@@ -44,3 +44,18 @@ def decoded(batch: dict[str, np.ndarray], name: str, device: torch.device) -> Te
         clips.append(crop)
     images_BTCHW = torch.stack(clips)
     return images_BTCHW.permute(0, 1, 3, 4, 2) if name == "rgb" else images_BTCHW
+
+
+def _decode(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> list[Tensor]:
+    if device.type == "cuda":
+        # nvJPEG writes on a stream of its own, into memory that work on this one may still read.
+        torch.cuda.current_stream(device).synchronize()
+    try:
+        with warnings.catch_warnings():  # since 0.29 it points to torchcodec: one more package, for this option alone
+            warnings.simplefilter("ignore", DeprecationWarning)
+            images: list[Tensor] = decode_jpeg(files, mode=mode, device=device)
+            return images
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # no memory, or the GPU fails
+            raise
+        raise UserError(f"an image cannot be decoded ({error}); `data.decode: cpu` says which clip's it is") from error

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
 from tune_ego.config import Config, DataConfig
 from tune_ego.dataset.shards import open_shards
 from tune_ego.feed.cache import ShardCache
+from tune_ego.feed.packing import pack
 from tune_ego.feed.windows import Window, WindowReader, centre_window, spread_starts, training_window
+from tune_ego.freed_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,15 @@ class FeedPlan:
     validation_windows: int
     workers: int = 1
     rank: int = 0
+    encoded: bool = False
+    """Images are read as JPEG files, which the trainer decodes."""
 
     @classmethod
-    def of(cls, root: str, config: Config, workers: int, rank: int) -> FeedPlan:
+    def of(cls, root: str, config: Config, workers: int, rank: int, *, encoded: bool = False) -> FeedPlan:
         train = config.train
         return cls(
             *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
-            *(config.passes, train.validate_every, train.validation_windows, workers, rank),
+            *(config.passes, train.validate_every, train.validation_windows, workers, rank, encoded),
         )
 
     @property
@@ -95,11 +101,11 @@ class FeedPlan:
         return [clip.label for clip in _sources(self).validation.clips]
 
     def read(self, item: int) -> dict[str, np.ndarray]:
-        """A batch, as `WindowReader.read_batch` gives it; with `data.decode: gpu` as `read_encoded` does."""
+        """A batch, as `WindowReader.read_batch` gives it, or `read_encoded`."""
         training, windows = self.windows(item)
         sources = _sources(self)
         reader = sources.train if training else sources.validation
-        read = reader.read_encoded if self.data.decode == "gpu" else reader.read_batch
+        read = reader.read_encoded if self.encoded else reader.read_batch
         if not any(windows):  # another worker's clips only: read one, and count it out
             batch = read([sources.validation_windows[0]] * self.micro_batch)
             return {**batch, "present": np.zeros(self.micro_batch, bool)}
@@ -127,6 +133,14 @@ def _sources(plan: FeedPlan) -> _Sources:
         for start in spread_starts(clip.frames, plan.validation_windows)
     ]
     return _Sources(train, validation, windows, size)
+
+
+def read_packed(rows: pa.Table, plan: FeedPlan, items_a_block: int) -> Iterator[pa.Table]:
+    """What a reader does: the batches of the column `item`, packed, so many to a table."""
+    keep_freed_memory()
+    items = rows["item"].to_pylist()
+    for first in range(0, len(items), items_a_block):
+        yield pack([plan.read(item) for item in items[first : first + items_a_block]])
 
 
 def read_items(plan: FeedPlan, items: Any) -> Any:
