@@ -7,17 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from tests.conftest import tiny_config
 from tests.test_step import CPU, ORIGIN, TwoValidations, batch
 from tune_ego.bench.plain import make_plain
 from tune_ego.bench.step import Variant, flops_per_clip, largest_difference, measure
 from tune_ego.feed.batches import ClipBatch
+from tune_ego.feed.plan import FeedPlan, read_packed
 from tune_ego.hardware import COMPILE_FROM, compile_streams, compiles, memory_format
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
 
@@ -219,10 +222,24 @@ def test_a_variant_is_measured_beside_the_matrix_product() -> None:
 
 
 def test_what_only_watches_a_run_or_reads_for_it_imports_no_torch() -> None:
-    """A trial's own process, its controller and its readers: torch is 300 MB and two seconds in each."""
+    """A trial's own process and its controller: torch is 300 MB and two seconds in each."""
     program = """
 import sys
-import tune_ego.tune, tune_ego.watcher, tune_ego.feed.plan, tune_ego.feed.pace, tune_ego.freed_memory
+import tune_ego.tune, tune_ego.watcher, tune_ego.launch, tune_ego.feed.pace, tune_ego.freed_memory
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_reading_imports_no_torch(shards: str, tmp_path: Path) -> None:
+    """As a reader's process does it, with what Ray sends there."""
+    plan = FeedPlan.of(shards, tiny_config(), 1, 0)
+    (tmp_path / "read").write_bytes(cloudpickle.dumps(partial(read_packed, plan=plan, items_a_block=2)))
+    program = """
+import pickle, sys
+import pyarrow as pa
+blocks = [*pickle.load(open(sys.argv[1], "rb"))(pa.table({"item": [0, 1, 2]}))]
+assert [block.num_rows for block in blocks] == [2, 1]
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "read")], check=True)

@@ -17,9 +17,11 @@ import torch
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError, user_error_in
+from tune_ego.feed import batches as batches_module
 from tune_ego.feed.batches import begun, ray_batches, to_device
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.feed.windows import Window, WindowReader, check_fits, dense_starts, spread_starts, training_window
+from tune_ego.placement import decodes_on_gpu, gpus_per_worker
 
 CLIPS = [Clip(f"c{n}", n % 3, 10 + n, "s", 0) for n in range(12)]
 
@@ -94,9 +96,9 @@ def test_short_clips_repeat_their_last_frame(shards: str) -> None:
     assert not (sample["rgb"][3] == sample["rgb"][4]).all()
 
 
-def plan(shards: str, workers: int = 1, rank: int = 0, **changes: object) -> FeedPlan:
+def plan(shards: str, workers: int = 1, rank: int = 0, *, encoded: bool = False, **changes: object) -> FeedPlan:
     settings = {"train__iterations": 7, "train__validate_every": 3, "train__accumulate": 2, **changes}
-    return FeedPlan.of(shards, tiny_config(**settings), workers, rank)
+    return FeedPlan.of(shards, tiny_config(**settings), workers, rank, encoded=encoded)
 
 
 def test_a_plan_interleaves_training_and_validation(shards: str) -> None:
@@ -221,8 +223,39 @@ def test_what_the_device_decodes_is_what_readers_decode(shards: str) -> None:
         assert torch.equal(found.nan_to_num(), expected.nan_to_num()), name
 
 
+@pytest.mark.parametrize("estimate", [0.3, 3.0])
+def test_whatever_the_blocks_and_their_estimated_size_the_order_stays(
+    shards: str, monkeypatch: pytest.MonkeyPatch, estimate: float
+) -> None:
+    """Two tasks of several blocks of several batches each, more than may be read ahead."""
+    whole = plan(shards, train__iterations=70)
+    size = sum(value.nbytes for value in whole.read(0).values())
+    monkeypatch.setattr(batches_module, "TASKS", 2)
+    monkeypatch.setattr(batches_module, "BLOCK_BYTES", int(3 * size * estimate))
+    found = list(ray_batches(whole, 1, readers=2, batch_bytes=int(size * estimate)))
+    assert len(found) == whole.items - 1
+    for item, batch in enumerate(found, start=1):
+        for name, value in whole.read(item).items():
+            np.testing.assert_array_equal(batch[name], value, err_msg=name)
+
+
+def test_where_images_are_decoded_is_known_before_a_run_starts() -> None:
+    for asked, gpus, expected in (("cpu", 1, False), ("auto", 1, True), ("auto", 0, False), ("gpu", 0.5, True)):
+        config = tiny_config(data__decode=asked, compute__gpus_per_worker=float(gpus))
+        assert decodes_on_gpu(config, gpus_per_worker(config, [])) == expected
+    with pytest.raises(UserError, match=r"data.decode: gpu needs a GPU"):
+        gpus_per_worker(tiny_config(data__decode="gpu"), [{"CPU": 4}])
+
+
+def test_an_image_that_the_device_cannot_decode_is_a_users_error(shards: str) -> None:
+    batch = plan(shards, encoded=True).read(0)
+    batch["rgb_jpeg"] = np.zeros_like(batch["rgb_jpeg"])
+    with pytest.raises(UserError, match=r"an image cannot be decoded .*`data.decode: cpu` says which"):
+        to_device(batch, torch.device("cpu"))
+
+
 def test_encoded_batches_travel_through_ray(shards: str) -> None:
-    encoded = plan(shards, data__decode="gpu")
+    encoded = plan(shards, encoded=True)
     found = list(ray_batches(encoded, 0, readers=1, batch_bytes=1 << 16))
     assert len(found) == encoded.items
     for item, batch in enumerate(found):

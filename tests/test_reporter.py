@@ -13,7 +13,7 @@ import torch
 from tests.conftest import tiny_config
 from tune_ego import checkpoint, experiment, reporter
 from tune_ego.checkpoint import Origin
-from tune_ego.checkpoint_files import checkpoint_iterations
+from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri
 from tune_ego.errors import StorageError
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.launch import Job
@@ -65,7 +65,7 @@ def test_a_final_run_goes_on_while_its_checkpoint_is_written(tmp_path: Path, gat
     gate.set()
     report.wait()
     (iteration,) = checkpoint_iterations(str(tmp_path))
-    written = checkpoint.read_checkpoint(checkpoint.checkpoint_uri(str(tmp_path), iteration))["model"]
+    written = checkpoint.read_checkpoint(checkpoint_uri(str(tmp_path), iteration))["model"]
     assert iteration == 2 and all(torch.equal(value, saved[name]) for name, value in written.items())
 
 

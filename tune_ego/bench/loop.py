@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ import yaml
 
 from tune_ego import experiment, storage
 from tune_ego.bench.record import Benchmark, in_turn
+from tune_ego.bench.resume import descendants
 from tune_ego.bench.step import Variant, in_a_process, measure, set_up
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
@@ -39,6 +41,10 @@ _STARTS = 3
 """Trials whose starts are measured."""
 _WARM_UP = 4
 """Lines of metrics.jsonl that do not count: the feed is read ahead, and the machine warms up."""
+_WAITING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes that a cluster has without trials."""
+_SHARED = ("ray::_StatsActor", "ray::_AutoscalingCoordinatorActor", "ray::_QueueActor")
+"""Actors of Ray Data and Ray Tune, one of each for all trials."""
 
 
 def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int = 3) -> Benchmark:
@@ -53,19 +59,22 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
         waits: list[float] = []
         reports: list[float] = []
         checkpoints: list[float] = []
+        say("measuring: the bare step")
+        bare.append(config.train.batch_size / _bare_step(config))
         for number in range(repeats):
-            say(f"measuring: run {number + 1} of {repeats}, and its bare step")
-            bare.append(config.train.batch_size / _bare_step(config))
+            say(f"measuring: run {number + 1} of {repeats}, and the bare step after it")
             run = str(Path(folder) / f"run-{number}")
             with console.capture():
                 train_final(config, data, run, None)
+            bare.append(config.train.batch_size / _bare_step(config))
             lines = experiment.read_metrics(run)[_WARM_UP:]
             loop.append(_speed(lines, config))
             waits.append(median(line[experiment.FEED_WAIT] for line in lines))
             after = [(METRIC in last, line[experiment.REPORT_SECONDS]) for last, line in pairwise(lines)]
             reports.append(1e3 * median(seconds for validated, seconds in after if not validated))
-            checkpoints.append(1e3 * median(seconds for validated, seconds in after if validated))
+            checkpoints.append(1e3 * median(seconds for validated, seconds in after if validated) - reports[-1])
         starts, memory = _starts(Path(folder), data, config)
+        computing = in_a_process(_memory_of_a_step, config)
         say("measuring: dense evaluation, and the training forward")
         forward, dense = _forward_and_evaluation(f"{folder}/run-0", data, config, repeats)
     bare_step = benchmark.add("bare step on data in memory", "clips/s", bare)
@@ -73,9 +82,14 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
     benchmark.compare("whole loop / bare step", whole, bare_step)
     benchmark.add("of the loop, waiting for the feed", "share", waits)
     benchmark.add("writing and reporting a line", "ms", reports)
-    benchmark.add("the same with a checkpoint", "ms", checkpoints)
+    benchmark.add("what a checkpoint, written beside training, adds to it", "ms", checkpoints)
     benchmark.add("from a trial's start to its first step", "s", starts)
-    benchmark.add("memory of a trial's Ray processes, shared pages by parts", "GB", memory)
+    everything, shared = zip(*memory)
+    benchmark.add("memory of Ray's working processes, one trial at a time", "GB", [*everything])
+    benchmark.add("of that, in actors that all trials share", "GB", [*shared])
+    benchmark.add("of that, in the model, its gradients and activations", "GB", [computing])
+    rest = [most - others - computing for most, others in memory]
+    benchmark.add("what is left, of the trial's own processes", "GB", rest)
     training = benchmark.add("training forward on data in memory", "windows/s", forward)
     tested = benchmark.add("dense evaluation of the test clips", "windows/s", dense)
     benchmark.compare("dense evaluation / training forward", tested, training)
@@ -89,8 +103,8 @@ def _speed(lines: list[dict[str, Any]], config: Config) -> float:
     return clips / (sum(training) + sum(line[experiment.REPORT_SECONDS] for line in lines))
 
 
-def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[float]]:
-    """(seconds from the start of each trial of a small search to its first step, GB of its processes at most)."""
+def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[tuple[float, float]]]:
+    """(seconds from the start of each trial of a small search to its first step, its `_memory_of_ray` at most)."""
     changes = {"train.iterations": 8, "train.validate_every": 8, "train.log_every": 1, "compute.max_failures": 0}
     base = override_config(config, changes, "bench").model_dump(mode="json", exclude={"seed"})
     space = {"base": base, "space": {"seed": {"grid": [*range(_STARTS)]}}, "scheduler": {"name": "fifo"}}
@@ -98,7 +112,7 @@ def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[
     root, ended = folder / "starts", threading.Event()
     began: dict[str, float] = {}
     stepped: dict[str, float] = {}
-    memory: dict[str, float] = {}
+    memory: dict[str, tuple[float, float]] = {}
 
     def watch() -> None:
         for look in itertools.count():
@@ -108,7 +122,7 @@ def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[
                 if record["state"] == "running":
                     began.setdefault(name, time.monotonic())
                     if look % 20 == 0:  # it takes a while
-                        memory[name] = max(memory.get(name, 0.0), _memory_of_ray_processes())
+                        memory[name] = max(memory.get(name, (0.0, 0.0)), _memory_of_ray(os.getpid()))
                 if (Path(experiment.run_folder(str(root), name)) / experiment.METRICS_FILE).exists():
                     stepped.setdefault(name, time.monotonic())
 
@@ -150,18 +164,33 @@ def _forward_and_evaluation(run: str, data: str, config: Config, repeats: int) -
     )
 
 
-def _memory_of_ray_processes() -> float:
-    """GB of Ray's working processes on this machine; a page that n processes share counts 1/n in each."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
+def _memory_of_ray(driver: int) -> tuple[float, float]:
+    """GB of (all working processes of the cluster that process `driver` has started, those of `_SHARED` among them)."""
+    total = shared = 0.0
+    for pid in descendants(driver):
         try:
-            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
-            if name.startswith("ray::") and not name.startswith(("ray::IDLE", "ray::DashboardAgent")):
-                rollup = (folder / "smaps_rollup").read_text()
-                total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+            if name.startswith("ray::") and not name.startswith(_WAITING):
+                total += (memory := _memory_of(pid))
+                shared += memory if name.startswith(_SHARED) else 0
         except (OSError, StopIteration):  # it has ended
             continue
-    return total * 1024 / 1e9
+    return total, shared
+
+
+def _memory_of(pid: int) -> float:
+    """GB of a process; a page that n processes share counts 1/n in each."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024 / 1e9
+
+
+def _memory_of_a_step(config: Config) -> float:
+    """GB that this process grows by with the model, its optimizer, a batch and steps on it."""
+    before = _memory_of(os.getpid())
+    trainer, batch, _ = set_up(Variant(threads=math.ceil(config.compute.cpus_per_worker)), config)
+    for _ in range(3):
+        trainer.step(iter([batch] * config.passes))
+    return _memory_of(os.getpid()) - before
 
 
 def _synthetic(folder: Path) -> str:
