@@ -32,6 +32,12 @@ _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Idle readers are ended after this long, and a new one takes seconds to start; the default is 1 s.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Nobody looks at a dashboard here, and what Ray does in between keeps training's threads waiting for each other.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_event_stats": "0",
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from so many on it looks for new ones less often
     "MALLOC_ARENA_MAX": "1",  # workers train in a thread, whose own arena would hold no large tensors
 }
 
