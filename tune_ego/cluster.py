@@ -20,7 +20,7 @@ OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # reports are polled at this rate; the default is 2 s
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are polled at this rate; the default is 2 s
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",

@@ -39,6 +39,8 @@ from tune_ego.tune import start_search
 
 _STARTS = 3
 """Trials whose starts are measured."""
+_BARE_STEPS = 60
+"""Enough to last about as long as a run: the machine's own speed comes and goes."""
 _WARM_UP = 4
 """Lines of metrics.jsonl that do not count: the feed is read ahead, and the machine warms up."""
 _WAITING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -47,7 +49,7 @@ _SHARED = ("ray::_StatsActor", "ray::_AutoscalingCoordinatorActor", "ray::_Queue
 """Actors of Ray Data and Ray Tune, one of each for all trials."""
 
 
-def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int = 3) -> Benchmark:
+def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int = 5) -> Benchmark:
     """Train at the demo's size on synthetic clips made for it; given shards, at full size on those."""
     with tempfile.TemporaryDirectory(prefix="tune-ego-bench-") as folder, ray_session():
         data = storage.absolute(shards) if shards else _synthetic(Path(folder))
@@ -224,5 +226,5 @@ def _size(config: Config) -> dict[str, Any]:
 def _bare_step(config: Config) -> float:
     """Seconds of the step of `config`, as its worker takes it, on one batch that is in memory."""
     threads = 0 if torch.cuda.is_available() else math.ceil(config.compute.cpus_per_worker)
-    seconds: list[float] = in_a_process(measure, Variant(threads=threads), 20, config).seconds
+    seconds: list[float] = in_a_process(measure, Variant(threads=threads), _BARE_STEPS, config).seconds
     return median(seconds)
