@@ -61,7 +61,7 @@ def bench_loop(shards: Shards = None, out: Record = None) -> None:
     """A whole run on Ray against its bare step on data in memory: what feed, reporting and checkpoints cost.
 
     On synthetic clips at the demo's size; on shards that are given, at full size. Writes temporary files only, and
-    --out. On two CPU cores about 9 minutes; nothing else should run.
+    --out. On two CPU cores about 10 minutes; nothing else should run.
     """
     from tune_ego.bench.loop import bench_loop as run
 

@@ -27,6 +27,7 @@ from tune_ego.dataset.synthetic import synthesize
 from tune_ego.feed.batches import AHEAD, ray_batches
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.feed.windows import Window, WindowReader, close_shards, training_window
+from tune_ego.freed_memory import keep_freed_memory
 
 _CROP = 224
 _BATCH = 8
@@ -70,8 +71,13 @@ def _plan(shards: Shards) -> FeedPlan:
 
 
 def _alone(plan: FeedPlan, repeats: int) -> list[float]:
+    def read() -> None:
+        for item in range(AHEAD, 2 * AHEAD):  # none is kept: the next one takes its memory
+            plan.read(item)
+
     with flow.one_thread():
-        seconds = in_turn(repeats, read=lambda: [plan.read(item) for item in range(AHEAD, 2 * AHEAD)])["read"]
+        keep_freed_memory()  # as readers do
+        seconds = in_turn(repeats, read=read)["read"]
     return [AHEAD * _BATCH / value for value in seconds]
 
 
