@@ -11,6 +11,7 @@ import torch
 
 from tests import literal
 from tests.conftest import tiny_config
+from tune_ego import evaluate as evaluate_module
 from tune_ego.checkpoint import Origin, write_checkpoint
 from tune_ego.checkpoint_files import find_checkpoint
 from tune_ego.dataset.shards import open_shards
@@ -107,8 +108,12 @@ def test_clips_that_were_trained_on_are_no_test(
     assert f"trains on {other['clips']} of these clips" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("look_every", [1, 3, 1000])
 @pytest.mark.parametrize("part", ["logits.conv3d.bias", "attention_pred.conv3d.weight"])
-def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, shards: str, part: str) -> None:
+def test_a_model_that_is_not_finite_is_refused(
+    tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, part: str, look_every: int
+) -> None:
+    monkeypatch.setattr(evaluate_module, "_LOOK_EVERY", {"cpu": look_every})
     trainer = checkpoint(tmp_path, shards)
     name = next(name for name in trainer.model.state_dict() if name.startswith("rgb.") and name.endswith(part))
     trainer.model.state_dict()[name].view(-1)[0] = torch.nan

@@ -7,18 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torchvision.io import decode_jpeg
 
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.feed import batches as batches_module
 from tune_ego.feed.batches import begun, ray_batches, to_device
+from tune_ego.feed.decoding import decoded as decode_images
 from tune_ego.feed.plan import FeedPlan
 from tune_ego.feed.windows import Window, WindowReader, check_fits, dense_starts, spread_starts, training_window
 from tune_ego.placement import decodes_on_gpu, gpus_per_worker
@@ -252,6 +255,24 @@ def test_an_image_that_the_device_cannot_decode_is_a_users_error(shards: str) ->
     batch["rgb_jpeg"] = np.zeros_like(batch["rgb_jpeg"])
     with pytest.raises(UserError, match=r"an image cannot be decoded .*`data.decode: cpu` says which"):
         to_device(batch, torch.device("cpu"))
+
+
+def test_what_a_gpu_cannot_do_is_no_fault_of_the_images(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises, the CPU has the last word: there is a GPU in name only here."""
+    whole, spoilt = plan(shards, encoded=True).read(0), plan(shards, encoded=True).read(0)
+    spoilt["rgb_jpeg"] = np.zeros_like(spoilt["rgb_jpeg"])
+
+    def no_memory(files: list[torch.Tensor], mode: object, device: torch.device) -> object:
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: out of memory")
+        return decode_jpeg(files, mode=mode, device=device)
+
+    monkeypatch.setattr("tune_ego.feed.decoding.decode_jpeg", no_memory)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decode_images(whole, "rgb", torch.device("cuda"))
+    with pytest.raises(UserError, match="an image cannot be decoded"):
+        decode_images(spoilt, "rgb", torch.device("cuda"))
 
 
 def test_encoded_batches_travel_through_ray(shards: str) -> None:

@@ -79,6 +79,7 @@ def test_table1_is_the_papers() -> None:
         ("space: {optimizer.lr: [{when: {optimizer.name: sdg}, value: 0.1}]}", ["optimizer.lr", "never taken", "sdg"]),
         ("space: {train.iterations: {grid: [40, 400]}}", ["train.iterations", "base"]),
         ("space: {compute.workers: {grid: [1, 2]}}", ["compute.workers", "base"]),
+        ("space: {data.decode: {grid: [cpu, gpu]}}", ["data.decode", "base"]),
         ("space: {1: 2}", ["unknown key 1"]),
         ("base: {train: 3}", ["train", "3"]),
         ("scheduler: {grace: 10, reduce: 2}", ["scheduler.reduce", "reduction"]),

@@ -15,7 +15,7 @@ from tune_ego.console import say
 from tune_ego.errors import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Shared memory of a cluster that we start ourselves; the feed keeps a few batches in it, no more."""
+"""Shared memory of a cluster that we start ourselves; the feed takes up to half of it."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

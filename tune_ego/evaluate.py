@@ -6,6 +6,7 @@ windows; the two streams are fused by the (weighted) mean of their scores. Atten
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -144,7 +145,7 @@ def score_clips(
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     spoilt = _Spoilt(clips, device)
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
-        batches = _batches(reader, _BATCH[device.type], advance)
+        batches = _batches(reader, device, advance)
         for done, batch in enumerate(on_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.clips())
@@ -234,9 +235,13 @@ def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str
         raise UserError(f"{source}: trained on {origin.flow} flow, {shards.root} has {flow}")
 
 
-def _batches(reader: WindowReader, size: int, read: Callable[[int], None]) -> Iterator[dict[str, np.ndarray]]:
-    """Every dense window of every clip, so many at a time, read ahead by threads; calls `read` with how many clips more
-    have been."""
+def _batches(
+    reader: WindowReader, device: torch.device, read: Callable[[int], None]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every dense window of every clip, in batches for the device, read ahead by threads.
+
+    `read` is called with how many clips more have been.
+    """
     cv2.setNumThreads(1)
     windows: list[Window | None] = [
         centre_window(index, start, reader.image_size, reader.crop)
@@ -244,7 +249,8 @@ def _batches(reader: WindowReader, size: int, read: Callable[[int], None]) -> It
         for start in dense_starts(clip.frames)
     ]
     pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
-    threads, wanted, done = min(torch.get_num_threads(), _MOST_READERS), size // _READ, 0
+    cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
+    threads, wanted, done = min(cores, _MOST_READERS), _BATCH[device.type] // _READ, 0
     pool = ThreadPoolExecutor(threads)
     try:
         pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, threads + 2 * wanted)]

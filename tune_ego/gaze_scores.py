@@ -140,12 +140,13 @@ class GazeScores:
         seen_S = valid_SF.any(dim=1)
         finite_S = attention_BTHW.flatten(0, 1).flatten(1).isfinite().all(dim=1)
         zero_S = torch.where(finite_S, 0.0, torch.nan)  # comparisons do not show a NaN
-        self._judd += (auc_judd(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
-        self._auc += (auc(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
-        self._nss += (nss(map_SP, cell_SF, valid_SF) + zero_S)[seen_S].sum()
+        # Not by indexing with masks: the CPU would wait for the GPU at each.
+        self._judd += torch.where(seen_S, auc_judd(map_SP, cell_SF, valid_SF) + zero_S, 0).sum()
+        self._auc += torch.where(seen_S, auc(map_SP, cell_SF, valid_SF) + zero_S, 0).sum()
+        self._nss += torch.where(seen_S, nss(map_SP, cell_SF, valid_SF) + zero_S, 0).sum()
         self._maps += seen_S.sum()
         for total, found in zip((self._precision, self._recall), overlaps(map_SP, point_SF2, self._thresholds)):
-            total += (found + zero_S[:, None, None])[valid_SF].sum(dim=0)
+            total += torch.where(valid_SF[..., None], found + zero_S[:, None, None], 0).sum(dim=(0, 1))
         self._frames += valid_SF.sum()
 
     def add_centre(self, shape: torch.Size, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> None:

@@ -66,7 +66,8 @@ class Reporter:
     def _write(self, checkpoint: dict[str, Any], waits: bool) -> None:
         """A checkpoint, after its metrics: those without one are forgotten.
 
-        A final run goes on meanwhile. A trial may be ended as soon as it is heard of, and a machine after a notice.
+        A final run goes on meanwhile. A trial may be ended as soon as it is heard of, and what was asked for between
+        validations is for a machine that ends soon.
         """
         self.wait()
         if waits:

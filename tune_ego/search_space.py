@@ -250,7 +250,7 @@ def parse_space(text: str, source: str, changes: dict[str, Any] | None = None, *
     branches: dict[str, list[Branch]] = {}
     for key, entry in entries.items():
         check_key(key, source)
-        if key == "train.iterations" or key.startswith("compute."):
+        if key in ("train.iterations", "data.decode") or key.startswith("compute."):
             raise UserError(f"{source}: {key} is the same for all trials of a search; set it in base")
         later = [name for name in entries if name not in branches]
         branches[key] = _branches(entry, f"{source}: space.{key}", later)

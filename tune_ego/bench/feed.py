@@ -16,6 +16,7 @@ import simplejpeg
 
 from tune_ego import storage
 from tune_ego.bench.record import Benchmark, cores, in_turn
+from tune_ego.bench.step import in_a_process
 from tune_ego.cluster import ray_session
 from tune_ego.config import WINDOW_FRAMES, Config, override_config
 from tune_ego.console import console
@@ -48,7 +49,8 @@ def bench_feed(shards: str | None = None, *, repeats: int = 3, windows: int = 12
         with flow.one_thread():
             measure_feed(benchmark, data, clips, windows, repeats)
         plan = _plan(data)
-        one = benchmark.add("the run's windows, read without Ray, one core", "windows/s", _alone(plan, repeats))
+        alone = in_a_process(_alone, plan, repeats)
+        one = benchmark.add("the run's windows, read without Ray, one core", "windows/s", alone)
         for readers in sorted({1, cores()}):
             speeds = [_through_ray(plan, readers) for _ in range(repeats)]
             whole = benchmark.add(f"the same through Ray, {readers} at a time", "windows/s", speeds)

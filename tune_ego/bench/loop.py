@@ -23,7 +23,7 @@ from tune_ego import experiment, storage
 from tune_ego.bench.record import Benchmark, in_turn
 from tune_ego.bench.resume import descendants
 from tune_ego.bench.step import Variant, in_a_process, measure, set_up
-from tune_ego.cluster import ray_session
+from tune_ego.cluster import is_local, ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
@@ -86,12 +86,13 @@ def bench_loop(shards: str | None = None, *, iterations: int = 160, repeats: int
     benchmark.add("writing and reporting a line", "ms", reports)
     benchmark.add("what a checkpoint, written beside training, adds to it", "ms", checkpoints)
     benchmark.add("from a trial's start to its first step", "s", starts)
-    everything, shared = zip(*memory)
-    benchmark.add("memory of Ray's working processes, one trial at a time", "GB", [*everything])
-    benchmark.add("of that, in actors that all trials share", "GB", [*shared])
-    benchmark.add("of that, in the model, its gradients and activations", "GB", [computing])
-    rest = [most - others - computing for most, others in memory]
-    benchmark.add("what is left, of the trial's own processes", "GB", rest)
+    if is_local(None):  # processes of a cluster that was there are not seen
+        everything, shared = zip(*memory)
+        benchmark.add("memory of Ray's working processes, one trial at a time", "GB", [*everything])
+        benchmark.add("of that, in actors that all trials share", "GB", [*shared])
+        benchmark.add("of that, in the model, its gradients and activations", "GB", [computing])
+        rest = [most - others - computing for most, others in memory]
+        benchmark.add("what is left, of the trial's own processes", "GB", rest)
     training = benchmark.add("training forward on data in memory", "windows/s", forward)
     tested = benchmark.add("dense evaluation of the test clips", "windows/s", dense)
     benchmark.compare("dense evaluation / training forward", tested, training)
@@ -123,7 +124,7 @@ def _starts(folder: Path, data: str, config: Config) -> tuple[list[float], list[
             for name, record in experiment.read_records(str(root)).items():
                 if record["state"] == "running":
                     began.setdefault(name, time.monotonic())
-                    if look % 20 == 0:  # it takes a while
+                    if look % 20 == 0 or name not in memory:  # it takes a while
                         memory[name] = max(memory.get(name, (0.0, 0.0)), _memory_of_ray(os.getpid()))
                 if (Path(experiment.run_folder(str(root), name)) / experiment.METRICS_FILE).exists():
                     stepped.setdefault(name, time.monotonic())

@@ -22,11 +22,12 @@ from tune_ego.feed.plan import FeedPlan, read_packed
 TASKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
 AHEAD = 16
-"""At least so many batches are read ahead of the trainer."""
+"""At least so many batches are read ahead of the trainer, where half of Ray's object store holds them."""
 BLOCK_BYTES = 1 << 23
 """Batches smaller than this are handed over several at a time, and those of a block are read by one task."""
-BLOCKS = 4
-"""At least so many blocks are read by one task: until its end has been seen, and the next one starts, 0.2 s pass."""
+TASK_BYTES = 1 << 25
+"""A task reads about so much, and two batches at least: until its end has been seen, and the next one starts, up to
+0.2 s pass. Tasks that are much longer have many readers wait, for their batches are taken in order."""
 
 
 class ClipBatch(NamedTuple):
@@ -142,13 +143,13 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     count, pace = plan.items - first_item, Pace()
     readers = min(readers, count)
     items_a_block = max(1, BLOCK_BYTES // batch_bytes)
-    items_a_task = max(min(BLOCKS * items_a_block, count // readers), -(-count // TASKS))
+    items_a_task = max(min(max(2, TASK_BYTES // batch_bytes), count // readers), -(-count // TASKS))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=max(AHEAD, BLOCKS * (readers + 1) * items_a_block) * batch_bytes
+        object_store_memory=max(AHEAD, (readers + 1) * items_a_task) * batch_bytes
     )
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
     context.target_max_block_size = items_a_block * batch_bytes

@@ -56,6 +56,8 @@ def _decode(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> l
             images: list[Tensor] = decode_jpeg(files, mode=mode, device=device)
             return images
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # no memory, or the GPU fails
+        # What a GPU raises does not say whether it is the image, memory or the GPU: the CPU decodes what is whole.
+        if device.type == "cuda":
+            _decode(files, mode, torch.device("cpu"))
             raise
         raise UserError(f"an image cannot be decoded ({error}); `data.decode: cpu` says which clip's it is") from error
