@@ -57,12 +57,21 @@ def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], *
 
 def snapshot(content: Any) -> Any:
     """A copy of a checkpoint's content on the CPU, which training does not change any more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small copies: where CPUs are busy, each would wait for its threads
+    try:
+        return _copy(content)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _copy(content: Any) -> Any:
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return {key: snapshot(value) for key, value in content.items()}
+        return {key: _copy(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return type(content)(map(snapshot, content))
+        return type(content)(map(_copy, content))
     return content
 
 
