@@ -221,7 +221,7 @@ def test_a_variant_is_measured_beside_the_matrix_product() -> None:
     assert 0.99 < largest_difference(ours.outputs, other) < 1.01
 
 
-def test_what_only_watches_a_run_or_reads_for_it_imports_no_torch() -> None:
+def test_what_only_watches_a_run_imports_no_torch() -> None:
     """A trial's own process and its controller: torch is 300 MB and two seconds in each."""
     program = """
 import sys

@@ -230,7 +230,7 @@ def test_what_the_device_decodes_is_what_readers_decode(shards: str) -> None:
 def test_whatever_the_blocks_and_their_estimated_size_the_order_stays(
     shards: str, monkeypatch: pytest.MonkeyPatch, estimate: float
 ) -> None:
-    """Two tasks of several blocks of several batches each, more than may be read ahead."""
+    """Two tasks of several blocks of several batches each."""
     whole = plan(shards, train__iterations=70)
     size = sum(value.nbytes for value in whole.read(0).values())
     monkeypatch.setattr(batches_module, "TASKS", 2)
