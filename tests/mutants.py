@@ -1,0 +1,141 @@
+"""Planted mistakes, and the test that notices each: `python -m tests.mutants [NAME...] [--jobs N]`.
+
+`mutants.yaml` beside this file is the table. A row names a file of the package, a piece of its text, the mistake that
+replaces it, and a test. Each mistake is planted alone, in a copy of the tree, and its test is run there. A mistake
+whose test passes all the same is a survivor: it is printed, and the exit code is 1. Every bug that is mended in the
+package gets a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).with_suffix(".yaml")
+_COPIED = ("tune_ego", "tests", "search_spaces", "docs", "pyproject.toml", "README.md", "cluster.yaml")
+_PASSED, _FAILED = 0, 1  # exit codes of pytest
+_SECONDS = 180
+"""Time limit of one test: a mistake may make a loop endless."""
+
+
+class Mutant(NamedTuple):
+    """A planted mistake: one row of the table."""
+
+    name: str
+    file: str
+    """Path below the root of the repository."""
+    old: str
+    """Text that occurs once in the file."""
+    new: str
+    test: str
+    """Node id of the test that has to fail, as pytest takes it."""
+
+    def plant(self, tree: Path) -> None:
+        """Write the mistake into a copy of the tree. Raises `ValueError` where its place is not there, or not alone."""
+        path = tree / self.file
+        path.write_text(self.spoilt(path.read_text()))
+
+    def spoilt(self, text: str) -> str:
+        """The file's text with the mistake. YAML takes the common indentation of several lines away: it may be any."""
+        for width in range(0, 28, 4):
+            old, new = (textwrap.indent(piece, " " * width) for piece in (self.old, self.new))
+            if count := text.count(old):
+                break
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.file} holds the text to replace {count} times")
+        return text.replace(old, new)
+
+
+def read_table() -> list[Mutant]:
+    """Read all rows, in their order."""
+    return [
+        Mutant(row["name"], row["file"], row["old"].rstrip("\n"), row["new"].rstrip("\n"), row["test"])
+        for row in yaml.safe_load(TABLE.read_text())
+    ]
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Copy the tree into a temporary folder for the time of the body."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        for name in _COPIED:
+            source, target = ROOT / name, tree / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        yield tree
+
+
+def run_tests(tree: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the tree, slow ones too."""
+    options = ["-q", "-x", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", f"--timeout={_SECONDS}"]
+    command = [sys.executable, "-B", "-m", "pytest", *options, *tests]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
+
+
+def verdict(mutant: Mutant, tree: Path) -> str:
+    """Plant a mistake in a copy of the tree, run its test, and restore the file: `noticed`, or the fault."""
+    path = tree / mutant.file
+    before = path.read_text()
+    mutant.plant(tree)
+    try:
+        code = run_tests(tree, [mutant.test]).returncode
+    finally:
+        path.write_text(before)
+    return {_FAILED: "noticed", _PASSED: "SURVIVED"}.get(code, f"NO VERDICT: pytest ended with {code}")
+
+
+def check_mutants(mutants: list[Mutant], jobs: int) -> int:
+    """Print a line for each mutant and a summary; return how many were not noticed."""
+    start, not_noticed = time.monotonic(), 0
+    with ThreadPoolExecutor(jobs) as pool, copied_tree() as whole:
+        sound = run_tests(whole, list(dict.fromkeys(mutant.test for mutant in mutants)))
+        if sound.returncode != _PASSED:
+            raise SystemExit(f"{sound.stdout}\nThe tests have to pass before mistakes are planted.")
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for number in range(jobs):
+            trees.put(shutil.copytree(whole, whole.parent / str(number)))
+
+        def check(mutant: Mutant) -> str:
+            tree = trees.get()
+            try:
+                return verdict(mutant, tree)
+            finally:
+                trees.put(tree)
+
+        for mutant, said in zip(mutants, pool.map(check, mutants)):
+            not_noticed += said != "noticed"
+            print(f"{said:9} {mutant.name}  ({mutant.file}; {mutant.test})", flush=True)
+    print(f"{len(mutants) - not_noticed} of {len(mutants)} noticed, {time.monotonic() - start:.0f} s")
+    return not_noticed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Plant mistakes, one at a time, and run the test that notices each.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows of mutants.yaml, or beginnings of their names")
+    parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
+    options = parser.parse_args()
+    mutants = [row for row in read_table() if not options.names or row.name.startswith(tuple(options.names))]
+    if not mutants:
+        raise SystemExit(f"no row of {TABLE.name} begins with {', '.join(options.names)}")
+    raise SystemExit(1 if check_mutants(mutants, options.jobs) else 0)
+
+
+if __name__ == "__main__":
+    main()
