@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
+
+if TYPE_CHECKING:
+    from tests.searches import KnownSearch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COMMAND = "import sys; from tune_ego.cli import main; sys.argv = ['tune-ego', *sys.argv[1:]]; main()"
@@ -57,6 +61,16 @@ def shards(egtea: Path, ray_cluster: None) -> str:
     out = egtea.parent / "shards"
     prepare(str(egtea), str(out), Settings((48, 36)))
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def known_search(tmp_path_factory: pytest.TempPathFactory, shards: str) -> KnownSearch:
+    """A search that has ended: one trial finished, one stopped, one failed. Tests that change it copy it."""
+    from tests.searches import run_known_search
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return run_known_search(tmp_path_factory.mktemp("known"), shards)
 
 
 @pytest.fixture(autouse=True)

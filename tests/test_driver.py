@@ -73,3 +73,49 @@ def test_the_first_signal_asks_the_runs_to_stop_and_the_second_ends(
     assert "to go on from the last checkpoint: do this" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_file_of_an_earlier_driver_does_not_stop_this_one(tmp_path: Path) -> None:
+    """A driver that was killed leaves `stop` behind, and half-written files."""
+    for name in ("stop", "trials.json.0123abcd.partial", "trials.json"):
+        (tmp_path / name).write_text("")
+    with driving(str(tmp_path), ""):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["driver.json", "trials.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
+
+
+def test_of_two_that_claim_a_folder_at_the_same_moment_the_last_writer_drives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its claim after ours, while ours is waited for. Its record and its stop file stay."""
+    waits: list[float] = []
+
+    def claim(seconds: float) -> None:
+        waits.append(seconds)
+        write_driver(tmp_path, id="other")
+        (tmp_path / "stop").write_text("")
+
+    monkeypatch.setattr("tune_ego.driver.time.sleep", claim)
+    with pytest.raises(UserError, match=f"process {os.getppid()} on "), driving(str(tmp_path), ""):
+        pytest.fail("not refused")
+    assert waits == [0.5]
+    assert json.loads((tmp_path / "driver.json").read_text())["id"] == "other"
+    assert (tmp_path / "stop").exists()
+
+
+def test_a_driver_renews_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a driver on another machine would be taken for dead after a minute."""
+    monkeypatch.setattr("tune_ego.driver._BEAT_EVERY", 0.05)
+    with driving(str(tmp_path), ""):
+        first = json.loads((tmp_path / "driver.json").read_text())
+        for _ in range(100):
+            time.sleep(0.02)
+            if (last := json.loads((tmp_path / "driver.json").read_text()))["beat"] > first["beat"]:
+                break
+        assert last["beat"] > first["beat"] and last["id"] == first["id"]
+
+
+@pytest.mark.parametrize(("age", "alive"), [(59.0, True), (61.0, False)])
+def test_a_driver_elsewhere_is_dead_after_a_minute_without_a_beat(tmp_path: Path, age: float, alive: bool) -> None:
+    write_driver(tmp_path, host="elsewhere", beat=time.time() - age)
+    assert is_alive(str(tmp_path)) == alive

@@ -102,16 +102,3 @@ def one_by_one(folder: Path, space: dict[str, Any], **changes: Any) -> str:
     content["scheduler"] = {"name": "fifo"}
     path.write_text(yaml.safe_dump({**content, "space": space or content["space"]}, sort_keys=False))
     return str(path)
-
-
-def test_a_diverging_trial_fails_alone_and_is_not_tried_again(
-    tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    space = {"optimizer.name": "sgd", "optimizer.lr": {"grid": [1e30, 0.05]}}
-    found = start_search(one_by_one(tmp_path, space), shards, str(tmp_path / "search"), {}, 0, 1, None)
-    diverged, sound = found.trials
-    assert (diverged.state, sound.state) == ("failed", "finished")
-    assert "loss of the" in diverged.reason and diverged.iteration < 6
-    assert found.best.trials == [sound]
-    assert capsys.readouterr().out.count("00000: starts") == 1
-    assert_nothing_is_left()

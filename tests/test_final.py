@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,42 +12,53 @@ import torch
 from tests.conftest import tiny_config
 from tests.test_search import assert_nothing_is_left
 from tune_ego import storage
-from tune_ego.checkpoint import mean_weights, read_checkpoint
+from tune_ego.checkpoint import Origin, mean_weights, read_checkpoint
 from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri
+from tune_ego.config import Config, dump_config
+from tune_ego.dataset.shards import open_shards
 from tune_ego.driver import stop_uri
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluate import evaluate
 from tune_ego.experiment import METRIC, read_metrics
+from tune_ego.feed.batches import on_device
+from tune_ego.feed.plan import FeedPlan, read_items
 from tune_ego.final import train_final
 from tune_ego.launch import Job, fit
 from tune_ego.placement import READER_CPUS
+from tune_ego.train import Trainer
 
 
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:
-    """Two workers on all CPUs, nothing left for other tasks; one for both; and one or two, without and with room."""
+    """One or two workers: with room for two, two; else one makes both passes. The losses are those of a loop without
+    Ray that makes both passes of each iteration."""
     half = ray.cluster_resources()["CPU"] / 2 - READER_CPUS
-    wide = {"compute__workers": 2, "compute__cpus_per_worker": half}
-    alone = {"train__accumulate": 2}
-    elastic = {"compute__workers": [1, 2]}
-    narrow = {**elastic, "compute__cpus_per_worker": half + 0.1}
+    changes = {"train__iterations": 3, "train__validate_every": 3, "optimizer__lr": 1e-6}  # rounding does not grow
+    alone = tiny_config(train__accumulate=2, **changes)
+    plan, trainer = FeedPlan.of(shards, alone, 1, 0), trainer_for(alone, shards)
     losses = []
-    for name, changes in (("wide", wide), ("alone", alone), ("narrow", narrow), ("elastic", {**wide, **elastic})):
+    batches = on_device(read_items(plan, range(plan.items)), torch.device("cpu"))
+    for _ in range(3):
+        losses.append(trainer.step(batches)[:, 0].sum().item())
+    for name, cpus in (("wide", half), ("narrow", half + 0.1)):
         run = str(tmp_path / name)
-        train_final(tiny_config(train__iterations=3, train__validate_every=3, **changes), shards, run, None)
+        elastic = tiny_config(compute__workers=[1, 2], compute__cpus_per_worker=cpus, **changes)
+        train_final(elastic, shards, run, None)
         lines = read_metrics(run)
         assert [line["iteration"] for line in lines] == [1, 2, 3]
         assert METRIC in lines[-1]
-        losses.append([line["train_loss"] for line in lines])
+        assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
         assert_nothing_is_left()
-    wide_losses, alone_losses, narrow_losses, elastic_losses = losses
-    assert narrow_losses == alone_losses
-    assert elastic_losses == wide_losses
-    assert wide_losses == pytest.approx(alone_losses, rel=1e-5)
+
+
+def trainer_for(config: Config, shards: str) -> Trainer:
+    data = open_shards(shards)
+    return Trainer(config, Origin(data.actions, data.image_size, "dis"), torch.device("cpu"))
 
 
 def test_two_workers_stop_together_also_where_spot_notices_are_watched(
     tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run that was stopped before its end has a checkpoint and no final weights."""
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     config = tiny_config(
         compute__workers=2, compute__cpus_per_worker=0.5, train__iterations=2000, train__validate_every=2000
@@ -57,7 +69,31 @@ def test_two_workers_stop_together_also_where_spot_notices_are_watched(
         fit(Job(config, shards, run, 0, stop_uri(run), final=True))
     (saved,) = checkpoint_iterations(run)
     assert 0 < saved < 2000
+    assert not storage.exists(storage.join(run, "final"))
     assert_nothing_is_left()
+
+
+def started_run(folder: Path, shards: str, config: Config) -> str:
+    """A run that was started on these shards, as `train` leaves it after a kill."""
+    storage.write_text(str(folder / "run" / "config.yaml"), dump_config(config))
+    storage.write_json(str(folder / "run" / "run.json"), {"data": shards, "version": "0"})
+    return str(folder / "run")
+
+
+def test_a_run_does_not_go_on_with_other_shards_or_another_configuration(tmp_path: Path, shards: str) -> None:
+    other = shutil.copytree(shards, tmp_path / "other")
+    config = tiny_config()
+    run = started_run(tmp_path, shards, config)
+    before = {path: path.read_bytes() for path in Path(run).iterdir()}
+    with pytest.raises(UserError, match=rf"started on the shards {shards}, not {other}"):
+        train_final(config, str(other), run, None)
+    with pytest.raises(UserError, match="already used by a run of another configuration"):
+        train_final(tiny_config(optimizer__lr=0.5), shards, run, None)
+    assert {path: path.read_bytes() for path in Path(run).iterdir()} == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").write_text("")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        train_final(config, shards, str(tmp_path / "foreign"), None)
 
 
 def test_averaged_weights_are_tested_at_the_end(

@@ -36,7 +36,9 @@ def test_a_mistake_is_noticed_by_its_test_alone_and_taken_out_again() -> None:
     with copied_tree() as tree:
         (tree / tests).write_text(content)
         before = (tree / file).read_text()
-        said = [verdict(Mutant("m", file, old, new, f"{tests}::test_{name}"), tree) for name in ("dense", "spread", "x")]
+        said = [
+            verdict(Mutant("m", file, old, new, f"{tests}::test_{name}"), tree) for name in ("dense", "spread", "x")
+        ]
         assert (tree / file).read_text() == before
     assert said[:2] == ["noticed", "SURVIVED"] and said[2].startswith("NO VERDICT")
 

@@ -127,3 +127,46 @@ def test_an_error_in_training_waits_for_the_checkpoint(tmp_path: Path, gate: thr
     threading.Timer(0.3, gate.set).start()
     report.end()
     assert checkpoint_iterations(str(tmp_path)) == [2]
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["a trial", "a final run"])
+def test_the_metrics_of_a_checkpoint_are_on_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final: bool
+) -> None:
+    """A run that dies between the two writes resumes from a checkpoint whose lines are all there."""
+    there: list[Any] = []
+
+    def write(run: str, content: dict[str, Any], keep: Any) -> None:
+        there.append((content["iteration"], experiment.read_metrics(run)))
+
+    monkeypatch.setattr(reporter, "write_checkpoint", write)
+    report = a_reporter(tmp_path, final=final)
+    lines = [{"iteration": 1}, METRICS, {"iteration": 3}, {**METRICS, "iteration": 4}]
+    for line in lines:
+        report(line, trained(line["iteration"]).checkpoint() if experiment.METRIC in line else None)
+    report.wait()
+    assert there == [(2, lines[:2]), (4, lines)]
+
+
+def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint_and_reports_the_validations_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[int] = []
+    monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
+    lines = [{"iteration": n, **({experiment.METRIC: 0.1} if n % 2 == 0 else {})} for n in range(1, 8)]
+    for final, expected in ((False, [2, 4]), (True, [])):
+        experiment.write_metrics(str(tmp_path), lines)
+        report = a_reporter(tmp_path, final=final)
+        report.begin(5)
+        assert report.lines == lines[:5] and reported == expected
+        reported.clear()
+
+
+def test_a_worker_of_another_rank_reports_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[int] = []
+    monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
+    config = tiny_config()
+    report = Reporter(Job(config, "", str(tmp_path), 0, "", False), 1, FeedPlan.of("", config, 1, 0))
+    report({"iteration": 1}, None)
+    report(METRICS, trained(2).checkpoint())
+    assert reported == [2] and not list(tmp_path.iterdir())

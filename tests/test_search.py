@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import COMMAND, TINY, tiny_config
+from tests.searches import KnownSearch
 from tune_ego.bench.resume import descendants
 from tune_ego.checkpoint_files import checkpoint_iterations
 from tune_ego.config import Config, load_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluate import evaluate
-from tune_ego.experiment import METRIC, TIMES, read_experiment, read_metrics
+from tune_ego.experiment import METRIC, TIMES, read_decisions, read_experiment, read_metrics
 from tune_ego.export import export_best
 from tune_ego.final import train_final
 from tune_ego.model import build_stream, load_weights
@@ -84,25 +86,62 @@ def assert_it_went_on(before: list[dict[str, Any]], after: list[dict[str, Any]])
     assert len(after) > len(before)
 
 
-def test_tune_export_train_evaluate(
-    tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = start_search(write_space(tmp_path), shards, str(tmp_path / "search"), {}, 0, None, None)
+def test_a_search_ends_with_its_files_and_nothing_else(known_search: KnownSearch) -> None:
+    """One trial finished, one stopped by ASHA, one diverged: states, lines, accuracies, checkpoints and decisions."""
     assert_nothing_is_left()
-    assert len(found.trials) == 2
-    assert {trial.state for trial in found.trials} <= {"finished", "stopped"}
-    assert found.trials[0].state == "finished" and found.trials[0].iteration == 6
-    for trial in found.trials:
-        assert [line["iteration"] for line in trial.metrics] == list(range(1, trial.iteration + 1))
-    assert {trial.config.optimizer.name for trial in found.trials} == {"ranger", "sgd"}
-    assert all(line["val_loss"] > 0 for trial in found.trials for line in trial.validations)
+    found = known_search.read()
+    assert [trial.state for trial in found.trials] == ["finished", "stopped", "failed"]
+    assert [trial.iteration for trial in found.trials] == [6, 2, 1]
+    finished, stopped, failed = found.trials
+    assert [line["iteration"] for line in finished.metrics] == [1, 2, 3, 4, 5, 6]
+    assert [line["iteration"] for line in finished.validations] == [2, 4, 6]
+    accuracy = known_search.accuracy
+    assert [line[METRIC] for line in finished.validations] == pytest.approx([accuracy] * 3)
+    assert finished.best == finished.validations[0]  # the first of equals
+    micro = known_search.labels.count(known_search.right) / len(known_search.labels)
+    assert finished.best["val_micro_accuracy"] == pytest.approx(micro)
+    assert [line[METRIC] for line in stopped.validations] == [0]
+    assert failed.validations == [] and failed.reason.startswith("iteration 2: action loss of the rgb stream is nan")
+    assert checkpoint_iterations(finished.run) == [2, 4, 6]
+    assert checkpoint_iterations(stopped.run) == checkpoint_iterations(failed.run) == []
+    decisions = [decision[1:] for decision in read_decisions(found.root)]
+    assert decisions == [
+        *(("00000", n, pytest.approx(accuracy), "CONTINUE") for n in (2, 4, 6)),
+        ("00001", 2, 0.0, "STOP"),
+    ]
+    assert found.best.trials == [finished]
+    names = {path.name for path in known_search.root.iterdir()}
+    assert names == {"experiment.json", "trials.json", "runs", "tune", "mlflow.db", "tensorboard"}
 
-    best = export_best(found.root, str(tmp_path / "best.yaml"))
-    assert best.accuracy == max(trial.accuracy for trial in found.trials if trial.accuracy is not None)
+
+def test_a_search_says_what_happens_to_its_trials(known_search: KnownSearch) -> None:
+    accuracy = f"{100 * known_search.accuracy:.1f} %"
+    of_trials = [line.strip() for line in known_search.output.splitlines() if re.match(r"  0000\d: ", line)]
+    assert of_trials[:-1] == [
+        "00000: starts",
+        *(f"00000: iteration {n}, validation mean class accuracy {accuracy}" for n in (2, 4, 6)),
+        "00000: finished",
+        "00001: starts",
+        "00001: iteration 2, validation mean class accuracy 0.0 %",
+        "00001: stopped by ASHA",
+        "00002: starts",
+    ]
+    assert of_trials[-1].startswith("00002: failed: iteration 2: action loss of the rgb stream is nan")
+    assert "3 trials of up to 6 iterations, 1 at a time, in" in known_search.output
+
+
+def test_export_train_evaluate(
+    tmp_path: Path, shards: str, known_search: KnownSearch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = export_best(str(known_search.root), str(tmp_path / "best.yaml"))
+    assert (best.id, best.accuracy) == ("00000", pytest.approx(known_search.accuracy))
     exported = load_config(tmp_path / "best.yaml")
-    assert exported.train.iterations == 3000
-    assert exported.optimizer == best.config.optimizer
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["provenance"]["trial"] == best.id
+    assert (exported.train.iterations, exported.label, exported.optimizer.lr) == (3000, "right", 1e-12)
+    assert exported == override_config(best.config, {"train.iterations": 3000}, "t")
+    provenance = yaml.safe_load((tmp_path / "best.yaml").read_text())["provenance"]
+    assert (provenance["trial"], provenance["trial_iterations"]) == ("00000", 6)
+    assert provenance["trials"] == {"finished": 1, "stopped": 1, "failed": 1}
+    assert list(provenance["failed"]) == ["00002"]
 
     config = override_config(exported, {"train.iterations": 4}, "t")
     run = str(tmp_path / "final")
@@ -122,8 +161,10 @@ def test_tune_export_train_evaluate(
     result = evaluate(run, shards, 2)
     assert json.loads((tmp_path / "final" / "evaluation.json").read_text()) == result
     assert (result["split"], result["iteration"], result["clips"]) == (2, 4, 8)
-    for name in ("rgb", "flow", "fused"):
-        assert 0 <= result[name]["mean_class_accuracy"] <= 1
+    labels = [clip["action"] for clip in open_shards(shards).table.to_pylist() if clip["split2"] == "test"]
+    for name in ("rgb", "fused"):  # every clip is taken for the same class
+        assert result[name]["mean_class_accuracy"] == pytest.approx(1 / len(set(labels)))
+        assert result[name]["micro_accuracy"] == pytest.approx(labels.count(known_search.right) / 8)
 
 
 @pytest.mark.slow
@@ -239,28 +280,69 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
     assert best.accuracy == max(line[METRIC] for trial in after.trials for line in trial.validations)
 
 
-def test_a_search_that_ended_is_resumed_without_repeating_anything_and_made_larger(
-    tmp_path: Path, shards: str, ray_cluster: None
+def test_a_search_that_ended_is_resumed_for_more_iterations_alone(
+    tmp_path: Path, known_search: KnownSearch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = str(tmp_path / "search")
-    found = start_search(write_space(tmp_path, grace=6), shards, root, {}, 0, None, None)
-    before = {trial.id: trial.metrics for trial in found.trials}
-    assert list(before) == ["00000", "00001"]
-    assert {trial.id: trial.metrics for trial in resume_search(root, None).trials} == before
-
-    with pytest.raises(UserError, match="has 6 already"):
-        resume_search(root, None, iterations=6)
-    with pytest.raises(UserError, match="has 1 already"):
-        resume_search(root, None, samples=1)
-    larger = resume_search(root, None, samples=2, iterations=8)
-    assert [trial.id for trial in larger.trials] == ["00000", "00001", "00002", "00003"]
-    for trial in larger.trials:
-        assert trial.state in ("finished", "stopped") and trial.iteration >= 6
-        assert [line["iteration"] for line in trial.metrics] == list(range(1, trial.iteration + 1))
-        assert trial.metrics[:6] == before.get(trial.id, trial.metrics[:6])
-    assert [trial.config.optimizer.name for trial in larger.trials] == ["ranger", "sgd"] * 2
-    assert larger.spec["trials"] == 4
+    """From 6 to 8 iterations: finished trials go on from their last one, stopped and diverged ones do not."""
+    root = known_search.copy(tmp_path)
+    before = read_experiment(root).trials
+    for changes, message in (({"iterations": 6}, "has 6 already"), ({"samples": 1}, "has 1 already")):
+        with pytest.raises(UserError, match=message):
+            resume_search(root, None, **changes)
+    larger = resume_search(root, None, iterations=8).trials
+    assert [(trial.id, trial.state, trial.iteration) for trial in larger] == [
+        ("00000", "finished", 8),
+        ("00001", "stopped", 2),
+        ("00002", "failed", 1),
+    ]
+    assert [line["iteration"] for line in larger[0].metrics] == list(range(1, 9))
+    assert larger[0].metrics[:6] == before[0].metrics
+    assert [trial.metrics for trial in larger[1:]] == [trial.metrics for trial in before[1:]]
+    output = capsys.readouterr().out
+    assert "00000: finished, goes on from iteration 6" in output and "00001: stopped\n" in output
+    assert "00002: failed for good: iteration" in output
+    assert "00001: starts" not in output
     assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_search_that_ended_is_made_larger(tmp_path: Path, known_search: KnownSearch) -> None:
+    """From 3 to 6 trials and from 6 to 8 iterations: the new ones are those of the same configurations."""
+    root = known_search.copy(tmp_path)
+    assert resume_search(root, None).trials == known_search.read().trials
+    larger = resume_search(root, None, samples=2, iterations=8)
+    assert [trial.id for trial in larger.trials] == [f"0000{n}" for n in range(6)]
+    assert [trial.state for trial in larger.trials] == ["finished", "stopped", "failed"] * 2
+    assert [trial.iteration for trial in larger.trials] == [8, 2, 1] * 2
+    assert [trial.config.label for trial in larger.trials] == ["right", "wrong", "diverges"] * 2
+    assert larger.spec["trials"] == 6
+    assert_nothing_is_left()
+
+
+def test_what_a_resumed_search_is_asked_for_is_on_record(
+    tmp_path: Path, known_search: KnownSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No trial runs here: what reaches the part that runs them."""
+    driven: list[Any] = []
+    monkeypatch.setattr("tune_ego.tune._drive", lambda *arguments: driven.append(arguments))
+    root = known_search.copy(tmp_path)
+    states = {"pending", "running", "interrupted", "failed"}
+    resume_search(root, None)
+    resume_search(root, None, samples=3, concurrent=5)
+    resume_search(root, None, iterations=10)
+    specs = [experiment.spec for experiment, *_ in driven]
+    assert [(spec["samples"], spec["trials"], spec["concurrent"]) for spec in specs] == [
+        (1, 3, 1),
+        (3, 9, 5),
+        (1, 3, 1),
+    ]
+    assert [experiment.space.base["train"]["iterations"] for experiment, *_ in driven] == [6, 6, 10]
+    assert [again for *_, again in driven] == [states, states, states | {"finished"}]
+    settings = json.loads((tmp_path / "search" / "experiment.json").read_text())
+    settings["data_settings"]["flow"] = "tvl1"
+    (tmp_path / "search" / "experiment.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="not the shards this search was started on: their settings differ"):
+        resume_search(root, None)
 
 
 @pytest.mark.slow

@@ -51,42 +51,111 @@ def run(
     return trainer, lines, checkpoints
 
 
+def assert_same_state(one: Any, other: Any, place: str = "") -> None:
+    """Compare two contents of a checkpoint: every key, every number and every tensor, to the bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key, value in one.items():
+            assert_same_state(value, other[key], f"{place}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, (value, its) in enumerate(zip(one, other)):
+            assert_same_state(value, its, f"{place}.{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other, place
+
+
 def test_a_run_that_was_stopped_between_two_validations_ends_as_one_that_was_not(shards: str) -> None:
-    """After every iteration, also between two lines of the log: a stop, a checkpoint, and another process goes on."""
-    config = tiny_config(train__iterations=9, train__validate_every=6, train__log_every=4, train__accumulate=2)
-    whole, lines, _ = run(config, shards)
-    assert [line["iteration"] for line in lines] == [4, 6, 8, 9]
+    """After every iteration, also between two lines of the log: a stop, a checkpoint, and another process resumes.
+
+    Compared are all lines of the log and the whole content of the last checkpoint.
+    """
+    config = tiny_config(train__iterations=5, train__validate_every=3, train__log_every=2, train__accumulate=2)
+    _, lines, whole = run(config, shards)
+    assert [line["iteration"] for line in lines] == [2, 3, 4, 5]
     content, stopped = None, []
-    for iteration in range(1, 10):
+    for iteration in range(1, 6):
         trainer, more, checkpoints = run(config, shards, content, Notice.STOP)
         assert trainer.iteration == iteration and len(checkpoints) == 1
-        content = torch.load(io.BytesIO(checkpoints[0]), weights_only=True)
+        content = opened(checkpoints[0])
         stopped += more
     assert stopped == lines
-    state = whole.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in trainer.model.state_dict().items())
+    assert_same_state(content, opened(whole[-1]))
     _, _, checkpoints = run(config, shards, None, Notice.SAVE)
-    assert len(checkpoints) == 9
+    assert len(checkpoints) == 5
 
 
-@pytest.mark.parametrize("schedule", ["plateau", "multistep"])
-@pytest.mark.parametrize("optimizer", ["ranger", "sgd"])
-def test_a_resumed_run_equals_one_that_was_not(
-    shards: str, optimizer: str, schedule: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    config = tiny_config(optimizer__name=optimizer, schedule__name=schedule, train__accumulate=2)
-    if schedule == "multistep":
-        config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"milestones": (3, 5)})})
-    whole, lines, checkpoints = run(config, shards)
+def opened(content: bytes) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+    return loaded
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "ranger, plateau": {"schedule__name": "plateau", "schedule__patience": 0},
+    "sgd, milestones": {"optimizer__name": "sgd", "schedule__name": "multistep", "schedule__milestones": [3, 5]},
+    "ranger, cosine, fp16": {"schedule__name": "cosine", "schedule__warmup": 3, "train__precision": "fp16"},
+}
+
+
+@pytest.mark.parametrize("changes", list(SCHEDULES.values()), ids=list(SCHEDULES))
+def test_a_resumed_run_equals_one_that_was_not(shards: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """From each checkpoint on: the same lines, and in the end the same weights, optimizers, schedules, loss scalers,
+    losses and best validation."""
+    config = tiny_config(train__accumulate=2, **changes)
+    _, lines, checkpoints = run(config, shards)
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["iteration"] for line in lines if METRIC in line] == [2, 4, 6]
-    for place, content in enumerate(checkpoints):
-        folder = tmp_path_factory.mktemp("checkpoint")
-        (folder / "checkpoint.pt").write_bytes(content)
-        resumed, more, _ = run(config, shards, read_checkpoint(str(folder)))
+    last = opened(checkpoints[-1])
+    assert set(last) >= {"model", "optimizers", "losses", "best", "iteration", "config"}
+    assert bool(last["optimizers"]["rgb"]["scaler"]) == (config.train.precision == "fp16")
+    for place, content in enumerate(checkpoints[:-1]):
+        file = tmp_path / str(place) / "checkpoint.pt"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        _, more, later = run(config, shards, read_checkpoint(str(file)))
         assert more == lines[2 * (place + 1) :]
-        state = resumed.model.state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+        assert_same_state(opened(later[-1]), last)
+
+
+def test_a_loaded_checkpoint_is_all_that_a_trainer_goes_on_from(shards: str) -> None:
+    """State set by hand, far from what training makes of it: a new trainer that loads it has exactly that."""
+    config = tiny_config(train__precision="fp16", schedule__name="plateau", streams="rgb")
+    first = Trainer(config, origin(shards), CPU)
+    first.iteration, first.best = 40, {"iteration": 10, METRIC: 0.75}
+    with torch.no_grad():
+        for number, value in enumerate(first.model.state_dict().values()):
+            value.copy_(torch.full_like(value, number % 7 + 1))
+    moving = first.optimizers["rgb"]
+    moving.scaler.load_state_dict({**moving.scaler.state_dict(), "scale": 128.0, "_growth_tracker": 5})
+    for _ in range(3):
+        moving.schedule.after_step()
+    for accuracy in (0.5, 0.4, 0.3):
+        moving.schedule.after_validation(accuracy)
+    first._means = [torch.tensor([[3.0, 2.0, 1.0]])]
+    content = opened(to_bytes(first.checkpoint()))
+
+    second = Trainer(config, origin(shards), CPU)
+    second.load(content, "test")
+    assert (second.iteration, second.best) == (40, {"iteration": 10, METRIC: 0.75})
+    assert [losses.tolist() for losses in second.losses()] == [[[3.0, 2.0, 1.0]]]
+    assert second.optimizers["rgb"].scaler.get_scale() == 128
+    assert second.optimizers["rgb"].scaler.state_dict()["_growth_tracker"] == 5
+    for number, value in enumerate(second.model.state_dict().values()):
+        assert (value == number % 7 + 1).all()
+    assert_same_state(second.checkpoint(), first.checkpoint())
+
+
+def test_the_best_validation_of_before_a_resume_stands_until_it_is_beaten(shards: str) -> None:
+    """An accuracy of 1 at iteration 1 cannot be beaten, and -1 is beaten by any: the first validation after it."""
+    config = tiny_config(train__iterations=4, streams="rgb")
+    for best, expected in (({"iteration": 1, METRIC: 1.0}, 1), ({"iteration": 1, METRIC: -1.0}, 2)):
+        content = Trainer(config, origin(shards), CPU).checkpoint()
+        _, lines, checkpoints = run(config, shards, {**content, "best": best})
+        assert opened(checkpoints[0])["best"]["iteration"] == expected
+        assert METRIC in lines[1]
 
 
 @pytest.mark.parametrize("optimizer", ["ranger", "sgd"])
@@ -99,11 +168,6 @@ def test_one_batch_is_learnt_by_heart(shards: str, optimizer: str) -> None:
     batches = itertools.repeat(next(on_device(read_items(plan, [0]), CPU)))
     losses = [trainer.step(batches)[:, 0].sum().item() for _ in range(90)]
     assert losses[-1] < 0.6 * losses[0]
-
-
-def test_the_best_validation_is_kept(shards: str) -> None:
-    trainer, lines, _ = run(tiny_config(), shards)
-    assert trainer.best[METRIC] == max(line[METRIC] for line in lines if METRIC in line)
 
 
 @pytest.mark.parametrize("optimizer", ["ranger", "sgd"])
