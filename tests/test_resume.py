@@ -32,14 +32,16 @@ from tune_ego.checkpoint import (
     write_checkpoint,
 )
 from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole
-from tune_ego.config import dump_config
+from tune_ego.config import Config, dump_config
+from tune_ego.dataset.shards import open_shards
 from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
-from tune_ego.feed.plan import FeedPlan
+from tune_ego.feed.batches import on_device
+from tune_ego.feed.plan import FeedPlan, read_items
 from tune_ego.launch import Job, fit
 from tune_ego.reporter import Reporter
 from tune_ego.scheduler import RecordedScheduler
 from tune_ego.search_space import parse_space
-from tune_ego.train import Trainer
+from tune_ego.train import Trainer, train
 from tune_ego.tune import last_report
 
 
@@ -125,30 +127,44 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys
 
 
 def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, ray_cluster: None) -> None:
-    """The last one is damaged: the run does those iterations again and ends with the same weights.
-
-    And it reports all validations before its checkpoint once more, for the scheduler may have missed some.
+    """The last checkpoint is damaged: the run does those iterations again, and ends with the weights of a loop without
+    Ray that was never interrupted. It reports all validations before its checkpoint once more, for the search's
+    scheduler may have missed some; so does a run that had finished.
     """
 
-    class Told(ray.train.UserCallback):  # type: ignore[misc]
+    class Reports(ray.train.UserCallback):  # type: ignore[misc]
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            with (tmp_path / "told").open("a") as file:
+            with (tmp_path / "reports").open("a") as file:
                 print(metrics[0]["iteration"], file=file)
 
-    weights = []
-    for name in ("whole", "damaged"):
-        run = str(tmp_path / name)
-        if name == "damaged":
-            fit(Job(tiny_config(train__iterations=4, streams="rgb"), shards, run, 0, driver.stop_uri(run), final=False))
-            Path(checkpoint_uri(run, 4)).write_bytes(b"x" * 100)
-            longer = tiny_config(train__iterations=6, streams="rgb")
-            fit(Job(longer, shards, run, 0, driver.stop_uri(run), final=False), [Told()])
-            fit(Job(longer, shards, run, 0, driver.stop_uri(run), final=False), [Told()])
-        fit(Job(tiny_config(train__iterations=6, streams="rgb"), shards, run, 0, driver.stop_uri(run), final=True))
-        assert [line["iteration"] for line in experiment.read_metrics(run)] == [1, 2, 3, 4, 5, 6]
-        weights.append((Path(run) / checkpoint_files.MODEL_FILE).read_bytes())
-    assert weights[0] == weights[1]
-    assert (tmp_path / "told").read_text().split() == ["2", "4", "6", "2", "4", "6"]
+    torch.set_num_threads(1)  # as the worker has
+    config = tiny_config(train__iterations=6, streams="rgb")
+    run = str(tmp_path / "run")
+    whole = trainer_of(shards, config)
+    plan = FeedPlan.of(shards, config, 1, 0)
+    lines: list[dict[str, Any]] = []
+
+    def report(metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
+        lines.extend([metrics] if metrics else [])
+        if checkpoint is not None and whole.iteration <= 4:
+            experiment.write_metrics(run, lines)
+            write_checkpoint(run, checkpoint)
+
+    train(whole, plan, on_device(read_items(plan, range(plan.items)), torch.device("cpu")), report)
+    Path(checkpoint_uri(run, 4)).write_bytes(b"x" * 100)
+    for _ in range(2):
+        fit(Job(config, shards, run, 0, driver.stop_uri(run), final=False), [Reports()])
+    assert (tmp_path / "reports").read_text().split() == ["2", "4", "6", "2", "4", "6"]
+    assert [line["iteration"] for line in experiment.read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    resumed = read_checkpoint(checkpoint_uri(run, 6))
+    assert resumed["best"] == whole.best
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed["model"][name], value), name
+
+
+def trainer_of(shards: str, config: Config) -> Trainer:
+    data = open_shards(shards)
+    return Trainer(config, Origin(data.actions, data.image_size, "dis"), torch.device("cpu"))
 
 
 def curve(trial: int, iteration: int) -> float:
