@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.handmade import write_handmade
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.prepare import Settings, prepare
@@ -57,6 +58,12 @@ def shards(egtea: Path, ray_cluster: None) -> str:
     out = egtea.parent / "shards"
     prepare(str(egtea), str(out), Settings((48, 36)))
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def handmade_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ten clips whose images say which frame they show (`tests.handmade`); made without Ray."""
+    return write_handmade(tmp_path_factory.mktemp("handmade"))
 
 
 @pytest.fixture(autouse=True)
