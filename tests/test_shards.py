@@ -78,9 +78,9 @@ def test_roles_without_clips_are_named(shards: Shards, handmade_shards: str) -> 
         shards.validation(DataConfig(split=2, fold=7))
     assert str(caught.value) == f"{handmade_shards}: there are no validation clips in stratified fold 7 (data.fold)"
     only_training = Shards(shards.root, shards.info, shards.table.slice(0, 5))
-    with pytest.raises(UserError, match=": there are no test clips of split 1$"):
+    with pytest.raises(UserError, match=r": there are no test clips of split 1$"):
         only_training.test(1)
-    with pytest.raises(UserError, match=": there are no training clips$"):
+    with pytest.raises(UserError, match=r": there are no training clips$"):
         Shards(shards.root, shards.info, shards.table.slice(0, 2)).train(DataConfig())
 
 
@@ -98,9 +98,7 @@ def test_a_data_set_names_its_classes_and_image_size(shards: Shards) -> None:
     assert shards.verbs_and_nouns() == ([0, 1, 0, 1], [0, 0, 1, 2])
 
 
-@pytest.mark.parametrize(
-    ("frames", "groups"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3), (100, 7)]
-)
+@pytest.mark.parametrize(("frames", "groups"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3), (100, 7)])
 def test_a_row_group_holds_sixteen_frames(frames: int, groups: int) -> None:
     assert row_groups(frames) == groups
 

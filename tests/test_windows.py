@@ -132,7 +132,9 @@ def clips(handmade_shards: str) -> list[Clip]:
     return [shards.clip(row) for row in shards.table.to_pylist()]
 
 
-def read(clips: list[Clip], *windows: Window | None, streams: tuple[str, ...] = ("rgb", "flow")) -> dict[str, np.ndarray]:
+def read(
+    clips: list[Clip], *windows: Window | None, streams: tuple[str, ...] = ("rgb", "flow")
+) -> dict[str, np.ndarray]:
     return WindowReader(clips, streams, SIZE, CROP).read_batch(list(windows))
 
 
@@ -359,5 +361,5 @@ def test_a_configuration_without_clips_is_refused(handmade_shards: str) -> None:
     shards = open_shards(handmade_shards)
     with pytest.raises(UserError, match=r"no validation clips in by_session fold 9 \(data\.fold\)$"):
         check_fits(shards, tiny_config(data__validation="by_session", data__fold=9))
-    with pytest.raises(UserError, match="there are no training clips$"):
+    with pytest.raises(UserError, match=r"there are no training clips$"):
         check_fits(replace(shards, table=shards.table.slice(0, 2)), tiny_config())
