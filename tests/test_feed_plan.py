@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -65,13 +67,15 @@ PLANS = [  # settings, workers, rank, items: t and the numbers of SAMPLES, or v 
 ]
 
 
-def make(root: str, settings: dict[str, object], workers: int = 1, rank: int = 0, *, encoded: bool = False) -> FeedPlan:
+def make(
+    root: str, settings: Mapping[str, object], workers: int = 1, rank: int = 0, *, encoded: bool = False
+) -> FeedPlan:
     return FeedPlan.of(root, tiny_config(**settings), workers, rank, encoded=encoded)
 
 
 @pytest.mark.parametrize(("settings", "workers", "rank", "items"), PLANS)
 def test_every_item_of_a_worker(
-    handmade_shards: str, settings: dict[str, object], workers: int, rank: int, items: str
+    handmade_shards: str, settings: Mapping[str, object], workers: int, rank: int, items: str
 ) -> None:
     plan = make(handmade_shards, settings, workers, rank)
     centres = CENTRES[plan.validation_windows]
@@ -95,7 +99,7 @@ def test_every_item_of_a_worker(
     ],
 )
 def test_a_resumed_run_begins_behind_the_validation(
-    handmade_shards: str, settings: dict[str, object], workers: int, rank: int, first_items: dict[int, int]
+    handmade_shards: str, settings: Mapping[str, object], workers: int, rank: int, first_items: dict[int, int]
 ) -> None:
     plan = make(handmade_shards, settings, workers, rank)
     assert {iterations: plan.first_item(iterations) for iterations in first_items} == first_items
@@ -243,7 +247,7 @@ def test_items_are_read_one_after_another_in_this_process(
     handmade_shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
-    monkeypatch.setattr(plan_module.cv2, "setNumThreads", threads.append)
+    monkeypatch.setattr(cv2, "setNumThreads", threads.append)
     plan = make(handmade_shards, ALONE)
     batches = list(read_items(plan, np.arange(4, 7)))
     assert [batch["clip"].tolist() for batch in batches] == [[0, 1], [2, 0], [3, 4]]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests import handmade
 from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError
+from tune_ego.feed import windows as windows_module
 from tune_ego.feed.cache import ShardCache
 from tune_ego.feed.windows import (
     Window,
@@ -363,3 +367,46 @@ def test_a_configuration_without_clips_is_refused(handmade_shards: str) -> None:
         check_fits(shards, tiny_config(data__validation="by_session", data__fold=9))
     with pytest.raises(UserError, match=r"there are no training clips$"):
         check_fits(replace(shards, table=shards.table.slice(0, 2)), tiny_config())
+
+
+def test_only_the_row_groups_and_columns_of_a_window_are_read(
+    clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[list[int], list[str]]] = []
+    whole = pq.ParquetFile.read_row_groups
+
+    def spy(file: pq.ParquetFile, groups: list[int], columns: list[str], **options: object) -> pa.Table:
+        reads.append((groups, columns))
+        return whole(file, groups, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", spy)
+    gaze = ["gaze_x", "gaze_y", "gaze_valid"]
+    read(clips, Window(2, 16, 0, 0, False), Window(9, 15, 0, 0, False), Window(3, 0, 0, 0, False), streams=("flow",))
+    assert reads == [([1], ["flow", *gaze]), ([1, 2], ["flow", *gaze]), ([3], ["flow", *gaze])]
+
+
+def test_every_thread_has_a_reader_of_its_own(clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    whole = windows_module._open_file
+
+    def spy(uri: str) -> pq.ParquetFile:
+        opened.append(threading.get_ident())
+        return whole(uri)
+
+    monkeypatch.setattr(windows_module, "_open_file", spy)
+    close_shards()
+    barrier = threading.Barrier(2, timeout=10)
+
+    def work(_: int) -> None:
+        barrier.wait()  # two threads, not one after another
+        read(clips, Window(4, 0, 0, 0, False), Window(4, 8, 0, 0, False))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert len(opened) == len(set(opened)) == 2
+
+
+def test_values_of_a_column_are_those_of_all_its_chunks() -> None:
+    chunks = [pa.array([b"a", b"bc", b"", b"def"], pa.binary()).slice(1), pa.array([b"g"], pa.binary())]
+    values = windows_module._values(pa.chunked_array(chunks))
+    assert [value.tobytes() for value in values] == [b"bc", b"", b"def", b"g"]
