@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.handmade import write_handmade
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.prepare import Settings, prepare
@@ -71,6 +72,12 @@ def known_search(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Known
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("MLFLOW_TRACKING_URI", raising=False)
         return run_known_search(tmp_path_factory.mktemp("known"), shards)
+
+
+@pytest.fixture(scope="session")
+def handmade_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ten clips whose images say which frame they show (`tests.handmade`); made without Ray."""
+    return write_handmade(tmp_path_factory.mktemp("handmade"))
 
 
 @pytest.fixture(autouse=True)

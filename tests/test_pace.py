@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
-from tune_ego.feed.pace import Pace
+from tune_ego.feed.pace import Pace, pausing
 
 Clock = Callable[..., None]
 
@@ -55,3 +56,29 @@ def test_executor_hurries_while_the_trainer_waits(clock: Clock) -> None:
     clock(0.3)
     pace.asked()
     assert pace.pause(3) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("waited", "pause"), [(0.0099, 0.1), (0.0101, 0.01)])
+def test_a_trainer_that_waited_a_twentieth_of_the_time_waits(clock: Clock, waited: float, pause: float) -> None:
+    assert taken_after(clock, 0.2, waited).pause(0) == pytest.approx(pause)
+
+
+def test_the_interval_is_that_of_the_last_two_blocks(clock: Clock) -> None:
+    pace = taken_after(clock, 0.2, 0.0)
+    clock(0.3, 0.3, 0.35, 0.35)
+    pace.asked()
+    pace.taken()
+    assert pace.pause(1) == pytest.approx(0.1)  # 0.3 - 0.2, times two blocks, halved
+    pace.asked()
+    pace.taken()
+    assert pace.pause(1) == pytest.approx(0.05)
+
+
+def test_executor_sleeps_by_the_blocks_that_are_ready(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    pace = taken_after(clock, 0.08, 0.0)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    for ready in (0, 3):
+        executor = SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=[None] * ready)))
+        pausing(pace)().on_execution_step(executor)
+    assert pauses == pytest.approx([0.04, 0.16])
