@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +20,15 @@ from tune_ego.checkpoint import (
     mean_weights,
     pack,
     read_checkpoint,
+    rebuild,
     snapshot,
+    to_bytes,
     write_checkpoint,
 )
 from tune_ego.checkpoint_files import checkpoint_iterations
 from tune_ego.errors import UserError
 from tune_ego.model import TwoStream
+from tune_ego.train import Trainer
 
 CONFIG = tiny_config(streams="rgb")
 ORIGIN = Origin(["Cut onion", "Open fridge"], (320, 240), "farneback")
@@ -190,3 +195,81 @@ def test_the_model_s_state_includes_its_running_statistics() -> None:
         load_model_state(model, {key: value for key, value in state.items() if key != name}, "c")
     with pytest.raises(UserError, match=r"another model: rgb\.more is \(1,\) there, absent in this one"):
         load_model_state(model, {**state, "rgb.more": torch.ones(1)}, "c")
+
+
+def test_a_checkpoint_rebuilds_its_model_and_refuses_another(tmp_path: Path) -> None:
+    config = tiny_config()
+    origin = Origin(["a", "b"], (48, 36), "dis")
+    model = TwoStream(config.stream_names, 2, config.model)
+    content = pack(config, origin, 7, {}, model=model.state_dict())
+    (tmp_path / "checkpoint.pt").write_bytes(to_bytes(content))
+    loaded = read_checkpoint(str(tmp_path))
+    again_config, again_origin, again = rebuild(loaded, "c")
+    assert (again_config, again_origin) == (config, origin)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    loaded["model"]["rgb.logits.conv3d.bias"] = "text"
+    with pytest.raises(UserError, match=r"another model: rgb\.logits\.conv3d\.bias is absent there, \(2,\) in"):
+        rebuild(loaded, "c")
+    loaded["model"] = model.state_dict()
+    loaded["config"]["model"]["stam_depth"] = 2
+    with pytest.raises(UserError, match=r"another model: flow\.attention_inc_2.*absent"):
+        rebuild(loaded, "c")
+
+
+def remove(content: dict[str, Any], key: str) -> None:
+    del content[key]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: remove(content, "actions"), "it has no actions"),
+        (lambda content: content.update(actions=[]), "its actions are not names"),
+        (lambda content: content.update(actions=[1, 2]), "its actions are not names"),
+        (lambda content: content.update(model=[]), "its model is a list, not a dict"),
+        (lambda content: content.update(config=None), "its config is a NoneType, not a dict"),
+        (lambda content: content.update(config={"seed": "x"}), "seed"),
+        (lambda content: content.update(image_size=None), "its image_size is a NoneType, not a list"),
+        (lambda content: content.update(image_size=[4]), r"its image_size is \[4\], not width and height"),
+        (lambda content: content.update(flow_method=3), "its flow_method is a int, not a str"),
+        (lambda content: content.update(iteration="7"), "its iteration is a str, not a int"),
+        (lambda content: content["model"].update({3: torch.ones(1)}), "no state dict of a model"),
+        (lambda content: content["model"].update({"rgb.logits.conv3d.bias": torch.ones(2).to_sparse()}), "sparse_coo"),
+        (lambda content: remove(content, "optimizers"), "it has no optimizers"),
+        (lambda content: content.update(losses=[1.0]), "its losses are not tensors"),
+        (lambda content: content["optimizers"].update(rgb=None), r"its optimizers\.rgb is a NoneType, not a dict"),
+        (lambda content: remove(content["optimizers"]["rgb"], "schedule"), r"it has no optimizers\.rgb\.schedule"),
+        (lambda content: remove(content["optimizers"]["rgb"]["schedule"], "steps"), "not a state of the rgb stream's"),
+        (lambda content: remove(content["optimizers"]["rgb"]["optimizer"], "state"), "not a state of the rgb stream's"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_malformed_checkpoint_is_refused_by_key(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    trainer = Trainer(tiny_config(streams="rgb"), Origin(["a", "b"], (48, 36), "dis"), torch.device("cpu"))
+    content = torch.load(io.BytesIO(to_bytes(trainer.checkpoint())), weights_only=True)
+    trainer.load(content, "whole")
+    damage(content)
+    (tmp_path / "checkpoint.pt").write_bytes(to_bytes(content))
+    with pytest.raises(UserError, match=words):
+        trainer.load(content, "c")
+    if "optimizers" not in words and "losses" not in words and "stream's" not in words:
+        with pytest.raises(UserError, match=words):
+            rebuild(read_checkpoint(str(tmp_path)), "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer__name": "sgd"}, r"c: a checkpoint of a run with optimizer\.name: ranger, not sgd"),
+        ({"schedule__name": "cosine"}, r"c: a checkpoint of a run with schedule\.name: plateau, not cosine"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_optimizer_and_schedule_alone(changes: dict[str, Any], words: str) -> None:
+    origin = Origin(["a", "b"], (48, 36), "dis")
+    content = Trainer(tiny_config(streams="rgb"), origin, torch.device("cpu")).checkpoint()
+    config = tiny_config(streams="rgb", **changes)
+    check_content(content, "c")
+    with pytest.raises(UserError, match=words):
+        Trainer(config, origin, torch.device("cpu")).load(content, "c")

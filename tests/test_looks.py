@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,7 +141,7 @@ def opened(both: bool = True) -> Any:
     model = Model().train()
     model.both = both
     config = tiny_config(fusion_weight=0.3, data__crop=32)
-    return SimpleNamespace(model=model, config=config, shards=SimpleNamespace(image_size=(48, 36)))
+    return SimpleNamespace(model=model, config=config, shards=SimpleNamespace(image_size=(48, 36), actions=["a", "b"]))
 
 
 def test_a_look_holds_the_fused_scores_and_maps_whose_highest_value_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +237,23 @@ def test_the_plot_s_points_lie_at_the_windows_middles_and_scores() -> None:
 def test_a_short_clip_s_middle_is_its_own(start: int, frames: int, middle: float) -> None:
     clip = Clip("c", 0, frames, "", 0)
     assert visualize._middle(look(start), clip, 0.25, lambda frame, score: (frame, score)) == (middle, 0.25)
+
+
+def test_the_windows_of_a_clip_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of 35 frames: at 0, 8, 16 and 19; a crop of 32 from the middle of 48 x 36: 2 rows down, 8 columns right."""
+    made: list[Window] = []
+
+    def looks(model: Any, clips: list[Clip], windows: list[Window]) -> list[Look]:
+        made.extend(windows)
+        half = np.array([0.5, 0.5])
+        return [look(window.start, scores={"rgb": half}, attention={}) for window in windows]
+
+    clip = Clip("c", 1, 35, "", 0)
+    monkeypatch.setattr(visualize, "open_model", lambda *_: opened())
+    monkeypatch.setattr(visualize, "as_clip", lambda *_: clip)
+    monkeypatch.setattr(visualize, "find_record", lambda *_: {"split1": "test"})
+    monkeypatch.setattr(visualize, "look_at", looks)
+    monkeypatch.setattr(visualize, "_video", lambda *_: b"video")
+    visualize.visualize("run", "c", "shards", str(tmp_path / "out"))
+    assert made == [Window(0, start, 2, 8, False) for start in (0, 8, 16, 19)]
+    assert (tmp_path / "out.mp4").read_bytes() == b"video" and (tmp_path / "out.png").stat().st_size > 1000
