@@ -133,7 +133,7 @@ def test_the_mean_of_weights_and_the_last_counters(tmp_path: Path) -> None:
     for iteration, (first, second, mean, count) in rows.items():
         weights = {"w": torch.tensor([first, second]), "bn.running_mean": torch.tensor([mean]).half()}
         counter = {"bn.num_batches_tracked": torch.tensor(count)}
-        write_checkpoint(str(tmp_path), content(iteration, **weights, **counter), keep=rows)
+        write_checkpoint(str(tmp_path), content(iteration, None, **weights, **counter), keep=rows)
     averaged = mean_weights(str(tmp_path), [10, 20, 30])
     assert list(averaged) == ["w", "bn.running_mean", "bn.num_batches_tracked"]
     assert torch.equal(averaged["w"], torch.tensor([3.0, 1.0]))
@@ -174,11 +174,11 @@ def test_a_checkpoint_to_look_at_needs_no_optimizers_but_one_to_train_from_does(
     check_content(content(1), "c")
     with pytest.raises(UserError, match="c: a damaged checkpoint: it has no losses"):
         check_content(content(1), "c", CONFIG)
-    whole = {"optimizer": {}, "schedule": {}, "scaler": {}}
+    whole: dict[str, Any] = {"optimizer": {}, "schedule": {}, "scaler": {}}
     check_content({**content(1), "losses": [], "optimizers": {"rgb": whole}}, "c", CONFIG)
     with pytest.raises(UserError, match=r"c: a damaged checkpoint: it has no optimizers\.rgb$"):
         check_content({**content(1), "losses": [], "optimizers": {"flow": whole}}, "c", CONFIG)
-    without = {"optimizer": {}, "schedule": {}}
+    without: dict[str, Any] = {"optimizer": {}, "schedule": {}}
     with pytest.raises(UserError, match=r"c: a damaged checkpoint: it has no optimizers\.rgb\.scaler"):
         check_content({**content(1), "losses": [], "optimizers": {"rgb": without}}, "c", CONFIG)
 

@@ -166,7 +166,12 @@ def test_evaluate_shows_its_result(
     options: list[str], positional: tuple[Any, ...], shown: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("tune_ego.evaluate.evaluate", lambda *args: calls.append(args) or {"a": 1})
+
+    def evaluate(*args: Any) -> dict[str, int]:
+        calls.append(args)
+        return {"a": 1}
+
+    monkeypatch.setattr("tune_ego.evaluate.evaluate", evaluate)
     monkeypatch.setattr("tune_ego.evaluation_tables.show", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert run(monkeypatch, "evaluate", "c", "--data", "D", *options) == 0
     assert calls == [positional, (({"a": 1},), shown)]
