@@ -54,8 +54,8 @@ def test_the_first_runs_of_each_body_do_not_count(monkeypatch: pytest.MonkeyPatc
         calls[name] += 1
         now[0] += factor * calls[name]
 
-    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(record.gc, "collect", lambda: 0)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("gc.collect", lambda: 0)
     seconds = in_turn(3, warm_up=2, a=lambda: body("a", 1), b=lambda: body("b", 10))
     assert seconds == {"a": [3, 4, 5], "b": [30, 40, 50]} and calls == {"a": 5, "b": 5}
 
@@ -131,9 +131,7 @@ def test_a_checkpoint_is_half_written_until_its_checksum_is_there(tmp_path: Path
     assert whole == {"iteration-000004", "iteration-000008"}
 
 
-def test_a_killed_run_may_differ_in_its_times_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_may_differ_in_its_times_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name / "final").mkdir(parents=True)
         (tmp_path / name / "final/model.pt").write_bytes(b"weights")
@@ -141,7 +139,7 @@ def test_a_killed_run_may_differ_in_its_times_alone(
         name: [{"iteration": 1, "train_loss": 0.5, "clips_per_second": speed}]
         for name, speed in ((str(tmp_path / "whole"), 9.0), (str(tmp_path / "killed"), 7.0))
     }
-    monkeypatch.setattr(resume.experiment, "read_metrics", lambda run: lines[run])
+    monkeypatch.setattr("tune_ego.experiment.read_metrics", lambda run: lines[run])
     resume._compare(tmp_path / "whole", tmp_path / "killed")
     lines[str(tmp_path / "killed")][0]["train_loss"] = 0.25
     with pytest.raises(UserError, match="metrics of the killed run"):
@@ -160,11 +158,11 @@ def test_a_file_is_newer_where_it_was_written_after_the_moment(tmp_path: Path) -
 
 
 def test_the_last_logged_and_the_last_saved_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume.experiment, "read_metrics", lambda run: [{"iteration": 3}, {"iteration": 9.0}])
+    monkeypatch.setattr("tune_ego.experiment.read_metrics", lambda run: [{"iteration": 3}, {"iteration": 9.0}])
     assert resume._last_logged(tmp_path) == 9 and resume._last_saved(tmp_path) == 0
-    monkeypatch.setattr(resume.checkpoint_files, "checkpoint_iterations", lambda run: [4, 8])
+    monkeypatch.setattr("tune_ego.checkpoint_files.checkpoint_iterations", lambda run: [4, 8])
     assert resume._last_saved(tmp_path) == 8
-    monkeypatch.setattr(resume.experiment, "read_metrics", lambda run: [])
+    monkeypatch.setattr("tune_ego.experiment.read_metrics", lambda run: [])
     assert resume._last_logged(tmp_path) == 0
 
 
