@@ -27,9 +27,46 @@ def test_ray_accepts_it_and_every_type_is_used() -> None:
     config = yaml.safe_load(CLUSTER.read_text())
     validate_config(fillout_defaults(config))
     assert config["head_node_type"] in config["available_node_types"]
-    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    installed = re.search(r"ray\[default\]==([\d.]+)", " ".join(config["setup_commands"]))
-    assert installed is not None and installed[1] == ray.__version__
+
+
+def test_every_node_has_the_project_s_ray() -> None:
+    """`ray[default,train,tune,data]==2.60.*` in pyproject.toml: 2.60.0 on the nodes."""
+    setup = " ".join(yaml.safe_load(CLUSTER.read_text())["setup_commands"])
+    project = re.search(r'"ray\[[\w,]+\]==([\d.]+)\.\*"', (CLUSTER.parent / "pyproject.toml").read_text())
+    installed = re.search(r"ray\[default\]==([\d.]+)", setup)
+    assert project is not None and installed is not None
+    assert installed[1] == ray.__version__ and installed[1] == f"{project[1]}.0"
+
+
+def test_strangers_reach_neither_the_dashboard_nor_a_node() -> None:
+    """The dashboard on loopback, a token for every node, and no other port open to all."""
+    config = yaml.safe_load(CLUSTER.read_text())
+    (head,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    (worker,) = [command for command in config["worker_start_ray_commands"] if "ray start" in command]
+    assert head.split() == [
+        "RAY_AUTH_MODE=token",
+        "ray",
+        "start",
+        "--head",
+        "--port=6379",
+        "--dashboard-host=127.0.0.1",
+        "--autoscaling-config=~/ray_bootstrap_config.yaml",
+    ]
+    assert worker.split() == ["RAY_AUTH_MODE=token", "ray", "start", "--address=$RAY_HEAD_IP:6379"]
+    (notice,) = [command for command in config["worker_start_ray_commands"] if "drain-node" in command]
+    assert notice.startswith("RAY_AUTH_MODE=token") and "DRAIN_NODE_REASON_PREEMPTION" in notice
+    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "0.0.0.0" not in CLUSTER.read_text()
+
+
+def test_workers_come_and_go_and_the_head_stays() -> None:
+    """Spot workers from none to eight; a head on demand, which is no worker."""
+    config = yaml.safe_load(CLUSTER.read_text())
+    head, worker = (config["available_node_types"][name] for name in ("head", "gpu_worker"))
+    assert config["head_node_type"] == "head" and config["max_workers"] == worker["max_workers"] == 8
+    assert worker["min_workers"] == 0 and config["idle_timeout_minutes"] == 10
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in head["node_config"]
 
 
 @pytest.mark.parametrize("kind", ["head_start_ray_commands", "worker_start_ray_commands", "setup_commands"])
