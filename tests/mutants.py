@@ -1,6 +1,6 @@
 """Planted mistakes, and the test that notices each: `python -m tests.mutants [NAME...] [--jobs N]`.
 
-`mutants.yaml` beside this file is the table. A row names a file of the package, a piece of its text, the mistake that
+The tables are the YAML files in `planted/`. A row names a file of the package, a piece of its text, the mistake that
 replaces it, and a test. Each mistake is planted alone, in a copy of the tree, and its test is run there. A mistake
 whose test passes all the same is a survivor: it is printed, and the exit code is 1. Every bug that is mended in the
 package gets a row.
@@ -9,8 +9,9 @@ package gets a row.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -25,15 +26,18 @@ from typing import NamedTuple
 import yaml
 
 ROOT = Path(__file__).parents[1]
-TABLE = Path(__file__).with_suffix(".yaml")
-_COPIED = ("tune_ego", "tests", "search_spaces", "docs", "pyproject.toml", "README.md", "cluster.yaml")
+TABLES = Path(__file__).parent / "planted"
+_COPIED = ("tune_ego", "tests", "search_spaces", "docs", ".ci", "pyproject.toml", "README.md", "cluster.yaml")
+_IMPORTED = ["torch", "torchvision.io", "cv2", "av", "pyarrow.parquet", "pyarrow.fs", "pydantic", "rich.console"]
+_IMPORTED += ["simplejpeg", "typer", "matplotlib.pyplot", "optuna", "ray.tune", "ray.train", "pytest"]
+"""Packages that are imported once: each test runs in a fork of the process that has them."""
 _PASSED, _FAILED = 0, 1  # exit codes of pytest
-_SECONDS = 180
+_SECONDS = 300
 """Time limit of one test: a mistake may make a loop endless."""
 
 
 class Mutant(NamedTuple):
-    """A planted mistake: one row of the table."""
+    """A planted mistake: one row of a table."""
 
     name: str
     file: str
@@ -44,13 +48,12 @@ class Mutant(NamedTuple):
     test: str
     """Node id of the test that has to fail, as pytest takes it."""
 
-    def plant(self, tree: Path) -> None:
-        """Write the mistake into a copy of the tree. Raises `ValueError` where its place is not there, or not alone."""
-        path = tree / self.file
-        path.write_text(self.spoilt(path.read_text()))
-
     def spoilt(self, text: str) -> str:
-        """The file's text with the mistake. YAML takes the common indentation of several lines away: it may be any."""
+        """The file's text with the mistake.
+
+        YAML strips the common indentation of several lines, so any indentation matches. Raises `ValueError` where the
+        text to replace is absent or occurs twice.
+        """
         for width in range(0, 28, 4):
             old, new = (textwrap.indent(piece, " " * width) for piece in (self.old, self.new))
             if count := text.count(old):
@@ -60,11 +63,12 @@ class Mutant(NamedTuple):
         return text.replace(old, new)
 
 
-def read_table() -> list[Mutant]:
-    """Read all rows, in their order."""
+def read_tables() -> list[Mutant]:
+    """Read all rows, in the order of the files' names."""
     return [
         Mutant(row["name"], row["file"], row["old"].rstrip("\n"), row["new"].rstrip("\n"), row["test"])
-        for row in yaml.safe_load(TABLE.read_text())
+        for table in sorted(TABLES.glob("*.yaml"))
+        for row in yaml.safe_load(table.read_text())
     ]
 
 
@@ -82,20 +86,41 @@ def copied_tree() -> Iterator[Path]:
         yield tree
 
 
-def run_tests(tree: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy of the tree, slow ones too."""
+def _run_pytest(tree: str, tests: list[str], output: str) -> None:
+    """Body of a forked process: run tests in a copy of the tree, slow ones too, and exit with pytest's code."""
+    import pytest
+
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tune_ego")]:
+        del sys.modules[name]
+    os.chdir(tree)
+    sys.path.insert(0, tree)
+    sys.dont_write_bytecode = True
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     options = ["-q", "-x", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", f"--timeout={_SECONDS}"]
-    command = [sys.executable, "-B", "-m", "pytest", *options, *tests]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    os._exit(int(pytest.main([*options, f"--basetemp={output}.files", *tests])))
+
+
+def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
+    """Run tests in a copy of the tree; return (pytest's exit code, its output)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    output = tree.with_suffix(".output")
+    process = context.Process(target=_run_pytest, args=(str(tree), tests, str(output)))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, output.read_text() if output.exists() else ""
 
 
 def verdict(mutant: Mutant, tree: Path) -> str:
     """Plant a mistake in a copy of the tree, run its test, and restore the file: `noticed`, or the fault."""
     path = tree / mutant.file
     before = path.read_text()
-    mutant.plant(tree)
+    path.write_text(mutant.spoilt(before))
     try:
-        code = run_tests(tree, [mutant.test]).returncode
+        code, _ = run_tests(tree, [mutant.test])
     finally:
         path.write_text(before)
     return {_FAILED: "noticed", _PASSED: "SURVIVED"}.get(code, f"NO VERDICT: pytest ended with {code}")
@@ -105,9 +130,9 @@ def check_mutants(mutants: list[Mutant], jobs: int) -> int:
     """Print a line for each mutant and a summary; return how many were not noticed."""
     start, not_noticed = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool, copied_tree() as whole:
-        sound = run_tests(whole, list(dict.fromkeys(mutant.test for mutant in mutants)))
-        if sound.returncode != _PASSED:
-            raise SystemExit(f"{sound.stdout}\nThe tests have to pass before mistakes are planted.")
+        code, output = run_tests(whole, list(dict.fromkeys(mutant.test for mutant in mutants)))
+        if code != _PASSED:
+            raise SystemExit(f"{output}\nThe tests have to pass before mistakes are planted.")
         trees: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):
             trees.put(shutil.copytree(whole, whole.parent / str(number)))
@@ -128,12 +153,12 @@ def check_mutants(mutants: list[Mutant], jobs: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plant mistakes, one at a time, and run the test that notices each.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="rows of mutants.yaml, or beginnings of their names")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows of the tables, or beginnings of their names")
     parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
     options = parser.parse_args()
-    mutants = [row for row in read_table() if not options.names or row.name.startswith(tuple(options.names))]
+    mutants = [row for row in read_tables() if not options.names or row.name.startswith(tuple(options.names))]
     if not mutants:
-        raise SystemExit(f"no row of {TABLE.name} begins with {', '.join(options.names)}")
+        raise SystemExit(f"no row in {TABLES.name}/ begins with {', '.join(options.names)}")
     raise SystemExit(1 if check_mutants(mutants, options.jobs) else 0)
 
 
