@@ -81,8 +81,9 @@ def handmade_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """The models here are tiny: two threads would wait for each other."""
+    torch.set_num_threads(1)
 
 
 def tiny_config(**changes: object) -> Config:

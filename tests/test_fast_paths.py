@@ -31,12 +31,6 @@ iterations."""
 Change = Callable[[Trainer], object]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """Tensors are tiny here: a second thread costs more than it computes."""
-    torch.set_num_threads(1)
-
-
 def losses_of(change: Change = lambda _: None, **keys: Any) -> tuple[torch.Tensor, Trainer]:
     """(losses of 8 iterations, [iterations, streams, 3], the trainer)."""
     trainer = Trainer(tiny_config(train__iterations=_ITERATIONS, train__precision="off", **keys), ORIGIN, CPU)

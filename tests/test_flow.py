@@ -15,12 +15,6 @@ from tune_ego.dataset.tv_l1 import median_filter, tv_l1
 from tune_ego.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """Threads that wait for each other make TV-L1 crawl where others use the machine too."""
-    torch.set_num_threads(1)
-
-
 def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A grey image [H, W] uint8 that is smooth enough to follow and has no two places alike."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (height // 6, width // 6)).astype(np.float32)

@@ -18,12 +18,6 @@ from tune_ego.model.stam import AttentionBlock, scale_attention
 from tune_ego.model.two_stream import CHANNELS
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """Tensors are tiny here: a second thread costs more than it computes."""
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(
     ("modality", "depth", "parameters"),
     [

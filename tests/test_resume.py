@@ -137,7 +137,6 @@ def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, r
             with (tmp_path / "reports").open("a") as file:
                 print(metrics[0]["iteration"], file=file)
 
-    torch.set_num_threads(1)  # as the worker has
     config = tiny_config(train__iterations=6, streams="rgb")
     run = str(tmp_path / "run")
     whole = trainer_of(shards, config)
