@@ -141,7 +141,7 @@ def test_the_metrics_of_a_checkpoint_are_on_disk_before_it(
 
     monkeypatch.setattr(reporter, "write_checkpoint", write)
     report = a_reporter(tmp_path, final=final)
-    lines = [{"iteration": 1}, METRICS, {"iteration": 3}, {**METRICS, "iteration": 4}]
+    lines: list[dict[str, Any]] = [{"iteration": 1}, METRICS, {"iteration": 3}, {**METRICS, "iteration": 4}]
     for line in lines:
         report(line, trained(line["iteration"]).checkpoint() if experiment.METRIC in line else None)
     report.wait()

@@ -46,15 +46,14 @@ def validation_row(row: int) -> ClipBatch:
 def validation_batches(rank: int) -> Iterator[ClipBatch]:
     for item in range(2):
         first, second = (validation_row(4 * item + 2 * rank + place) for place in range(2))
-        pairs = zip(first, second)
-        yield ClipBatch(*(torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+        yield ClipBatch(*(torch.cat([a, b]) for a, b in zip(first, second) if a is not None and b is not None))
 
 
 @contextmanager
 def double_precision() -> Iterator[None]:
     """Models and clips in float64: rounding would grow over the steps of so small a net."""
     single = ClipBatch.clips
-    ClipBatch.clips = lambda batch: {name: clip.double() for name, clip in single(batch).items()}  # type: ignore[method-assign]
+    ClipBatch.clips = lambda self: {name: clip.double() for name, clip in single(self).items()}  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -117,7 +116,7 @@ def results(rank: int) -> dict[str, Any]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """`results` of the two workers."""
     folder = tmp_path_factory.mktemp("workers")
-    processes.spawn(work, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    processes.spawn(work, (str(folder),), nprocs=2)  # type: ignore[attr-defined]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
