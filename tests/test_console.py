@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tune_ego import console as module
 from tune_ego.console import clip_progress, percent, print_table, say
 
 
@@ -33,8 +32,8 @@ def test_progress_counts_clips_and_says_the_time_left(
 ) -> None:
     """10 of 100 clips were done before; then 20 clips every 40 s: half a clip a second. A line at most each minute."""
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    monkeypatch.setattr(module.console, "get_time", lambda: now)
+    monkeypatch.setattr("tune_ego.console.time.monotonic", lambda: now)
+    monkeypatch.setattr("tune_ego.console.console.get_time", lambda: now)
     with clip_progress(100, 10) as advance:
         for _ in range(3):
             now += 40

@@ -134,7 +134,7 @@ def test_export_train_evaluate(
     tmp_path: Path, shards: str, known_search: KnownSearch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = export_best(str(known_search.root), str(tmp_path / "best.yaml"))
-    assert (best.id, best.accuracy) == ("00000", pytest.approx(known_search.accuracy))
+    assert best.id == "00000" and best.accuracy == pytest.approx(known_search.accuracy)
     exported = load_config(tmp_path / "best.yaml")
     assert (exported.train.iterations, exported.label, exported.optimizer.lr) == (3000, "right", 1e-12)
     assert exported == override_config(best.config, {"train.iterations": 3000}, "t")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from torch.multiprocessing.spawn import spawn
 
 from tests import literal
 from tests.conftest import tiny_config
@@ -116,7 +116,7 @@ def results(rank: int) -> dict[str, Any]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """`results` of the two workers."""
     folder = tmp_path_factory.mktemp("workers")
-    processes.spawn(work, (str(folder),), nprocs=2)  # type: ignore[attr-defined]
+    spawn(work, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
