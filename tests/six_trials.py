@@ -1,4 +1,4 @@
-"""A search of seven trials written by hand: one finished, one stopped, two running, one failed, one pending, one to come.
+"""A search of seven trials by hand: one finished, one stopped, two running, one failed, one pending, one to come.
 
 Its rungs are 20, 40 and 80 of 100 iterations. Every figure that a test expects of it is worked out from these lines.
 """

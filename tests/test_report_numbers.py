@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.six_trials import SPACE, drive_elsewhere, write_json, write_six_trials
+from tests.six_trials import SPACE, write_json, write_six_trials
 from tune_ego import __version__
 from tune_ego.report.evaluation import read_evaluation
 from tune_ego.report.numbers import SERIES, experiment_numbers, published_numbers
@@ -21,14 +21,13 @@ def numbers_of(root: Path, *options: str) -> dict[str, Any]:
     return experiment_numbers(found, read_evaluation(found.experiment, None), list(options))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_six_trials(tmp_path_factory.mktemp("folder") / "six")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_six_trials(tmp_path / "six")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def numbers(root: Path) -> dict[str, Any]:
-    drive_elsewhere(root)
     return numbers_of(root, "--data", "my shards")
 
 
