@@ -257,6 +257,20 @@ def test_importance_is_of_the_parameter_that_decides() -> None:
     assert importance_numbers(make_search(RANGES, dict(list(trials.items())[:12])))["why"] == ""
 
 
+def test_importance_is_of_the_best_quarter() -> None:
+    """The best 4 of 16 have high learning rates and any patience; the worst 4 a long patience and any rate."""
+    pytest.importorskip("optuna")
+    trials: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    for n in range(16):
+        rate = 0.5 + 0.1 * (n - 12) if n >= 12 else 1e-5 * 2 ** (5 * n % 12)
+        patience = 195 + n if n < 4 else 1 + 37 * n % 180
+        sampled = {"optimizer.name@0": "sgd", "optimizer.lr@0": rate, "schedule.patience@0": patience}
+        trials[f"{n:05d}"] = (sampled, [validation(20, n / 100)])
+    numbers = importance_numbers(make_search(RANGES, trials))
+    shares = {entry["key"]: entry["share"] for entry in numbers["entries"]}
+    assert shares["optimizer.lr"] > 2 * shares["schedule.patience"]
+
+
 def test_a_stop_belongs_to_the_last_rung_before_it() -> None:
     """Rungs 10 and 30 of 90 iterations: a trial at a rung has come to it, one before it has not."""
     space = "base: {train: {iterations: 90}}\nscheduler: {name: asha, grace: 10, reduction: 3}"

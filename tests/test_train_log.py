@@ -140,6 +140,12 @@ def test_a_resumed_run_s_first_line_is_since_its_start(clock: Clock) -> None:
     assert [metrics["losses"] for metrics, _ in reports] == [[[6.0, 60.0]], [[8.0, 80.0]]]
 
 
+def test_speed_is_of_all_passes_and_workers(clock: Clock) -> None:
+    """Batches of 8 in 2 passes: 8 clips in an iteration of 4 s."""
+    reports = run(clock, StubTrainer(clock, 0, train__batch_size=8, train__accumulate=2), 1, set(), [])
+    assert [metrics["clips_per_second"] for metrics, _ in reports] == [2.0]
+
+
 def test_a_checkpoint_between_validations_keeps_the_losses_of_the_line_to_come(clock: Clock) -> None:
     """After iteration 2; the time that it takes counts among the next line's, as nothing else logs it."""
     trainer = StubTrainer(clock, 0, train__log_every=3)
