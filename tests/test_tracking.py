@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import tiny_config
 from tests.test_search import write_space
-from tune_ego import experiment
+from tune_ego import experiment, tracking
 from tune_ego.errors import UserError
 from tune_ego.experiment import METRIC, Trial
-from tune_ego.tracking import flat, make_trackers, run_tracked, tracked
+from tune_ego.tracking import _Follower, flat, make_trackers, run_tracked, tracked
 from tune_ego.tune import start_search
 
 
@@ -65,19 +65,44 @@ def check_event_file(folder: str, trial: Trial) -> None:
     }
 
 
-def test_mlflow_goes_on_with_the_run_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_goes_on_with_the_runs_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trials, first interrupted after 2 lines: each value once, at its iteration, in the run of its own trial."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = str(tmp_path / "search")
-    lines = [{"iteration": n, "train_loss": 1.0 / n} for n in range(1, 5)]
-    for state, last, status in (("interrupted", 2, "KILLED"), ("finished", 4, "FINISHED")):
-        trial = Trial("00000", state, f"{root}/runs/00000", {}, 0, tiny_config(), lines[:last])
-        with tracked(make_trackers(["mlflow"], root), lambda trial=trial: [trial]):  # type: ignore[misc]
+    for last, states, statuses in (
+        (2, ("interrupted", "running"), ("KILLED", "KILLED")),
+        (4, ("finished", "failed"), ("FINISHED", "FAILED")),
+    ):
+        trials = [
+            Trial(
+                name,
+                state,
+                f"{root}/runs/{name}",
+                {},
+                0,
+                tiny_config(seed=seed, optimizer__lr=lr),
+                [{"iteration": 10 * n, "train_loss": loss / n, METRIC: n / 10} for n in range(1, last + 1)],
+            )
+            for name, state, seed, lr, loss in (
+                ("00000", states[0], 3, 0.25, 1.0),
+                ("00001", states[1], 4, 0.5, 6.0),
+            )
+        ]
+        with tracked(make_trackers(["mlflow"], root), lambda trials=trials: trials):  # type: ignore[misc]
             pass
         client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-        (run,) = runs_of(client, "search").values()
-        assert run.info.status == status
-        assert logged(client, run, "train_loss") == [(n, 1.0 / n) for n in range(1, last + 1)]
+        runs = runs_of(client, "search")
+        assert sorted(runs) == ["00000", "00001"] and len(client.search_runs([runs["00000"].info.experiment_id])) == 2
+        assert (runs["00000"].info.status, runs["00001"].info.status) == statuses
+        assert (runs["00000"].data.tags["tune_ego.state"], runs["00001"].data.tags["tune_ego.state"]) == states
+        params = [(runs[name].data.params["seed"], runs[name].data.params["optimizer.lr"]) for name in sorted(runs)]
+        assert params == [("3", "0.25"), ("4", "0.5")]
+        losses = [(10, 1.0), (20, 0.5), (30, 1 / 3), (40, 0.25)][:last]
+        assert logged(client, runs["00000"], "train_loss") == losses
+        assert logged(client, runs["00001"], "train_loss") == [(10, 6.0), (20, 3.0), (30, 2.0), (40, 1.5)][:last]
+        assert logged(client, runs["00001"], METRIC) == [(10, 0.1), (20, 0.2), (30, 0.3), (40, 0.4)][:last]
+        assert "iteration" not in runs["00000"].data.metrics
 
 
 def test_wandb_keeps_a_final_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +124,101 @@ def test_wandb_keeps_a_final_run_offline(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tensorboard_has_each_line_once_after_a_second_start(tmp_path: Path) -> None:
     config, run = tiny_config(), str(tmp_path / "run")
-    for upto in (3, 5):
+    for upto in (3, 4):
         with run_tracked(["tensorboard"], config, run):
-            experiment.write_metrics(run, [{"iteration": n, "train_loss": 1 / n} for n in range(1, upto + 1)])
+            lines: list[dict[str, Any]] = [{"iteration": 5 * n, "train_loss": 2.0 / n} for n in range(1, upto + 1)]
+            lines[1] |= {METRIC: 0.75, "val_loss": 1.5}
+            lines[2] |= {METRIC: 0.25, "val_loss": 2.5}
+            experiment.write_metrics(run, lines)
     events = EventAccumulator(f"{run}/tensorboard/run", {"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4, 5]
+    scalars = {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
+    assert scalars == {
+        "train_loss": [(5, 2.0), (10, 1.0), (15, pytest.approx(2 / 3)), (20, 0.5)],
+        METRIC: [(10, 0.75), (15, 0.25)],
+        "val_loss": [(10, 1.5), (15, 2.5)],
+    }
+
+
+def test_tensorboard_s_table_has_a_trial_s_best_accuracy(tmp_path: Path) -> None:
+    board = make_trackers(["tensorboard"], str(tmp_path))["tensorboard"]
+    run = board.begin(Trial("00007", "running", str(tmp_path), {}, 0, tiny_config(), []))
+    for n, accuracy in enumerate((0.25, 0.75, 0.5), start=1):
+        board.log(run, [{"iteration": n, METRIC: accuracy}, {"iteration": 10 * n, "train_loss": 9.0}])
+    assert run.last == {METRIC: 0.75} and run.folder == f"{tmp_path}/tensorboard/00007"
+    board.end(run, "finished")
+
+
+class Recorder:
+    """A tracker that notes its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def begin(self, trial: Trial) -> str:
+        self.calls.append(("begin", trial.id))
+        return f"run of {trial.id}"
+
+    def log(self, run: str, lines: list[dict[str, float]]) -> None:
+        self.calls.append(("log", run, lines))
+
+    def end(self, run: str, state: str) -> None:
+        self.calls.append(("end", run, state))
+
+
+def test_each_line_is_handed_on_once_and_each_run_ended_once() -> None:
+    """New lines alone, and numbers alone; a trial without a line has no run; at the last look every run ends."""
+
+    def trial(name: str, state: str, *iterations: int) -> Trial:
+        lines: list[dict[str, Any]] = [{"iteration": n, "x": n / 2} for n in iterations]
+        return Trial(name, state, "", {}, 0, tiny_config(), lines)
+
+    recorder = Recorder()
+    follower = _Follower("stub", recorder)
+    looks = [
+        [trial("a", "running", 10, 20), trial("b", "pending")],
+        [trial("a", "running", 10, 20, 30), trial("b", "running", 10)],
+        [trial("a", "finished", 10, 20, 30), trial("b", "running", 10)],
+        [trial("a", "finished", 10, 20, 30), trial("b", "running", 10, 20)],
+    ]
+    looks[0][0].metrics[0] |= {"y": "text", "z": float("nan"), "w": 3}
+    for number, look in enumerate(looks):
+        follower.hand_on(look, last=number == 3)
+    assert recorder.calls == [
+        ("begin", "a"),
+        ("log", "run of a", [{"iteration": 10, "x": 5.0, "w": 3}, {"iteration": 20, "x": 10.0}]),
+        ("log", "run of a", [{"iteration": 30, "x": 15.0}]),
+        ("begin", "b"),
+        ("log", "run of b", [{"iteration": 10, "x": 5.0}]),
+        ("log", "run of a", []),
+        ("end", "run of a", "finished"),
+        ("log", "run of b", []),
+        ("log", "run of b", [{"iteration": 20, "x": 10.0}]),
+        ("end", "run of b", "running"),
+    ]
+
+
+def test_a_run_is_tracked_while_it_trains_and_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look every few seconds, and one after the body, with what was written last."""
+    monkeypatch.setattr(tracking, "_LOOK_EVERY", 0.01)
+    recorder, run = Recorder(), str(tmp_path / "run")
+    monkeypatch.setattr(tracking, "make_trackers", lambda names, root: {"stub": recorder})
+    with run_tracked(["stub"], tiny_config(), run):
+        experiment.write_metrics(run, [{"iteration": 1, "x": 1.0}])
+        for _ in range(500):
+            if len(recorder.calls) > 1:
+                break
+            time.sleep(0.01)
+        assert recorder.calls[:2] == [("begin", "run"), ("log", "run of run", [{"iteration": 1, "x": 1.0}])]
+        experiment.write_metrics(run, [{"iteration": 1, "x": 1.0}, {"iteration": 2, "x": 2.0}])
+        (tmp_path / "run" / "final").mkdir()
+        (tmp_path / "run" / "final" / "model.pt").write_bytes(b"")
+    lines = [line for call in recorder.calls if call[0] == "log" for line in call[2]]
+    assert lines == [{"iteration": 1, "x": 1.0}, {"iteration": 2, "x": 2.0}]
+    assert [call for call in recorder.calls if call[0] != "log"] == [
+        ("begin", "run"),
+        ("end", "run of run", "finished"),
+    ]
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(
@@ -125,8 +239,16 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(
 
 
 def test_every_value_of_a_configuration_has_its_dotted_key() -> None:
-    values = flat(tiny_config())
-    assert (values["model.width"], values["optimizer.name"], values["seed"]) == (0.05, "ranger", 0)
+    values = flat(tiny_config(data__split=2, compute__gpus_per_worker=0.5))
+    some = {key: values[key] for key in ("seed", "model.width", "optimizer.name", "optimizer.betas", "data.split")}
+    assert some == {
+        "seed": 0,
+        "model.width": 0.05,
+        "optimizer.name": "ranger",
+        "optimizer.betas": [0.95, 0.999],
+        "data.split": 2,
+    }
+    assert values["compute.gpus_per_worker"] == 0.5 and values["init_from.rgb"] is None
     assert not any(isinstance(value, dict) for value in values.values())
 
 
