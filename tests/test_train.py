@@ -296,8 +296,9 @@ def test_auto_precision_is_off_on_a_cpu() -> None:
 def test_every_model_of_the_search_spaces_builds_and_trains(shards: str) -> None:
     """Each different model that the shipped search spaces can give, narrow and on small crops, once. Dropout's rate and
     `copy_init` change no shape."""
-    small = {key: value for key, value in TINY.items() if key.startswith(("data.", "model.width", "train."))}
-    small = {**small, "train.precision": "off", "compute.workers": 1, "model.dropout": 0.5, "model.copy_init": False}
+    kept = ("data.", "model.width", "train.")
+    small: dict[str, Any] = {key: value for key, value in TINY.items() if key.startswith(kept)}
+    small |= {"train.precision": "off", "compute.workers": 1, "model.dropout": 0.5, "model.copy_init": False}
     models = {}
     paths = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
     for path in paths:

@@ -116,7 +116,7 @@ def results(rank: int) -> dict[str, Any]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """`results` of the two workers."""
     folder = tmp_path_factory.mktemp("workers")
-    spawn(work, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
