@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
-from tune_ego.dataset.prepare import Settings, prepare
+from tune_ego.dataset.prepare import Settings, ShardResult, ShardTask, prepare, write_task
 from tune_ego.dataset.synthetic import synthesize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -57,6 +58,26 @@ def shards(egtea: Path, ray_cluster: None) -> str:
     out = egtea.parent / "shards"
     prepare(str(egtea), str(out), Settings((48, 36)))
     return str(out)
+
+
+@contextmanager
+def no_ray(address: str | None) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let `prepare` make its shards in this process, without Ray; the names of those that it makes."""
+    names: list[str] = []
+
+    def run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
+        for task in tasks:
+            names.append(task.shard)
+            yield write_task(task, out, settings)
+
+    monkeypatch.setattr("tune_ego.dataset.prepare.ray_session", no_ray)
+    monkeypatch.setattr("tune_ego.dataset.prepare._run", run)
+    return names
 
 
 @pytest.fixture(autouse=True)

@@ -185,7 +185,8 @@ def test_absent_annotations_are_named(tmp_path: Path) -> None:
 def test_stratified_folds_are_dealt_out_in_turn_inside_each_class_and_role() -> None:
     """Class 1: ten training clips; class 2: ten training and five test clips."""
     actions = [1, 2, 2] * 5 + [1, 2] * 5
-    roles = [("train",), ("train",), ("test",)] * 5 + [("train",), ("train",)] * 5
+    train, test = ("train",), ("test",)
+    roles: list[tuple[str, ...]] = [*[train, train, test] * 5, *[train, train] * 5]
     # NumPy's default_rng(0).permutation(25), in which the clips of each group are taken.
     shuffled = [19, 4, 10, 11, 24, 2, 23, 6, 16, 22, 3, 21, 8, 0, 20, 12, 18, 13, 7, 5, 17, 14, 9, 1, 15]
     expected = [-1] * 25

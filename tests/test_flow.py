@@ -176,7 +176,7 @@ def test_pixels_of_the_stored_levels() -> None:
 
 
 def test_torch_methods_take_a_gpu() -> None:
-    assert {name: flow.uses_gpu(name) for name in ("dis", "farneback", "tvl1", "raft")} == {  # type: ignore[arg-type]
+    assert {name: flow.uses_gpu(name) for name in ("dis", "farneback", "tvl1", "raft")} == {
         "dis": False,
         "farneback": False,
         "tvl1": True,

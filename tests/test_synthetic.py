@@ -183,6 +183,13 @@ def test_the_verb_is_the_motion_of_the_object(made: Path) -> None:
     assert stir == pytest.approx((5.1, 5.1), abs=1)
 
 
+def test_a_distractor_has_another_noun_and_lies_elsewhere(made: Path) -> None:
+    """A third of the image away, between the middles of both paths."""
+    for clip, (_, _, noun) in [*labels_of(made).items()][::6]:
+        target, other = (np.mean(centres(made, clip, kind), axis=0) for kind in (noun, 3 - noun))
+        assert np.linalg.norm(target - other) > 0.3
+
+
 def test_one_session_in_two_is_of_each_gaze_layout(made: Path) -> None:
     folder = made / "gaze_data" / "gaze_data"
     heads = {file.stem: file.read_bytes().split(b"\r\n")[:10] for file in folder.iterdir()}

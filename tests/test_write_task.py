@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -15,8 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, parse_clip_name
-from tune_ego.dataset.prepare import Settings, ShardResult, ShardTask, plan, prepare, write_task
+from tune_ego.dataset.annotations import (
+    AnnotatedClip,
+    Annotations,
+    find_clips,
+    find_gaze,
+    parse_clip_name,
+    read_annotations,
+)
+from tune_ego.dataset.closing import close
+from tune_ego.dataset.prepare import Settings, ShardTask, plan, prepare, write_task
 from tune_ego.dataset.shards import Problem, read_shard_records
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
@@ -106,14 +113,23 @@ def task_of(root: Path, names: list[str], gaze: bool = True) -> ShardTask:
     return ShardTask("frames/part-0000.parquet", clips, videos, [gaze_file] * len(names), {f"{SESSION}.txt": "1"})
 
 
-def rows_of(out: Path, clip: str) -> list[dict[str, object]]:
+def write_shards(root: Path, out: Path, settings: Settings = SETTINGS) -> str:
+    """The finished data set of a folder."""
+    annotations = read_annotations(root)
+    results = [write_task(task, str(out), settings) for task in plan(annotations, find_clips(root), find_gaze(root))]
+    records, problems = ([entry for result in results for entry in result[part]] for part in (0, 1))
+    close(annotations, records, problems, settings.record(), str(out), False)  # type: ignore[arg-type]
+    return str(out)
+
+
+def rows_of(out: Path, clip: str) -> list[dict[str, Any]]:
     rows = pq.ParquetFile(out / "frames" / "part-0000.parquet").read().to_pylist()
     return [row for row in rows if row["clip"] == clip]
 
 
-def decoded(row: dict[str, object], column: str) -> np.ndarray:
+def decoded(row: dict[str, Any], column: str) -> np.ndarray:
     flag = cv2.IMREAD_COLOR_RGB if column == "rgb" else cv2.IMREAD_UNCHANGED
-    return np.asarray(cv2.imdecode(np.frombuffer(row[column], np.uint8), flag))  # type: ignore[call-overload]
+    return np.asarray(cv2.imdecode(np.frombuffer(row[column], np.uint8), flag))
 
 
 @pytest.mark.parametrize(("offset", "first"), [(0, 40), (2, 42), (-3, 37)])
@@ -276,26 +292,6 @@ def test_a_task_names_its_files_and_their_identities(root: Path) -> None:
     assert task.sources[f"{SESSION}.txt"] == hashlib.sha256(text).hexdigest()[:16]
     (task,) = plan(Annotations(["a"], ["v"], ["n"], clips), videos, {})
     assert task.gaze == [None] * 3 and f"{SESSION}.txt" not in task.sources
-
-
-@contextmanager
-def no_ray(address: str | None) -> Iterator[None]:
-    yield
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Shards are made in this process; the names of those that were."""
-    done: list[str] = []
-
-    def run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
-        for task in tasks:
-            done.append(task.shard)
-            yield write_task(task, out, settings)
-
-    monkeypatch.setattr("tune_ego.dataset.prepare.ray_session", no_ray)
-    monkeypatch.setattr("tune_ego.dataset.prepare._run", run)
-    return done
 
 
 def test_changed_annotations_are_not_mixed_with_former_shards(tmp_path: Path, made: list[str]) -> None:
