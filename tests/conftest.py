@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from tests.handmade import write_handmade
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
-from tune_ego.dataset.prepare import Settings, prepare
+from tune_ego.dataset.prepare import Settings, ShardResult, ShardTask, prepare, write_task
 from tune_ego.dataset.synthetic import synthesize
 
 if TYPE_CHECKING:
@@ -78,6 +79,26 @@ def known_search(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Known
 def handmade_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Ten clips whose images say which frame they show (`tests.handmade`); made without Ray."""
     return write_handmade(tmp_path_factory.mktemp("handmade"))
+
+
+@contextmanager
+def no_ray(address: str | None) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let `prepare` make its shards in this process, without Ray; the names of those that it makes."""
+    names: list[str] = []
+
+    def run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
+        for task in tasks:
+            names.append(task.shard)
+            yield write_task(task, out, settings)
+
+    monkeypatch.setattr("tune_ego.dataset.prepare.ray_session", no_ray)
+    monkeypatch.setattr("tune_ego.dataset.prepare._run", run)
+    return names
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.test_write_task import MOVING, SESSION, SHORT, STILL, rows_of, task_of, write_folder, write_shards
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
-from tune_ego.dataset.check import check
-from tune_ego.dataset.flow import FlowMethod
-from tune_ego.dataset.inspection import draw_clip, flow_colours, show_counts
+from tune_ego.dataset.check import Estimate, _show_estimate, _size, check
+from tune_ego.dataset.flow import FlowMethod, FlowName
+from tune_ego.dataset.inspection import contact_sheet, draw_clip, draw_gaze, flow_colours, overlay, show_counts
 from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings, plan, write_task
 from tune_ego.dataset.shards import Problem, open_shards
 from tune_ego.errors import UserError
@@ -59,11 +61,108 @@ def test_a_whole_folder_is_ready(egtea: Path, tmp_path: Path, capsys: pytest.Cap
     assert "prepare would keep 40 clips and leave out 0" in capsys.readouterr().out
 
 
-def test_the_estimated_size_is_that_of_the_shards(egtea: Path, shards: str) -> None:
-    stored = sum(path.stat().st_size for path in (Path(shards) / "frames").rglob("*.parquet"))
-    estimate = check(str(egtea), SETTINGS).estimate
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Three clips of 20, 10 and 3 frames in one session, with gaze at its frames 0 to 59 without 44."""
+    return write_folder(tmp_path / "small")
+
+
+FACTS = {
+    "clips annotated": 3,
+    "clips usable": 3,
+    "frames": 33,
+    "clips under 16 frames": 2,
+    "videos without annotation": 0,
+    "sizes": {"64x48": 3},
+    "sessions": 1,
+    "sessions with gaze": 1,
+    "clips without gaze": 0,
+}
+LENGTH = Problem(SHORT, "length", "3 frames, its name says 2", kept=True)
+
+
+@pytest.mark.parametrize(
+    ("offset", "with_gaze", "problems"),
+    [
+        (0, 32, []),
+        (-20, 23, []),  # the first clip starts 10 frames before the gaze
+        (15, 24, [Problem(SHORT, "gaze", NO_USABLE_GAZE, kept=True)]),
+        (
+            40,
+            10,
+            [
+                Problem(SESSION, "gaze", "only 30.3 % of its frames have gaze", kept=True),
+                Problem(MOVING, "gaze", NO_USABLE_GAZE, kept=True),
+                Problem(SHORT, "gaze", NO_USABLE_GAZE, kept=True),
+            ],
+        ),
+    ],
+)
+def test_facts_of_a_small_folder(small: Path, offset: int, with_gaze: int, problems: list[Problem]) -> None:
+    verdict = check(str(small), Settings((64, 48), frame_offset=offset))
+    videos = (small / "cropped_clips").glob("*.mp4")
+    without = sum(problem.reason == NO_USABLE_GAZE for problem in problems)
+    assert verdict.facts == {
+        **FACTS,
+        "bytes of video": sum(path.stat().st_size for path in videos),
+        "clips without gaze": without,
+        "frames with gaze": with_gaze / 33,
+    }
+    assert sorted(verdict.problems) == sorted([LENGTH, *problems])
+
+
+def test_a_session_without_a_gaze_file_is_named_once(small: Path) -> None:
+    (small / "gaze_data" / f"{SESSION}.txt").unlink()
+    verdict = check(str(small), Settings((64, 48)))
+    assert verdict.problems == [LENGTH, Problem(SESSION, "gaze", "no gaze file of this session", kept=True)]
+    names = ("sessions", "sessions with gaze", "clips without gaze", "frames with gaze")
+    assert [verdict.facts[name] for name in names] == [1, 0, 3, 0]
+
+
+def test_lost_gaze_samples_are_counted(small: Path) -> None:
+    file = small / "gaze_data" / f"{SESSION}.txt"
+    file.write_text(file.read_text().replace("\t10\tFix", "\t10x\tFix").replace("\t11\tFix", "\t11x\tFix"))
+    verdict = check(str(small), Settings((64, 48)))
+    assert verdict.problems == [LENGTH, Problem(SESSION, "gaze", "2 of its samples cannot be read", kept=True)]
+
+
+def test_the_size_of_the_shards_is_estimated_from_clips_of_usual_length(small: Path, tmp_path: Path) -> None:
+    """By length the clips have 3, 10 and 20 frames; a quarter, half and three quarters of the way: 3, 10 and 10."""
+    estimate = check(str(small), Settings((64, 48))).estimate
+    write_task(task_of(small, [SHORT, MOVING]), str(tmp_path), Settings((64, 48)))
+    short, moving = (
+        sum(len(row["rgb"]) + len(row["flow"]) for row in rows_of(tmp_path, clip)) for clip in (SHORT, MOVING)
+    )
     assert estimate is not None and estimate.core_seconds > 0
-    assert estimate.bytes == pytest.approx(stored, rel=0.5)  # small files: the footers of the shards weigh in
+    assert estimate.bytes == pytest.approx((short + 2 * moving) / 23 * 33)
+
+
+@pytest.mark.parametrize(
+    ("flow_name", "gpu", "shown"),
+    [
+        ("dis", False, ["on 4 CPU cores, flow dis", "0:30:00", "2.5 GB"]),
+        ("tvl1", True, ["on a GPU, flow tvl1", "2:00:00"]),
+    ],
+)
+def test_time_is_that_of_all_cores_or_of_one_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flow_name: FlowName,
+    gpu: bool,
+    shown: list[str],
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 3, 5, 7})
+    monkeypatch.setattr("tune_ego.dataset.flow.runs_on_gpu", lambda name: gpu)
+    _show_estimate(Estimate(7200.0, 2.5e9), Settings(flow=flow_name), None)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1e9, "1.0 GB"), (999e6, "999.0 MB"), (2.26e12, "2,260.0 GB"), (0, "0.0 MB")]
+)
+def test_sizes_are_decimal(count: float, text: str) -> None:
+    assert _size(count) == text
 
 
 def test_what_is_missing_and_odd_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,18 +197,6 @@ def test_broken_gaze_files_are_refused_after_the_table(folder: Path, capsys: pyt
     printed = "".join(capsys.readouterr().out.split())  # long paths fold, anywhere
     assert all(text in printed for text in (first.stem, second.stem, "NULbytes", absent.stem, "clipsusable"))
     assert "Ready" not in printed
-
-
-def test_clips_that_prepare_would_find_without_gaze_are_named(folder: Path, tmp_path: Path) -> None:
-    gaze = Path(sorted(find_gaze(str(folder)).values())[0].uri)
-    lines = gaze.read_text().splitlines(keepends=True)
-    gaze.write_text("".join(lines[: len(lines) * 3 // 4]))
-    verdict = check(str(folder), SETTINGS)
-    found = {problem for problem in verdict.problems if problem.reason == NO_USABLE_GAZE}
-    tasks = plan(read_annotations(str(folder)), find_clips(str(folder)), find_gaze(str(folder)))
-    problems = {problem for task in tasks for problem in write_task(task, str(tmp_path), SETTINGS).problems}
-    assert found == problems and found
-    assert verdict.facts["clips without gaze"] == len(found)
 
 
 def test_doubled_clips_are_named(folder: Path) -> None:
@@ -169,51 +256,118 @@ def test_check_and_prepare_find_the_same(folder: Path, tmp_path: Path) -> None:
     assert any(word in lost[cut.stem] for word in ("breaks off", "damaged", "decoded"))
 
 
-def test_counts_are_those_of_the_annotations(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
-    show_counts(shards)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    clips = read_annotations(str(Path(shards).parent / "egtea")).clips
-    for split in (1, 2, 3):
-        counts = [sum(clip.roles[split - 1] == role for clip in clips) for role in ("train", "test")]
-        assert [str(split), *map(str, counts)] in lines
-    for session in {clip.name.session for clip in clips}:
-        count = sum(clip.name.session == session for clip in clips)
-        assert any(line[:2] == [session, str(count)] for line in lines)
-    info = open_shards(shards).info
-    assert ["left", "out", "0"] in lines and any(f"{info['clips']}," in line for line in lines)
+def test_counts_of_a_small_data_set(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three clips train in splits 1 and 2; in split 3 one is tested and two are in neither."""
+    data = write_shards(small, tmp_path / "shards")
+    capsys.readouterr()
+    show_counts(data)
+    lines = [" ".join(re.findall(r"[^\s│┃|]+", line)) for line in capsys.readouterr().out.splitlines()]
+    expected = ["clips, frames 3, 33", "images, flow 64 x 48, dis", "left out 0", "without gaze 0"]
+    expected += [
+        "under 16 frames 2",
+        "not as long as named 1",
+        "1 3 0",
+        "2 3 0",
+        "3 0 1",
+        "Classes (4)",
+        "Sessions (1)",
+    ]
+    expected += ["action1 1 10 90.0 %", "action2 1 20 100.0 %", "action3 1 3 100.0 %", "action4 0 0 -"]
+    expected += [f"{SESSION} 3 33 97.0 %"]
+    # One session, and so one fold of sessions; actions 1, 2, 3 are dealt out to folds 0 + 3, 1 + 6 and 2 + 9.
+    expected += [f"{fold} {int(fold in (1, 3, 7))} {3 * (fold == 0)}" for fold in range(10)]
+    assert [line for line in expected if line not in lines] == []
 
 
-def test_the_picture_shows_frames_gaze_and_flow(shards: str, tmp_path: Path) -> None:
-    record = next(row for row in open_shards(shards).table.to_pylist() if row["gaze_frames"] == row["frames"])
-    draw_clip(shards, record["clip"], str(tmp_path / "clip.png"))
+def orange_centres(image: np.ndarray) -> list[tuple[float, float] | None]:
+    """The middle of the gaze circle in each column of a sheet's row of pictures, [48, 8 x 70 + 6]; None without one."""
+    points: list[tuple[float, float] | None] = []
+    for column in range(8):
+        part = image[:, 6 + 70 * column : 70 + 70 * column].astype(int)
+        y, x = np.nonzero((part[..., 0] > 190) & (part[..., 1] < 110) & (part[..., 2] < 90))
+        points.append((x.mean(), y.mean()) if len(x) else None)
+    return points
+
+
+def test_the_picture_shows_frames_gaze_and_flow(small: Path, tmp_path: Path) -> None:
+    """Eight of ten frames, 0, 1, 3, 4, 5, 6, 8, 9: session frames from 40 on, whose gaze is (k / 2, k / 4) pixels.
+
+    Frame 4 has no gaze. Below a title and the columns' labels of 22 pixels are rows of 48 pixels, 6 apart.
+    """
+    draw_clip(write_shards(small, tmp_path / "shards"), MOVING, str(tmp_path / "clip.png"))
     image = np.asarray(cv2.imread(str(tmp_path / "clip.png"), cv2.IMREAD_COLOR_RGB))
-    width, height = open_shards(shards).image_size
-    assert image.shape[1] == 8 * (width + 6) + 6 and image.shape[0] > 3 * height
-    top = image.shape[0] - 3 * (height + 6)
-    frames = image[top : top + height]
-    assert ((frames[..., 0] > 200) & (frames[..., 1] < 90) & (frames[..., 2] < 60)).any()  # the gaze point
-    assert image[top + height + 6 : top + 2 * height + 6].std() > 5
+    assert image.shape == (22 + 22 + 3 * (48 + 6), 8 * (64 + 6) + 6, 3)
+    frames, moved, light = (image[44 + 54 * row : 92 + 54 * row] for row in range(3))
+    for pictures in (frames, light):
+        for place, point in zip((0, 1, 3, 4, 5, 6, 8, 9), orange_centres(pictures)):
+            if place == 4:
+                assert point is None
+            else:
+                assert point == pytest.approx(((40 + place) / 2, (40 + place) / 4), abs=1)
+    # The motion is (3, -2) pixels: hue 326 degrees, at 3.6 of 8 pixels' full colour.
+    for column in range(8):
+        part = moved[8:40, 14 + 70 * column : 62 + 70 * column]
+        assert np.median(part.reshape(-1, 3), axis=0) == pytest.approx((255, 140, 204), abs=12)
+
+
+def test_the_light_is_that_of_the_frame_s_half_window(small: Path, tmp_path: Path) -> None:
+    """With an offset of -18 the first 8 frames of the first clip have no gaze: no light there, and light from 8 on."""
+    data = write_shards(small, tmp_path / "shards", Settings((64, 48), frame_offset=-18))
+    light = contact_sheet(open_shards(data), STILL)[152:200]
+    for column, frame in enumerate((0, 3, 5, 8, 11, 14, 16, 19)):
+        part = light[24:, 6 + 70 * column : 70 + 70 * column].astype(int)
+        grey = (part.max(axis=-1) == part.min(axis=-1)).all()
+        assert grey == (frame < 8)
+
+
+def test_light_lies_where_its_cell_stands_for() -> None:
+    """Cell (2, 5) of 7 x 7 is row 20 and column 50 of 70; half way to the next cells it has half its light.
+
+    0.45 times the grey 100, and 0.55 times viridis' yellow (253, 231, 37) or violet (68, 1, 84).
+    """
+    frame = np.full((70, 70, 3), 100, np.uint8)
+    light = np.zeros((7, 7), np.float32)
+    light[2, 5] = 1
+    image = overlay(frame, light)
+    np.testing.assert_allclose(image[20, 50], (184.2, 172.1, 65.4), atol=2)
+    for y, x in ((50, 20), (30, 50), (20, 60), (10, 50), (20, 40), (0, 0), (69, 69)):
+        np.testing.assert_allclose(image[y, x], (82.4, 45.6, 91.2), atol=1)
+    half = (45 + 0.55 * np.array([33, 145, 140])).tolist()  # viridis at 127 of 255
+    for y, x in ((20, 55), (20, 45), (15, 50), (25, 50)):
+        np.testing.assert_allclose(image[y, x], half, atol=3)
+    red = np.zeros((70, 70, 3), np.uint8)
+    red[..., 0] = 200
+    np.testing.assert_array_equal(overlay(red, None), np.full((70, 70, 3), 60))  # 0.299 of it
+
+
+def test_gaze_is_drawn_at_its_place() -> None:
+    image = np.full((50, 100, 3), 128, np.uint8)
+    draw_gaze(image, 0.75, 0.4)
+    y, x = np.nonzero((image != 128).any(axis=-1))
+    assert (x.mean(), y.mean()) == pytest.approx((75, 20), abs=0.1)
+    assert (x.min(), x.max(), y.min(), y.max()) == pytest.approx((66, 84, 11, 29), abs=1)
+    assert image[20, 75].tolist() == [128, 128, 128] and image[20, 79].tolist() == [230, 60, 20]
 
 
 def test_the_hue_of_flow_is_its_direction() -> None:
-    field = np.zeros((1, 4, 2), np.float32)
-    field[0, 1:] = [(8, 0), (0, 8), (-80, 0)]
-    still, right, down, left = flow_colours(field)[0].tolist()
-    assert still == [255, 255, 255]
-    assert right == [255, 0, 0]
-    assert (down[1], left) == (255, [0, 255, 255])
+    """Red to the right, yellow-green downwards, cyan to the left, violet upwards; paler below 8 pixels."""
+    field = np.zeros((1, 6, 2), np.float32)
+    field[0, 1:] = [(8, 0), (0, 8), (-80, 0), (0, -8), (4, 0)]
+    colours = [(255, 255, 255), (255, 0, 0), (128, 255, 0), (0, 255, 255), (128, 0, 255), (255, 128, 128)]
+    np.testing.assert_allclose(flow_colours(field)[0], colours, atol=1)
 
 
-def test_unknown_and_left_out_clips_are_refused(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="OP01-R01-Tea is not in these shards"):
-        draw_clip(shards, "OP01-R01-Tea", str(tmp_path / "x.png"))
-    known = open_shards(shards).table["clip"][0].as_py()
-    with pytest.raises(UserError, match=f"is not in these shards; nearest: {known}"):
-        draw_clip(shards, known[:-1], str(tmp_path / "x.png"))
-    root = Path(shutil.copytree(shards, tmp_path / "shards"))
-    info = json.loads((root / "dataset.json").read_text())
+def test_unknown_and_left_out_clips_are_refused(small: Path, tmp_path: Path) -> None:
+    data = write_shards(small, tmp_path / "shards")
+    with pytest.raises(UserError, match=r"shards: OP09 is not in these shards; nearest: OP01-"):
+        draw_clip(data, "OP09", str(tmp_path / "x.png"))
+    with pytest.raises(UserError, match=f"is not in these shards; nearest: {MOVING}$"):
+        draw_clip(data, MOVING.lower()[:-1], str(tmp_path / "x.png"))
+    file = tmp_path / "shards" / "dataset.json"
+    info = json.loads(file.read_text())
     info["problems"] = [{"clip": "OP01-R01-Tea", "stage": "video", "reason": "no mp4 of this name", "kept": False}]
-    (root / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="OP01-R01-Tea was left out: no mp4 of this name"):
-        draw_clip(str(root), "OP01-R01-Tea", str(tmp_path / "x.png"))
+    file.write_text(json.dumps(info))
+    open_shards.cache_clear()
+    with pytest.raises(UserError, match=r"OP01-R01-Tea was left out: no mp4 of this name$"):
+        draw_clip(data, "OP01-R01-Tea", str(tmp_path / "x.png"))
     assert not (tmp_path / "x.png").exists()

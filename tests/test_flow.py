@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> Non
 @pytest.mark.parametrize("name", ["dis", "farneback", "tvl1"])
 def test_a_pair_does_not_depend_on_the_others(name: flow.FlowName) -> None:
     method = flow.flow_method(name)
-    frames = [method.view(frame) for frame in moving([(3, 1), (-2, 4), (5, -3), (0, 0)])]
+    size = (48, 64) if name == "tvl1" else (128, 160)
+    frames = [method.view(frame) for frame in moving([(3, 1), (-2, 4), (0, 0)], size)]
     together = method.fields(frames)
     for index, field in enumerate(together):
         np.testing.assert_array_equal(method.fields(frames[index : index + 2])[0], field)
@@ -146,3 +148,42 @@ def test_raft_refuses_what_are_not_its_weights(tmp_path: Path, raft_file: str) -
         Settings((96, 72), "raft", raft_file).check()
     record = Settings(flow="raft", flow_weights=raft_file).record()
     assert record["flow_weights"] != Settings().record().get("flow_weights")
+
+
+def test_levels_of_the_stored_flow() -> None:
+    """(p + 20) 255 / 40, cut off at 20 pixels, to the nearest level (of two, the even one); x above y."""
+    x = [-30, -20, -19.9, -1, -0.05, 0, 0.05, 1, 19.9, 20, 30]
+    levels = [0, 0, 1, 121, 127, 128, 128, 134, 254, 255, 255]
+    y = [2.0] * 11
+    field = np.stack([np.array([x, x[::-1]]), np.array([y, y])], axis=-1).astype(np.float32)  # [2, 11, 2]
+    stored = flow.quantise(field)
+    assert stored.dtype == np.uint8
+    assert stored.tolist() == [levels, levels[::-1], [140] * 11, [140] * 11]
+    assert flow.split_components(stored).tolist() == [[levels, levels[::-1]], [[140] * 11] * 2]
+
+
+def test_pixels_of_the_stored_levels() -> None:
+    levels = np.array([[0, 51, 102, 128, 255]], np.uint8)
+    pixels = flow.pixels(levels)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, [[-20, -12, -4, 20 / 255, 20]], atol=1e-5)
+
+
+def test_torch_methods_take_a_gpu() -> None:
+    assert {name: flow.uses_gpu(name) for name in ("dis", "farneback", "tvl1", "raft")} == {
+        "dis": False,
+        "farneback": False,
+        "tvl1": True,
+        "raft": True,
+    }
+
+
+def test_one_thread_is_of_its_block_only() -> None:
+    cv2.setNumThreads(3)
+    torch.set_num_threads(2)
+    inside: list[tuple[int, int]] = []
+    with suppress(KeyError), flow.one_thread():
+        inside.append((cv2.getNumThreads(), torch.get_num_threads()))
+        raise KeyError
+    assert inside == [(1, 1)]
+    assert (cv2.getNumThreads(), torch.get_num_threads()) == (3, 2)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from tune_ego.dataset.annotations import find_gaze
-from tune_ego.dataset.gaze import Gaze, check_gaze_layout, read_gaze
+from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
 from tune_ego.errors import UserError
 
 HEADER = "## [BeGaze]\r\n## Calibration Area:\t{area}\r\n##\r\n"
@@ -78,26 +77,130 @@ def test_real_gaze_equals_a_literal_reader(shared: Path) -> None:
         assert_same(read_gaze(file), literal(file))
 
 
-def test_mean_of_usable_samples(tmp_path: Path) -> None:
+def test_a_frame_has_the_mean_of_its_usable_samples(tmp_path: Path) -> None:
     samples = [
         (640, 480, 0, "Fixation"),
-        (768, 480, 0, "Saccade"),
+        (768, 240, 0, "Saccade"),
         (0, 0, 0, "Blink"),
         (1300, 480, 1, "Fixation"),
         ("NaN", "NaN", 2, "-"),
         (0, 960, 4, "Fixation"),
         (320, 240, 3, "Saccade"),
+        (320, 240, 6, "Blink"),
+        (320, 240, 6, "-"),
+        (64, 96, 6, "-"),
+        (64, "NaN", 7, "Saccade"),
+        (128, 96, 7, "Fixation"),
     ]
     gaze = read_gaze(write_31(tmp_path / "a.txt", samples))
-    assert gaze.valid.tolist() == [True, False, False, True, True]
-    assert (gaze.x[0], gaze.y[0]) == pytest.approx((0.55, 0.5))
-    assert (gaze.x[4], gaze.y[4]) == (0, 1)
-    assert gaze.event.tolist() == ["Fixation", "Fixation", "-", "Saccade", "Fixation"]
+    nan = math.nan
+    assert gaze.valid.tolist() == [True, False, False, True, True, False, False, True]
+    assert gaze.x.tolist() == pytest.approx([0.55, nan, nan, 0.25, 0, nan, nan, 0.1], nan_ok=True)
+    assert gaze.y.tolist() == pytest.approx([0.375, nan, nan, 0.25, 1, nan, nan, 0.1], nan_ok=True)
+    assert gaze.event.tolist() == ["Fixation", "Fixation", "-", "Saccade", "Fixation", "", "-", "Fixation"]
+    assert gaze.skipped == 0
 
 
-def test_calibration_area_is_read_from_the_header(tmp_path: Path) -> None:
-    gaze = read_gaze(write_31(tmp_path / "a.txt", [(320, 120, 0, "Fixation")], area="640\t480"))
-    assert (gaze.x[0], gaze.y[0]) == (0.5, 0.25)
+@pytest.mark.parametrize(
+    ("events", "commonest"),
+    [
+        (["Blink", "Blink", "Blink", "Saccade"], "Saccade"),  # one usable sample outvotes all others
+        (["Fixation", "Saccade", "Saccade", "Blink", "Blink", "Blink"], "Saccade"),
+        (["-", "Blink", "Blink"], "Blink"),
+        (["-", "-", "Blink"], "-"),
+    ],
+)
+def test_the_event_of_a_frame_is_the_commonest_of_its_usable_samples(
+    tmp_path: Path, events: list[str], commonest: str
+) -> None:
+    path = write_31(tmp_path / "a.txt", [(64, 96, 1, "Saccade"), *((64, 96, 0, event) for event in events)])
+    assert read_gaze(path).event.tolist() == [commonest, "Saccade"]
+
+
+def test_samples_outside_the_image_are_not_usable_on_any_side(tmp_path: Path) -> None:
+    """A calibration area of 1000 x 500 pixels."""
+    points = {
+        (0, 250): (0, 0.5),
+        (-0.01, 250): None,
+        (1000, 250): (1, 0.5),
+        (1000.01, 250): None,
+        (400, 0): (0.4, 0),
+        (400, -0.01): None,
+        (400, 500): (0.4, 1),
+        (400, 500.01): None,
+        (900, 300): (0.9, 0.6),
+    }
+    samples = [(x, y, frame, "Fixation") for frame, (x, y) in enumerate(points)]
+    gaze = read_gaze(write_31(tmp_path / "a.txt", samples, area="1000\t500"))
+    assert gaze.valid.tolist() == [point is not None for point in points.values()]
+    assert np.isnan(gaze.x[~gaze.valid]).all() and np.isnan(gaze.y[~gaze.valid]).all()
+    stored = np.stack([gaze.x, gaze.y], axis=1)[gaze.valid]
+    np.testing.assert_allclose(stored, [point for point in points.values() if point is not None], atol=1e-7)
+    assert (gaze.event == "Fixation").all()
+
+
+def test_without_a_calibration_area_it_is_1280_x_960(tmp_path: Path) -> None:
+    path = write_31(tmp_path / "a.txt", [(320, 120, 0, "Fixation")])
+    path.write_bytes(path.read_bytes().replace(b"## Calibration Area:\t1280\t960\r\n", b""))
+    gaze = read_gaze(path)
+    assert (gaze.x[0], gaze.y[0]) == (0.25, 0.125)
+
+
+COLUMNS_34 = ["Time", "B POR X [px]", "B POR Y [px]", "L POR X [px]", "L POR Y [px]", "Frame"]
+
+
+def test_begaze_3_4_has_clock_times_and_the_binocular_point(tmp_path: Path) -> None:
+    """The last two digits of a time count 24ths of a second; the left eye has columns of its own."""
+    frames = {"00:00:00:00": 0, "00:00:00:23": 23, "00:00:01:00": 24, "00:01:02:05": 1493, "01:00:00:01": 86401}
+    columns = [*COLUMNS_34, "B Event Info", "L Event Info"]
+    lines = [f"1\t640\t240\t64\t96\t{clock}\tFixation\tBlink" for clock in frames]
+    lines.append("1\t64\t96\t640\t240\t00:00:00:01\tBlink\tFixation")
+    (tmp_path / "a.txt").write_text("\n".join(["\t".join(columns), *lines]) + "\n")
+    gaze = read_gaze(tmp_path / "a.txt")
+    assert len(gaze) == 86402
+    assert np.flatnonzero(gaze.valid).tolist() == [0, 23, 24, 1493, 86401]
+    assert set(zip(gaze.x[gaze.valid].tolist(), gaze.y[gaze.valid].tolist())) == {(0.5, 0.25)}
+    assert gaze.event[[0, 1, 2]].tolist() == ["Fixation", "Blink", ""]
+
+
+def test_the_left_eye_counts_where_there_is_no_binocular_point(tmp_path: Path) -> None:
+    """A column of the right eye is passed over."""
+    columns = "Time\tR POR X [px]\tR POR Y [px]\tL POR Y [px]\tL POR X [px]\tR Event Info\tL Event Info\tFrame\n"
+    (tmp_path / "a.txt").write_text(columns + "1\t64\t96\t240\t640\tBlink\tSaccade\t2\n")
+    gaze = read_gaze(tmp_path / "a.txt")
+    assert gaze.valid.tolist() == [False, False, True]
+    assert (gaze.x[2], gaze.y[2], gaze.event[2]) == (0.5, 0.25, "Saccade")
+
+
+@pytest.mark.parametrize(
+    ("text", "x"),
+    [("64.0", 0.05), ("64,0", 0.05), ("6.4e1", 0.05), ("+64", 0.05), ("64.", 0.05), ("64,0000", 0.05)]
+    + [("1,280", None), ("0x40", None), ("64 0", None), ("", None), ("-", None), ("nan", None)],
+)
+def test_numbers_as_exports_write_them(tmp_path: Path, text: str, x: float | None) -> None:
+    gaze = read_gaze(write_31(tmp_path / "a.txt", [(64, 96, 1, "Fixation")] * 20 + [(text, 96, 0, "Fixation")]))
+    assert gaze.valid.tolist() == [x is not None, True]
+    assert x is None or gaze.x[0] == pytest.approx(x)
+    assert gaze.skipped == (text in ("1,280", "0x40", "64 0"))
+
+
+@pytest.mark.parametrize(("bad", "readable"), [(1, True), (2, False)])
+def test_a_tenth_of_the_samples_may_be_lost(tmp_path: Path, bad: int, readable: bool) -> None:
+    samples = [(64, 96, frame, "Fixation") for frame in range(10 - bad)] + [(64, 96, "x", "Fixation")] * bad
+    path = write_31(tmp_path / "a.txt", samples)  # type: ignore[arg-type]
+    if readable:
+        assert read_gaze(path).skipped == 1 and len(read_gaze(path)) == 9
+    else:
+        with pytest.raises(UserError, match="of 10 samples 2 cannot be read: 2 with frames that are none"):
+            read_gaze(path)
+
+
+def test_frames_beyond_a_day_are_damaged_numbers(tmp_path: Path) -> None:
+    samples = [(64, 96, frame % 10, "Fixation") for frame in range(18)]
+    path = write_31(tmp_path / "a.txt", [*samples, (64, 96, 24 * 3600 * 24, "Fixation"), (64, 96, -1, "Fixation")])
+    assert (len(read_gaze(path)), read_gaze(path).skipped) == (10, 2)
+    write_31(path, [*samples, (64, 96, 24 * 3600 * 24 - 1, "Fixation")])
+    assert (len(read_gaze(path)), read_gaze(path).skipped) == (2073600, 0)
 
 
 def test_quotes_and_damaged_numbers_swallow_nothing(tmp_path: Path) -> None:
@@ -118,10 +221,17 @@ def test_messages_and_a_cut_off_last_line_are_passed_over(tmp_path: Path) -> Non
 
 
 def test_frames_outside_the_recording_are_not_valid(tmp_path: Path) -> None:
-    gaze = read_gaze(write_31(tmp_path / "a.txt", [(640, 480, frame, "Fixation") for frame in range(4)]))
-    clip = gaze.frames(-2, 8)
+    path = write_31(tmp_path / "a.txt", [(128 * frame, 96 * frame, frame, "Fixation") for frame in range(4)])
+    clip = read_gaze(path).frames(-2, 8)
     assert clip.valid.tolist() == [False, False, True, True, True, True, False, False]
-    assert Counter(clip.event.tolist()) == {"": 4, "Fixation": 4}
+    nan = math.nan
+    for values in (clip.x, clip.y):
+        assert values.tolist() == pytest.approx([nan, nan, 0, 0.1, 0.2, 0.3, nan, nan], nan_ok=True)
+    assert clip.event.tolist() == ["", "", *["Fixation"] * 4, "", ""]
+    assert read_gaze(path).frames(2, 1).x.tolist() == pytest.approx([0.2])
+    empty = no_gaze(0).frames(5, 3)
+    assert empty.valid.tolist() == [False] * 3 and empty.event.tolist() == [""] * 3
+    assert np.isnan(empty.x).all() and np.isnan(empty.y).all()
 
 
 SAMPLES = [(640.25, 480.5, frame, ("Fixation", "Saccade", "Blink", "-")[frame % 4]) for frame in range(40)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,18 +9,18 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import COMMAND
+from tests.test_write_task import MOVING, SESSION, SETTINGS, SHORT, STILL, write_folder
 from tune_ego.bench.resume import descendants
-from tune_ego.dataset import flow, video
+from tune_ego.dataset import video
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import read_gaze
-from tune_ego.dataset.prepare import Settings, plan, prepare, write_task
+from tune_ego.dataset.prepare import prepare
 from tune_ego.dataset.shards import open_shards, read_clip
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
@@ -28,32 +29,6 @@ from tune_ego.errors import UserError
 def copy(egtea: Path, to: Path) -> Path:
     shutil.copytree(egtea, to)
     return to
-
-
-def test_same_seed_same_files(tmp_path: Path, egtea: Path) -> None:
-    synthesize(tmp_path / "again", verbs=2, nouns=2, clips=40, seconds=0.8, size=(96, 72), seed=3)
-    for pattern in ("action_annotation/*.txt", "gaze_data/**/*.txt", "cropped_clips/**/*.mp4"):
-        files = sorted(egtea.glob(pattern))
-        assert files
-        for file in files:
-            assert (tmp_path / "again" / file.relative_to(egtea)).read_bytes() == file.read_bytes()
-
-
-def test_synthetic_clips_are_h264_of_the_length_their_names_say(egtea: Path) -> None:
-    for clip in read_annotations(egtea).clips[:5]:
-        with av.open(find_clips(egtea)[clip.name.name].uri) as container:
-            stream = container.streams.video[0]
-            assert (stream.codec_context.name, stream.average_rate) == ("h264", 24)
-            assert sum(1 for _ in container.decode(video=0)) == clip.name.last_frame - clip.name.first_frame
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"clips": 3}, {"verbs": 9}, {"size": (97, 72)}, {"seconds": 0.1}], ids=lambda value: next(iter(value))
-)
-def test_synthesize_refuses_what_it_cannot_make(tmp_path: Path, arguments: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(arguments))}"):
-        synthesize(tmp_path / "x", **arguments)  # type: ignore[arg-type]
-    assert not (tmp_path / "x").exists()
 
 
 def test_shards_hold_every_frame_label_and_gaze_point(egtea: Path, shards: str) -> None:
@@ -135,41 +110,28 @@ def test_splits_and_folds_choose_whole_shards(shards: str) -> None:
         assert seen.setdefault(row["shard"], key) == key
 
 
-def test_flow_survives_storage() -> None:
-    levels = flow.split_components(flow.quantise(np.dstack([np.linspace(-30, 30, 12).reshape(3, 4)] * 2)))
-    assert np.allclose(
-        flow.pixels(levels)[0], np.clip(np.linspace(-30, 30, 12).reshape(3, 4), -20, 20), atol=20 / 255 + 1e-6
-    )
-
-
-def test_a_second_run_changes_nothing_and_a_killed_one_goes_on(egtea: Path, tmp_path: Path, ray_cluster: None) -> None:
-    out = tmp_path / "out"
-    prepare(str(egtea), str(out), Settings((48, 36)))
+def test_a_second_run_changes_nothing_and_a_killed_one_goes_on(tmp_path: Path, made: list[str]) -> None:
+    root, out = write_folder(tmp_path / "egtea"), tmp_path / "out"
+    prepare(str(root), str(out), SETTINGS)
     files = {path: path.read_bytes() for path in sorted(out.rglob("*.parquet"))}
     times = {path: path.stat().st_mtime_ns for path in files if "frames" in str(path)}
-    victims = sorted(times)[::5]
-    for path in (out / "dataset.json", *victims):
+    assert len(times) == 3
+    victim = sorted(times)[1]
+    for path in (out / "dataset.json", victim):
         path.unlink()
     with pytest.raises(UserError, match="no finished data set"):
         open_shards(str(out))
-    prepare(str(egtea), str(out), Settings((48, 36)))
+    made.clear()
+    prepare(str(root), str(out), SETTINGS)
+    assert made == [str(victim.relative_to(out))]
     assert {path: path.read_bytes() for path in sorted(out.rglob("*.parquet"))} == files
-    assert all(path.stat().st_mtime_ns == times[path] for path in times.keys() - set(victims))
-    with pytest.raises(UserError, match=r"image_size: \[48, 36\] there, \[64, 48\] now"):
-        prepare(str(egtea), str(out), Settings((64, 48)))
+    assert all(path.stat().st_mtime_ns == times[path] for path in times.keys() - {victim})
 
 
-def test_a_clip_that_breaks_off_is_reported(egtea: Path, tmp_path: Path) -> None:
-    root = copy(egtea, tmp_path / "egtea")
-    videos = find_clips(root)
-    annotations = read_annotations(root)
-    task = plan(annotations, videos, find_gaze(root))[0]
-    bad = task.clips[0].name.name
-    path = Path(videos[bad].uri)
-    path.write_bytes(path.read_bytes()[:600])
-    result = write_task(task, str(tmp_path / "out"), Settings((48, 36)))
-    assert [problem.clip for problem in result.problems if not problem.kept] == [bad]
-    assert [record["clip"] for record in result.records] == [clip.name.name for clip in task.clips[1:]]
+def test_the_longest_shards_are_made_first(tmp_path: Path, made: list[str]) -> None:
+    """The clips' names say 20, 10 and 2 frames; their stratified folds are 7, 3 and 1."""
+    prepare(str(write_folder(tmp_path / "egtea")), str(tmp_path / "out"), SETTINGS)
+    assert [re.findall(r"stratified_fold=(\d)", shard) for shard in made] == [["7"], ["3"], ["1"]]
 
 
 @pytest.mark.parametrize(
@@ -188,26 +150,22 @@ def test_unusable_clips_over_the_threshold_end_the_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_clips_are_counted_where_allowed(egtea: Path, tmp_path: Path, ray_cluster: None) -> None:
-    root = copy(egtea, tmp_path / "egtea")
-    absent = sorted(find_clips(root))[:3]
-    for name in absent:
-        Path(find_clips(root)[name].uri).unlink()
-    session, gaze = next(iter(find_gaze(root).items()))
-    Path(gaze.uri).unlink()
-    other, longer = sorted(find_clips(root))[:2]
-    shutil.copy(find_clips(root)[longer].uri, find_clips(root)[other].uri)
-    info = prepare(str(root), str(tmp_path / "out"), Settings((48, 36)), allow_missing=True)
-    assert [problem["clip"] for problem in info["problems"] if not problem["kept"]] == absent
-    assert (info["clips"], info["clips_left_out"]) == (37, 3)
+def test_missing_clips_are_counted_where_allowed(tmp_path: Path, made: list[str]) -> None:
+    root = write_folder(tmp_path / "egtea")
+    (root / "cropped_clips" / f"{MOVING}.mp4").unlink()
+    (root / "gaze_data" / f"{SESSION}.txt").unlink()
+    info = prepare(str(root), str(tmp_path / "out"), SETTINGS, allow_missing=True)
+    no_gaze = "no gaze file of its session"
+    assert info["problems"] == [
+        {"clip": MOVING, "stage": "video", "reason": "no mp4 of this name", "kept": False},
+        {"clip": SHORT, "stage": "gaze", "reason": no_gaze, "kept": True},
+        {"clip": SHORT, "stage": "length", "reason": "3 frames, its name says 2", "kept": True},
+        {"clip": STILL, "stage": "gaze", "reason": no_gaze, "kept": True},
+    ]
     assert pq.read_table(tmp_path / "out" / "problems.parquet").to_pylist() == info["problems"]
-    of_session = [clip.name.name for clip in read_annotations(root).clips if clip.name.session == session]
-    assert info["clips_without_gaze"] == len({*of_session} - {*absent}) > 0
-    rows = {row["clip"]: row for row in open_shards(str(tmp_path / "out")).table.to_pylist()}
-    assert rows[other]["frames"] == rows[longer]["frames"]
-    assert info["clips_of_another_length"] == 1
-    (problem,) = (problem for problem in info["problems"] if problem["stage"] == "length")
-    assert (problem["clip"], problem["kept"]) == (other, True)
+    assert [info[name] for name in ("clips", "frames", "clips_left_out", "clips_without_gaze")] == [2, 23, 1, 2]
+    rows = {row["clip"]: row["frames"] for row in open_shards(str(tmp_path / "out")).table.to_pylist()}
+    assert rows == {STILL: 20, SHORT: 3}
 
 
 def test_a_gaze_file_of_neither_layout_ends_the_run(egtea: Path, tmp_path: Path) -> None:

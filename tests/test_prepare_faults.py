@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import COMMAND
 from tests.test_check_inspect import cut_in_the_middle
+from tests.test_write_task import MOVING, SHORT, STILL, write_folder
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.prepare import Settings, plan, prepare, write_task
 from tune_ego.dataset.shards import open_shards, read_clip
@@ -32,19 +33,20 @@ def test_the_number_of_workers_changes_nothing(egtea: Path, shards: str, tmp_pat
     assert contents(tmp_path / "out") == contents(shards)
 
 
-def test_a_clip_cut_in_the_middle_is_left_out(egtea: Path, tmp_path: Path, ray_cluster: None) -> None:
-    root = Path(shutil.copytree(egtea, tmp_path / "egtea"))
-    name, file = sorted(find_clips(str(root)).items())[0]
-    cut_in_the_middle(Path(file.uri))
-    info = prepare(str(root), str(tmp_path / "out"), SETTINGS)
-    (problem,) = info["problems"]
-    assert (problem["clip"], problem["stage"], problem["kept"]) == (name, "video", False)
-    assert name not in open_shards(str(tmp_path / "out")).table["clip"].to_pylist()
+def test_a_clip_cut_in_the_middle_is_left_out(tmp_path: Path, made: list[str]) -> None:
+    root, out = write_folder(tmp_path / "egtea"), str(tmp_path / "out")
+    file = root / "cropped_clips" / f"{MOVING}.mp4"
+    content = file.read_bytes()
+    cut_in_the_middle(file)
+    info = prepare(str(root), out, SETTINGS, allow_missing=True)
+    (problem,) = (problem for problem in info["problems"] if not problem["kept"])
+    assert (problem["clip"], problem["stage"]) == (MOVING, "video")
+    assert open_shards(out).table["clip"].to_pylist() == [SHORT, STILL]
     # The clip is fetched anew: its shard is made again, and only that one.
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("part-*.parquet")}
-    shutil.copy(egtea / Path(file.uri).relative_to(root), file.uri)
-    assert prepare(str(root), str(tmp_path / "out"), SETTINGS)["problems"] == []
-    assert sum(path.stat().st_mtime_ns != before[path] for path in before) == 1
+    made.clear()
+    file.write_bytes(content)
+    assert prepare(str(root), out, SETTINGS)["clips_left_out"] == 0
+    assert len(made) == 1 and open_shards(out).table["clip"].to_pylist() == [MOVING, SHORT, STILL]
 
 
 def test_a_shard_cut_off_is_made_anew(

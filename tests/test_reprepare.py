@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.test_check_inspect import cut_in_the_middle
+from tests.test_write_task import MOVING, SESSION, SHORT, STILL, write_folder
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
-from tune_ego.dataset.prepare import Settings, ShardResult, ShardTask, plan, prepare, write_task
+from tune_ego.dataset.prepare import Settings, plan, prepare
 from tune_ego.dataset.shards import Clip, open_shards, read_clip
 from tune_ego.dataset.sources import find_unusable, identities
 from tune_ego.errors import UserError
@@ -23,24 +22,9 @@ from tune_ego.feed.windows import Window, WindowReader
 SETTINGS = Settings((48, 36))
 
 
-@contextmanager
-def no_ray(address: str | None) -> Iterator[None]:
-    yield
-
-
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Shards are made in this process; the names of those that were."""
-    done: list[str] = []
-
-    def run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
-        for task in tasks:
-            done.append(task.shard)
-            yield write_task(task, out, settings)
-
-    monkeypatch.setattr("tune_ego.dataset.prepare.ray_session", no_ray)
-    monkeypatch.setattr("tune_ego.dataset.prepare._run", run)
-    return done
+def small(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "small")
 
 
 @pytest.fixture
@@ -133,23 +117,24 @@ def test_no_bit_of_clips_parquet_can_turn_unnoticed(shards: str, tmp_path: Path)
         pq.read_table(root / "clips.parquet", page_checksum_verification=True)
 
 
-def test_a_source_replaced_by_one_of_its_size_is_noticed(folder: Path, tmp_path: Path, made: list[str]) -> None:
+def test_a_source_replaced_by_one_of_its_size_is_noticed(small: Path, tmp_path: Path, made: list[str]) -> None:
+    """A video's shard is made anew, and all shards of a session whose gaze file changed."""
     out = tmp_path / "out"
-    prepare(str(folder), str(out), SETTINGS)
-    before = open_shards(str(out)).table
-    video_file = Path(sorted(find_clips(folder).values())[0].uri)
-    content = bytearray(video_file.read_bytes())
-    content[-3000] ^= 1
+    prepare(str(small), str(out), SETTINGS)
+    video_file = small / "cropped_clips" / f"{STILL}.mp4"
+    content = video_file.read_bytes()
     made.clear()
-    video_file.write_bytes(content)
-    prepare(str(folder), str(out), SETTINGS)
+    video_file.write_bytes(content.replace(b"x264 - core", b"X264 - core"))
+    assert content != video_file.read_bytes()
+    prepare(str(small), str(out), SETTINGS)
     assert len(made) == 1
-    gaze = Path(sorted(find_gaze(folder).values())[0].uri)
-    gaze.write_bytes(gaze.read_bytes().replace(b"Fixation", b"-       "))
+    gaze = small / "gaze_data" / f"{SESSION}.txt"
+    gaze.write_bytes(gaze.read_bytes().replace(b"\t12\tFixation", b"\t12\t-       "))
     made.clear()
-    prepare(str(folder), str(out), SETTINGS)
-    assert made
-    assert sum(open_shards(str(out)).table["gaze_frames"].to_pylist()) < sum(before["gaze_frames"].to_pylist())
+    prepare(str(small), str(out), SETTINGS)
+    assert len(made) == 3
+    rows = {row["clip"]: row["gaze_frames"] for row in open_shards(str(out)).table.to_pylist()}
+    assert rows == {STILL: 19, MOVING: 9, SHORT: 3}  # frame 12 is of the first clip, which goes from 10 to 29
 
 
 def test_over_the_threshold_in_decoding_all_are_named(
@@ -173,10 +158,10 @@ def test_over_the_threshold_in_decoding_all_are_named(
     assert len(open_shards(str(out)).table) == 36  # what was finished stays
 
 
-def test_what_a_killed_first_write_left_is_no_foreign_file(egtea: Path, tmp_path: Path, made: list[str]) -> None:
+def test_what_a_killed_first_write_left_is_no_foreign_file(small: Path, tmp_path: Path, made: list[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prepare.json.0123abcd.partial").write_text("{")
-    assert prepare(str(egtea), str(tmp_path / "out"), SETTINGS)["clips"] == 40
+    assert prepare(str(small), str(tmp_path / "out"), SETTINGS)["clips"] == 3
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
@@ -189,15 +174,15 @@ def test_shards_of_another_schema_version_are_not_gone_on_with(egtea: Path, shar
         prepare(str(egtea), str(out), SETTINGS)
 
 
-def test_an_opened_data_set_is_not_remembered_over_a_new_one(folder: Path, tmp_path: Path, made: list[str]) -> None:
-    lost = Path(sorted(find_clips(folder).values())[0].uri)
+def test_an_opened_data_set_is_not_remembered_over_a_new_one(small: Path, tmp_path: Path, made: list[str]) -> None:
+    lost = small / "cropped_clips" / f"{STILL}.mp4"
     content = lost.read_bytes()
     lost.write_bytes(b"")
-    prepare(str(folder), str(tmp_path / "out"), SETTINGS)
-    assert len(open_shards(str(tmp_path / "out")).table) == 39
+    prepare(str(small), str(tmp_path / "out"), SETTINGS, allow_missing=True)
+    assert len(open_shards(str(tmp_path / "out")).table) == 2
     lost.write_bytes(content)
-    prepare(str(folder), str(tmp_path / "out"), SETTINGS)
-    assert len(open_shards(str(tmp_path / "out")).table) == 40
+    prepare(str(small), str(tmp_path / "out"), SETTINGS)
+    assert len(open_shards(str(tmp_path / "out")).table) == 3
 
 
 def test_only_clips_of_unfinished_shards_are_opened(

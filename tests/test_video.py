@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tune_ego.dataset import video
+from tune_ego.dataset.flow import FlowMethod
 from tune_ego.errors import UserError
 
 
@@ -109,3 +111,105 @@ def test_a_clip_that_breaks_off_is_found_with_and_without_decoding(tmp_path: Pat
         video.probe(str(path))
     with pytest.raises(UserError, match=r"breaks off after|damaged|decoded"):
         list(video.decode(str(path), (96, 72)))
+
+
+def write_grey_video(path: Path, image_HW: np.ndarray, frames: int = 2) -> None:
+    """Still frames without loss."""
+    height, width = image_HW.shape
+    planes = np.concatenate([image_HW, np.full((height // 2, width), 128, np.uint8)])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
+        container.mux(stream.encode(None))
+
+
+def test_shrunk_frames_hold_the_mean_of_the_area(tmp_path: Path) -> None:
+    """A quarter of the size; of four columns the two inner ones are black, so the nearest and their mean are too."""
+    stripes = np.tile(np.array([235, 16, 16, 235], np.uint8), (64, 24))
+    write_grey_video(tmp_path / "a.mp4", stripes)
+    for image in video.decode(str(tmp_path / "a.mp4"), (24, 16)):
+        assert image.shape == (16, 24, 3)
+        np.testing.assert_allclose(image, 127.5, atol=1)
+
+
+def test_enlarged_frames_are_interpolated_linearly(tmp_path: Path) -> None:
+    """Twice the size; the place of pixel i is i / 2 - 1/4, so an edge becomes a quarter and three quarters."""
+    edge = np.tile(np.repeat(np.array([16, 235], np.uint8), 8), (32, 1))
+    write_grey_video(tmp_path / "a.mp4", edge)
+    image = next(video.decode(str(tmp_path / "a.mp4"), (32, 64)))
+    assert image.shape == (64, 32, 3)
+    np.testing.assert_allclose(image[:, 13:19, 1], np.tile([0, 0, 63.75, 191.25, 255, 255], (64, 1)), atol=1)
+
+
+def test_width_and_height_of_the_frames_are_not_exchanged(tmp_path: Path) -> None:
+    write_grey_video(tmp_path / "a.mp4", np.full((64, 96), 100, np.uint8), frames=3)
+    assert [image.shape for image in video.decode(str(tmp_path / "a.mp4"), (48, 16))] == [(16, 48, 3)] * 3
+    facts = video.probe(str(tmp_path / "a.mp4"))
+    assert (facts.frames, facts.size) == (3, (96, 64))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert facts.bytes == sum(packet.size for packet in container.demux(video=0))
+
+
+def decoded(jpeg: bytes) -> np.ndarray:
+    return np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_UNCHANGED))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_each_frame_has_its_jpeg_and_the_flow_to_the_next_one(batch: int) -> None:
+    """Frame k is blue 10 k^2 all over; the made-up flow is a tenth of the change and a tenth of the first frame."""
+    blues = [0, 10, 40, 90, 160]
+    sizes: list[int] = []
+
+    def fields(views: Sequence[np.ndarray]) -> np.ndarray:
+        sizes.append(len(views) - 1)
+        pairs = [(views[i + 1] / 10 - views[i] / 10, views[i] / 10) for i in range(len(views) - 1)]
+        return np.stack([np.stack(pair, axis=-1) for pair in pairs]).astype(np.float32)
+
+    method = FlowMethod(lambda frame: frame[..., 0].astype(float), fields, batch)
+    frames = [np.full((16, 24, 3), (blue, 20, 200), np.uint8) for blue in blues]
+    encoded = video.encode_frames(iter(frames), method)
+    for jpeg, frame in zip(encoded.rgb, frames, strict=True):
+        np.testing.assert_allclose(decoded(jpeg), frame, atol=3)
+    # (p + 20) 255 / 40 of the changes 1, 3, 5, 7 and of the frames 0, 1, 4, 9; the last one once more.
+    expected = [(133.9, 127.5), (146.6, 133.9), (159.4, 153), (172.1, 184.9), (172.1, 184.9)]
+    for jpeg, (x, y) in zip(encoded.flow, expected, strict=True):
+        np.testing.assert_allclose(decoded(jpeg), np.repeat([[x], [y]], 16, axis=0).repeat(24, axis=1), atol=2.5)
+    assert encoded.flow[-1] == encoded.flow[-2]
+    assert max(sizes) == min(batch, 4) and sum(sizes) == 4
+
+
+def test_a_single_frame_moves_nowhere_and_no_frame_is_refused() -> None:
+    def fields(views: Sequence[np.ndarray]) -> np.ndarray:
+        raise AssertionError
+
+    method = FlowMethod(lambda frame: frame[..., 0], fields, 1)
+    encoded = video.encode_frames([np.zeros((16, 24, 3), np.uint8)], method)
+    assert len(encoded.rgb) == len(encoded.flow) == 1
+    np.testing.assert_array_equal(decoded(encoded.flow[0]), np.full((32, 24), 128, np.uint8))
+    with pytest.raises(UserError, match="the video holds no frame"):
+        video.encode_frames([], method)
+
+
+def test_images_are_jpeg_files_of_quality_90() -> None:
+    method = FlowMethod(lambda frame: frame[..., 0], lambda views: np.zeros((1, 16, 24, 2), np.float32), 1)
+    encoded = video.encode_frames([np.zeros((16, 24, 3), np.uint8)] * 2, method)
+    for jpeg in (*encoded.rgb, *encoded.flow):
+        table = jpeg.index(b"\xff\xdb") + 5
+        # The standard's 16 11 12 14 12 10 16 14 ..., times 20 plus 50, over 100.
+        assert list(jpeg[table : table + 8]) == [3, 2, 2, 3, 2, 2, 3, 3]
+
+
+def test_files_that_are_no_video_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nonsense" * 99)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    for name, reason in (("a", "cannot be opened"), ("absent", "cannot be opened"), ("sound", "holds no video stream")):
+        for read in (video.probe, video.check_opens):
+            with pytest.raises(UserError, match=reason):
+                read(str(tmp_path / f"{name}.mp4"))

@@ -1,0 +1,211 @@
+"""Files on a local disk, YAML as people write it, and the user's mistakes behind other exceptions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_ego import storage
+from tune_ego.errors import StorageError, UserError, user_error_in
+from tune_ego.yaml_files import parse_yaml, read_yaml
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [(("a", "b"), "a/b"), (("a/", "b", "c"), "a/b/c"), (("s3://bucket/x//", "y"), "s3://bucket/x/y"), (("/a",), "/a")],
+)
+def test_parts_are_joined_with_one_slash(parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(*parts) == joined
+    assert storage.join(Path("/a/b"), "c") == "/a/b/c"
+
+
+def test_absolute_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert storage.absolute("x/../y/") == str(tmp_path / "y")
+    assert storage.absolute("~/x") == "/nowhere/x"
+    assert storage.absolute("s3://bucket/../x/") == "s3://bucket/../x"
+    assert storage.absolute(Path("y")) == str(tmp_path / "y")
+
+
+@pytest.mark.parametrize(("uri", "local"), [("/a/b", True), ("a:b", True), ("s3://a", False), ("gs://a/b", False)])
+def test_uris_are_not_local(uri: str, local: bool) -> None:
+    assert storage.is_local(uri) is local
+
+
+def test_addresses_that_no_file_system_has_are_named() -> None:
+    with pytest.raises(UserError, match="nothing://x: not a path or URI that can be opened"):
+        storage.read_bytes("nothing://x")
+
+
+def test_names_below_a_folder_are_sorted(tmp_path: Path) -> None:
+    for name in ("c", "a.txt", "B", "d/e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert storage.list_names(tmp_path) == ["B", "a.txt", "c", "d"]
+    assert storage.list_names(tmp_path / "absent") == []
+
+
+def test_files_are_found_at_any_depth_and_in_any_case(tmp_path: Path) -> None:
+    contents = {"z.MP4": b"1", "b/a.mp4": b"22", "b/c/d.Mp4": b"", "b/mp4": b"1", "a.txt": b"1"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, ns=(5, 1_000_000_007_000))
+    (tmp_path / "folder.mp4").mkdir()
+    assert storage.find_files(tmp_path, ".mp4") == [
+        (f"{tmp_path}/b/a.mp4", 2, 1_000_000_007_000),
+        (f"{tmp_path}/b/c/d.Mp4", 0, 1_000_000_007_000),
+        (f"{tmp_path}/z.MP4", 1, 1_000_000_007_000),
+    ]
+    assert storage.find_files(tmp_path / "absent", ".mp4") == []
+
+
+def test_what_is_there_and_what_is_removed(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / "new" / "folder" / "a.txt", "héllo")
+    file, folder = tmp_path / "new" / "folder" / "a.txt", tmp_path / "new"
+    assert storage.read_text(file) == "héllo" and file.read_bytes() == "héllo".encode()
+    assert storage.read_bytes(file, 2) == b"h\xc3" and len(storage.read_bytes(file)) == 6
+    assert [storage.exists(path) for path in (file, folder, tmp_path / "x")] == [True, True, False]
+    assert [storage.is_file(path) for path in (file, folder, tmp_path / "x")] == [True, False, False]
+    storage.remove(folder)  # no file
+    storage.remove(tmp_path / "x")
+    storage.remove_folder(file)  # no folder
+    storage.remove_folder(tmp_path / "x")
+    assert file.exists()
+    storage.remove(file)
+    assert not file.exists() and file.parent.exists()
+    storage.remove_folder(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("broken", ["write", "replace"])
+def test_a_write_that_fails_leaves_the_former_content_and_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(path: Any, *_: Any) -> None:
+        if broken == "write":
+            with open(path, "wb") as file:
+                file.write(b"ha")
+        raise OSError(28, "No space left on device")
+
+    storage.write_bytes(tmp_path / "a", b"former")
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, "write_bytes", fail) if broken == "write" else (os, "replace", fail)))
+        with pytest.raises(StorageError, match=rf"{tmp_path}/a: cannot be written \(.*No space left"):
+            storage.write_bytes(tmp_path / "a", b"half a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"former"
+    storage.write_bytes(tmp_path / "a", b"later")
+    assert (tmp_path / "a").read_bytes() == b"later"
+
+
+def test_content_appears_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the moment of renaming, all bytes lie under another name of the same folder."""
+    seen: list[tuple[Path, bytes, bytes]] = []
+    replace = os.replace
+
+    def watched(source: str, target: str) -> None:
+        seen.append((Path(source).parent, Path(source).read_bytes(), Path(target).read_bytes()))
+        assert storage.is_partial(source) and not storage.is_partial(target)
+        replace(source, target)
+
+    (tmp_path / "a").write_bytes(b"former")
+    monkeypatch.setattr(os, "replace", watched)
+    storage.write_bytes(tmp_path / "a", b"later")
+    assert seen == [(tmp_path, b"later", b"former")]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("a.1234.partial", "b/c.5678.partial", "b/c", "partial"):
+        (tmp_path / name).touch()
+    storage.remove_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "c", "partial"]
+    storage.remove_partial(tmp_path / "absent")
+
+
+def test_json_is_strict_and_readable(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "a.json", {"b": [1, None], "a": "x"})
+    assert (tmp_path / "a.json").read_text() == '{\n "b": [\n  1,\n  null\n ],\n "a": "x"\n}\n'
+    assert storage.read_json(tmp_path / "a.json") == {"b": [1, None], "a": "x"}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        storage.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None], "a": "x"}
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(UserError, match=r"b\.json: damaged: not JSON"):
+        storage.read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("true", True), ("false", False), ("yes", "yes"), ("no", "no"), ("on", "on"), ("off", "off"), ("y", "y")],
+        *[("True", "True"), ("FALSE", "FALSE"), ("~", None), ("null", None), ("", None)],
+        *[("1e-3", 0.001), ("1E3", 1000.0), ("-2.5e+1", -25.0), (".5", 0.5), ("5.", 5.0), ("+1.5", 1.5)],
+        *[(".inf", float("inf")), ("-.inf", float("-inf")), ("12", 12), ("-3", -3), ("1.2.3", "1.2.3"), ("e3", "e3")],
+        *[("2020-01-02", "2020-01-02"), ("[1, a]", [1, "a"]), ("{a: {b: 1e2}}", {"a": {"b": 100.0}})],
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    parsed = parse_yaml(text, "x.yaml")
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_yaml_that_cannot_be_used_is_named_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    contents = {
+        "a: 1\nb:\n  c: 1\n  c: 2\n": "not valid YAML: key 'c' given twice",
+        "a: [": "not valid YAML",
+        "- a\n": "expected keys and values, found list",
+        "": "expected keys and values, found NoneType",
+    }
+    for text, message in contents.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"x\.yaml: {message}"):
+            read_yaml(file)
+    file.write_text("a: {b: 1}\nc: {b: 2}\n")
+    assert read_yaml(file) == {"a": {"b": 1}, "c": {"b": 2}}
+    file.write_bytes(b"a: \xff\n")
+    for name in ("x.yaml", "absent.yaml"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read"):
+            read_yaml(tmp_path / name)
+
+
+class Wrapped(Exception):
+    """An exception as Ray wraps one: its origin is an attribute."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UserError("x"), UserError, "x"),
+        (StorageError("full"), StorageError, "full"),
+        (Wrapped(UserError("x")), UserError, "x"),
+        (Wrapped(Wrapped(StorageError("full"))), StorageError, "full"),
+        (caused(RuntimeError("r"), caused(KeyError("k"), UserError("x"))), UserError, "x"),
+        (caused(UserError("outer"), UserError("inner")), UserError, "inner"),  # Ray raises its copy from the original
+        (caused(UserError("outer"), OSError("inner")), UserError, "outer"),
+        (RuntimeError("r"), None, ""),
+        (Wrapped(RuntimeError("r")), None, ""),
+        (None, None, ""),
+    ],
+)
+def test_the_user_s_mistake_behind_an_exception(
+    error: BaseException | None, kind: type[UserError] | None, text: str
+) -> None:
+    mistake = user_error_in(error)
+    assert (type(mistake), str(mistake)) == (kind, text) if kind else mistake is None
