@@ -247,6 +247,20 @@ def test_one_stream_alone_has_no_fused_scores() -> None:
     assert list(scores.reduce(0.5)) == ["flow"]
 
 
+def test_every_sum_is_reduced_over_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stood in for: the other worker has as many windows, with other scores. So the counts are reduced too."""
+    mine, other = (ClipScores(("rgb", "flow"), 3, 3, CPU) for _ in range(2))
+    mine.add(*windows([(0, True, [0.8, 0.1, 0.1], [0.2, 0.2, 0.6])]))
+    other.add(*windows([(0, True, [0.4, 0.5, 0.1], [0.4, 0.4, 0.2])]))
+    theirs = [*other._sums.values(), other._windows]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(theirs.pop(0)))
+    means = mine.reduce(0.25)
+    assert not theirs
+    assert means["rgb"][0].tolist() == pytest.approx([0.6, 0.3, 0.1], abs=1e-6)
+    assert means["flow"][0].tolist() == pytest.approx([0.3, 0.3, 0.4], abs=1e-6)
+
+
 _WORKER = """
 import json, sys
 import torch
