@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -223,24 +224,55 @@ def auc_judd(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
     return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in pairwise(points))
 
 
-def best_f1(maps: list[Tensor], points: list[list[tuple[float, float]]], radius: float, steps: int) -> float:
+def nss(map_HW: Tensor, cells: list[tuple[int, int]]) -> float:
+    """The mean over the gaze cells of the map's value there, in standard deviations of the map from its mean."""
+    values = map_HW.flatten().tolist()
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return sum((map_HW[i, j].item() - mean) / deviation for i, j in cells) / len(cells)
+
+
+def enlarged(map_HW: Tensor, side: int) -> Tensor:
+    """[side, side]: bilinear between the cells, of which number j of W lies at x = j / W; beyond the last one even."""
+    height, width = map_HW.shape
+    out = torch.empty(side, side, dtype=torch.float64)
+    for i in range(side):
+        for j in range(side):
+            row, column = (min((place + 0.5) / side * n, n - 1) for place, n in ((i, height), (j, width)))
+            out[i, j] = sum(
+                (1 - abs(row - y)) * (1 - abs(column - x)) * map_HW[y, x].item()
+                for y in range(height)
+                for x in range(width)
+                if abs(row - y) < 1 and abs(column - x) < 1
+            )
+    return out
+
+
+class BestF1(NamedTuple):
+    f1: float
+    precision: float
+    recall: float
+    threshold: float
+
+
+def best_f1(maps: list[Tensor], points: list[list[tuple[float, float]]], radius: float, steps: int) -> BestF1:
     """The best, over thresholds 0, 1 / steps, ..., of the harmonic mean of precision and recall; both are means over
     all gaze points, of the cells where a map [R, R], scaled to [0, 1], is above the threshold against the disc around
     the point (x, y in [0, 1])."""
-    best = 0.0
+    best = BestF1(0.0, 0.0, 0.0, 0.0)
     for step in range(steps):
         precisions, recalls = [], []
         for map_RR, of_map in zip(maps, points):
             scaled = (map_RR - map_RR.min()) / (map_RR.max() - map_RR.min())
             side = map_RR.shape[0]
-            found = scaled > step / steps
+            above = scaled > step / steps
             centre = (torch.arange(side) + 0.5).double()
             for x, y in of_map:
                 disc = (centre[None, :] - x * side) ** 2 + (centre[:, None] - y * side) ** 2 <= radius**2
-                hits = (found & disc).sum().item()
-                precisions.append(hits / found.sum().item() if found.any() else 0.0)
+                hits = (above & disc).sum().item()
+                precisions.append(hits / above.sum().item() if above.any() else 0.0)
                 recalls.append(hits / disc.sum().item())
         precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
-        if precision + recall:
-            best = max(best, 2 * precision * recall / (precision + recall))
+        if precision + recall and 2 * precision * recall / (precision + recall) > best.f1:
+            best = BestF1(2 * precision * recall / (precision + recall), precision, recall, step / steps)
     return best
