@@ -55,8 +55,14 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
             self._trials[trial] = _Named(trial)
             self._scheduler.on_trial_add(None, self._trials[trial])
         result = {"iteration": iteration, METRIC: accuracy}
-        answer = self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result)
-        action = recorded or (str(answer) if iteration < self._budget else TrialScheduler.CONTINUE)
+        action = recorded or ("" if iteration < self._budget else TrialScheduler.CONTINUE)
+        if action and isinstance(self._scheduler, MedianStoppingRule):
+            # Its state is the reports alone. A decision of its own to stop would make it refuse all further reports,
+            # and a trial that had finished may go on when the budget is raised.
+            self._scheduler.on_trial_complete(None, self._trials[trial], result)
+        else:
+            answer = self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result)
+            action = action or str(answer)
         self._decisions.setdefault(trial, []).append(Decision(self._count, trial, iteration, accuracy, action))
         self._count += 1
         return action

@@ -1,0 +1,198 @@
+"""Mistakes in a search space: each is an error that names the file, the key and the allowed values."""
+
+from __future__ import annotations
+
+import pytest
+
+from tune_ego.errors import UserError
+from tune_ego.search_space import parse_space
+
+FORMS = "choice, grid, uniform, loguniform, randint"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3", "expected the keys base, space, samples, repeats, searcher, scheduler"),
+        ("{}", "expected the keys base, space, samples, repeats, searcher, scheduler"),
+        ("spaec: {}", "unknown key 'spaec'; allowed: base, space, samples, repeats, searcher, scheduler"),
+        ("space: 3", "space: expected keys and values, found 3"),
+        ("base: [1]", "base: expected keys and values, found [1]"),
+        ("scheduler: asha", "scheduler: expected keys and values, found 'asha'"),
+        (
+            "space: {optimizer.lrr: 1.0}",
+            "unknown key 'optimizer.lrr'; allowed: optimizer.name, optimizer.lr, optimizer.momentum, "
+            "optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.k, optimizer.alpha",
+        ),
+        ("space: {model.stam_depth: {choice: []}}", "space.model.stam_depth: choice: the list is empty"),
+        ("space: {model.stam_depth: {choice: [1, x]}}", "model.stam_depth: Input should be a valid integer, found 'x'"),
+        (
+            'space: {model.stam_depth: {"eval": "1"}}',
+            f"space.model.stam_depth: unknown form 'eval'; allowed: {FORMS}, or a plain value",
+        ),
+        (
+            "space: {seed: {grid: [1], choice: [1]}}",
+            f"space.seed: unknown form 'grid', 'choice'; allowed: {FORMS}, or a plain value",
+        ),
+        (
+            "space: {seed: {}}",
+            f"space.seed: unknown form without a name; allowed: {FORMS}, or a plain value",
+        ),
+        ("space: {seed: {choice: 3}}", "space.seed: choice: expected a list, found 3"),
+        ("space: {optimizer.lr: {uniform: [2, 1]}}", "space.optimizer.lr: uniform: the range [2, 1] is empty"),
+        ("space: {optimizer.lr: {uniform: [1, 1]}}", "space.optimizer.lr: uniform: the range [1, 1] is empty"),
+        ("space: {optimizer.lr: {uniform: [.nan, 1]}}", "space.optimizer.lr: uniform: the range [nan, 1] is empty"),
+        (
+            "space: {optimizer.lr: {uniform: [1, .inf]}}",
+            "space.optimizer.lr: uniform: the range [1, inf] is not finite",
+        ),
+        (
+            "space: {optimizer.lr: {uniform: [-2.0e+300, 1]}}",
+            "space.optimizer.lr: uniform: the range [-2e+300, 1] is not finite",
+        ),
+        (
+            "space: {optimizer.lr: {loguniform: [0, 1]}}",
+            "space.optimizer.lr: loguniform: the lower end must be above 0, found 0",
+        ),
+        (
+            "space: {optimizer.lr: {uniform: [a, 1]}}",
+            "space.optimizer.lr: uniform: expected [low, high] as numbers, found ['a', 1]",
+        ),
+        (
+            "space: {optimizer.lr: {uniform: [false, 1]}}",
+            "space.optimizer.lr: uniform: expected [low, high] as numbers, found [False, 1]",
+        ),
+        (
+            "space: {optimizer.lr: {uniform: [0, 1, 2]}}",
+            "space.optimizer.lr: uniform: expected [low, high] as numbers, found [0, 1, 2]",
+        ),
+        (
+            "space: {model.stam_depth: {uniform: [1, 3]}}",
+            "model.stam_depth: Input should be a valid integer, found 1.0",
+        ),
+        (
+            "space: {model.width: {uniform: [0.5, 2.0]}}",
+            "model.width: Input should be less than or equal to 1, found 2.0",
+        ),
+        (
+            "space: {seed: {randint: [0.5, 2]}}",
+            "space.seed: randint: expected [low, high] as whole numbers, found [0.5, 2]",
+        ),
+        (
+            "space: {seed: {choice: [{eval: '1'}]}}",
+            "space.seed: expected a number, a word, or a list of them, found {'eval': '1'}",
+        ),
+        ("space: {label: null}", "space.label: expected a number, a word, or a list of them, found None"),
+        (
+            "space: {optimizer.lr: [{when: {optimizer.name: sgd}}]}",
+            f"space.optimizer.lr: branch 1: expected 'when' and one of {FORMS}, value",
+        ),
+        (
+            "space: {optimizer.lr: [{value: 0.1}, 3]}",
+            f"space.optimizer.lr: branch 2: expected 'when' and one of {FORMS}, value",
+        ),
+        ("space: {seed: [{when: 3, value: 1}]}", "space.seed: when: expected keys and values, found 3"),
+        (
+            "space: {optimizer.lr: [{when: {a: 1}, value: 0.1}]}",
+            "space.optimizer.lr: unknown key 'a'; allowed: label, seed, streams, fusion_weight",
+        ),
+        (
+            "space: {seed: [{value: 1}, {when: {label: a}, grid: [1]}]}",
+            "space.seed: branch 2: a grid has no 'when' (it would repeat other trials); use choice",
+        ),
+        (
+            "space: {seed: [{when: {label: a}, value: 1}], label: {choice: [a]}}",
+            "space.seed: 'when' needs label, which must stand above it in the space",
+        ),
+        (
+            "space: {seed: [{when: {seed: 1}, value: 1}]}",
+            "space.seed: 'when' needs seed, which must stand above it in the space",
+        ),
+        ("samples: 0", "samples: expected a whole number of at least 1, found 0"),
+        ("samples: 1.0", "samples: expected a whole number of at least 1, found 1.0"),
+        ("samples: true", "samples: expected a whole number of at least 1, found True"),
+        (
+            "space: {optimizer.lr: [{value: 0.1}, {when: {optimizer.name: sdg}, value: 0.1}]}",
+            "space.optimizer.lr: branch 2 is never taken (when: {'optimizer.name': ('sdg',)})",
+        ),
+        (
+            "space: {train.iterations: {grid: [40, 400]}}",
+            "train.iterations is the same for all trials of a search; set it in base",
+        ),
+        (
+            "space: {compute.workers: {grid: [1, 2]}}",
+            "compute.workers is the same for all trials of a search; set it in base",
+        ),
+        (
+            "space: {data.decode: {grid: [cpu, gpu]}}",
+            "data.decode is the same for all trials of a search; set it in base",
+        ),
+        ("space: {1: 2}", "unknown key 1; allowed: label, seed, streams, fusion_weight"),
+        (
+            "base: {train: {iterations: 0}}",
+            "base: train.iterations: Input should be greater than or equal to 1, found 0",
+        ),
+        (
+            "scheduler: {grace: 10, reduce: 2}",
+            "unknown key 'scheduler.reduce'; the settings of asha: grace, reduction, keep_stopped",
+        ),
+        (
+            "scheduler: {name: median, reduction: 2}",
+            "unknown key 'scheduler.reduction'; the settings of median: grace, least_trials, keep_stopped",
+        ),
+        ("scheduler: {name: fifo, grace: 2}", "unknown key 'scheduler.grace'; the settings of fifo: none"),
+        ("scheduler: {name: hyperband}", "scheduler.name: expected one of asha, median, fifo, found 'hyperband'"),
+        ("scheduler: {keep_stopped: 3}", "scheduler.keep_stopped: expected true or false, found 3"),
+        ("scheduler: {grace: 0}", "scheduler.grace: expected a whole number of at least 1, found 0"),
+        ("scheduler: {reduction: 1}", "scheduler.reduction: expected a whole number of at least 2, found 1"),
+        (
+            "scheduler: {name: median, least_trials: 0}",
+            "scheduler.least_trials: expected a whole number of at least 1, found 0",
+        ),
+        ("scheduler: {grace: 9000}", "scheduler.grace 9000 is over base.train.iterations 3000"),
+        (
+            "base: {train: {iterations: 10}}\nscheduler: {grace: 11}",
+            "scheduler.grace 11 is over base.train.iterations 10",
+        ),
+        ("repeats: 0", "repeats: expected a whole number of at least 1, found 0"),
+        (
+            "repeats: 2\nspace: {seed: {grid: [1, 2]}}",
+            "space.seed: repeats are over seeds; leave one of the two out",
+        ),
+        ("searcher: bayes", "searcher: expected one of random, tpe, found 'bayes'"),
+        (
+            "searcher: tpe\nspace: {label: a, seed: {grid: [1, 2]}}",
+            "space.seed: a grid has no place in a search by tpe; use choice",
+        ),
+        (
+            "base: {compute: {workers: [1, 2]}}",
+            "compute.workers: the trials of a search have a fixed number of workers",
+        ),
+    ],
+)
+def test_mistakes_name_file_key_and_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_space(text, "s.yaml")
+    assert str(caught.value) == f"s.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: {train: {iterations: 10}}\nscheduler: {grace: 10}",
+        "base: {train: {iterations: 10}}\nscheduler: {name: median, grace: 11}",
+        "space: {seed: {grid: [1, 2]}}",
+        "space: {loss.gaze_sigma: {uniform: [1, 1.0e+300]}}",
+        "space: {optimizer.lr: {loguniform: [1e-300, 1]}}",
+        "searcher: tpe\nspace: {seed: {choice: [1, 2]}}\nscheduler: {reduction: 2}",
+    ],
+)
+def test_what_lies_just_within_the_limits_is_accepted(text: str) -> None:
+    parse_space(text, "s.yaml")
+
+
+def test_a_space_that_was_checked_is_not_checked_again() -> None:
+    text = "space: {model.stam_depth: {choice: [99]}}"
+    assert parse_space(text, "s.yaml", check=False).samples == 1
+    with pytest.raises(UserError, match="stam_depth"):
+        parse_space(text, "s.yaml")
