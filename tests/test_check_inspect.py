@@ -210,6 +210,7 @@ def test_doubled_clips_are_named(folder: Path) -> None:
 def test_the_estimate_takes_one_thread_and_a_limited_time(
     egtea: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    torch.set_num_threads(2)
     threads: list[int] = []
     pairs: list[int] = []
 

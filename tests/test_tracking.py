@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import tiny_config
-from tests.test_search import write_space
+from tests.searches import KnownSearch
 from tune_ego import experiment, tracking
 from tune_ego.errors import UserError
 from tune_ego.experiment import METRIC, Trial
@@ -27,25 +27,21 @@ def logged(client: Any, run: Any, key: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
 
 
-def test_mlflow_and_tensorboard_have_both_trials_of_a_search(
-    tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_and_tensorboard_have_the_trials_of_a_search(known_search: KnownSearch) -> None:
+    """All lines of the trial that finished, and for each how it ended."""
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    root = str(tmp_path / "search")
-    found = start_search(
-        write_space(tmp_path, grace=6), shards, root, {}, 0, None, None, track=["mlflow", "tensorboard"]
-    )
+    found, root = known_search.read(), known_search.root
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     runs = runs_of(client, "search")
-    assert runs.keys() == {trial.id for trial in found.trials} and len(runs) == 2
-    for trial in found.trials:
-        assert runs[trial.id].info.status == "FINISHED"
-        assert runs[trial.id].data.params["optimizer.lr"] == str(trial.config.optimizer.lr)
-        for key in ("train_loss", METRIC):
-            lines = [(line["iteration"], line[key]) for line in trial.metrics if key in line]
-            assert logged(client, runs[trial.id], key) == lines
-        check_event_file(f"{root}/tensorboard/{trial.id}", trial)
+    statuses = {name: run.info.status for name, run in runs.items()}
+    assert statuses == {"00000": "FINISHED", "00001": "KILLED", "00002": "FAILED"}
+    labels = {name: (run.data.params["label"], run.data.params["optimizer.lr"]) for name, run in runs.items()}
+    assert labels == {"00000": ("right", "1e-12"), "00001": ("wrong", "1e-12"), "00002": ("diverges", "1e+30")}
+    finished = found.trials[0]
+    for key, count in (("train_loss", 6), (METRIC, 3)):
+        lines = [(line["iteration"], line[key]) for line in finished.metrics if key in line]
+        assert logged(client, runs["00000"], key) == lines and len(lines) == count
+    check_event_file(f"{root}/tensorboard/00000", finished)
 
 
 def check_event_file(folder: str, trial: Trial) -> None:
