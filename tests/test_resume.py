@@ -1,17 +1,15 @@
-"""Checkpoints that are whole or not there, and searches that decide the same after the driver died."""
+"""Checkpoints that are whole or not there, and runs that go on after something died."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ import torch
 
 from tests.conftest import COMMAND, tiny_config
 from tests.test_search import wait_for, wait_for_end, write_space
-from tune_ego import checkpoint_files, driver, experiment, storage
+from tune_ego import checkpoint_files, driver, experiment
 from tune_ego.bench.resume import bench_resume, descendants
 from tune_ego.checkpoint import (
     DamagedCheckpoint,
@@ -34,15 +32,12 @@ from tune_ego.checkpoint import (
 from tune_ego.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole
 from tune_ego.config import Config, dump_config
 from tune_ego.dataset.shards import open_shards
-from tune_ego.experiment import METRIC, Decision, TrialRecords, read_decisions, read_experiment, write_decisions
+from tune_ego.experiment import METRIC
 from tune_ego.feed.batches import on_device
 from tune_ego.feed.plan import FeedPlan, read_items
 from tune_ego.launch import Job, fit
 from tune_ego.reporter import Reporter
-from tune_ego.scheduler import RecordedScheduler
-from tune_ego.search_space import parse_space
 from tune_ego.train import Trainer, train
-from tune_ego.tune import last_report
 
 
 def trainer() -> Trainer:
@@ -82,22 +77,6 @@ def test_a_snapshot_stays_as_it_is_while_training_goes_on() -> None:
         for parameter in made.model.parameters():
             parameter.add_(1)
     assert to_bytes(saved) == before != to_bytes(made.checkpoint())
-
-
-def test_what_a_trial_did_after_it_was_stopped_does_not_count(tmp_path: Path) -> None:
-    """The scheduler's word takes a while to reach it, and how long is chance."""
-    root = str(tmp_path)
-    space = parse_space("base: {train: {iterations: 30, validate_every: 10}}", "t")
-    spec = {"space": space.text, "space_source": "t", "overrides": {}, "samples": 1}
-    storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
-    records = TrialRecords(root)
-    records.add([{"trial": "00000", "repeat": 0, "sampled": {}}])
-    records.note("00000", "stopped")
-    lines = [{"iteration": n, METRIC: n / 100} for n in (10, 20)]
-    experiment.write_metrics(experiment.run_folder(root, "00000"), lines)
-    write_decisions(root, "00000", [Decision(0, "00000", 10, 0.1, "STOP")])
-    (trial,) = read_experiment(root).trials
-    assert (trial.iteration, trial.accuracy) == (10, 0.1)
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut off", "no checksum", "checksum alone", "half a checksum"])
@@ -164,67 +143,6 @@ def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, r
 def trainer_of(shards: str, config: Config) -> Trainer:
     data = open_shards(shards)
     return Trainer(config, Origin(data.actions, data.image_size, "dis"), torch.device("cpu"))
-
-
-def curve(trial: int, iteration: int) -> float:
-    return random.Random(trial).random() * iteration / (iteration + 30)
-
-
-def search(root: Path, space: Any, kill_after: float) -> list[tuple[int, int]]:
-    """One trial after another through the real scheduler; (trial, iteration at its end).
-
-    A kill forgets the scheduler; the trial goes on from its last report, which it makes again.
-    """
-    rng = random.Random(7)
-
-    def start() -> Any:
-        scheduler = RecordedScheduler(str(root), space, 100)
-        scheduler.set_search_properties(METRIC, "max")
-        return scheduler
-
-    scheduler, ends = start(), []
-    for number in range(20):
-        trial = SimpleNamespace(config={"trial": f"t{number}"})
-        for iteration in range(10, 101, 10):
-            result = {"iteration": iteration, METRIC: curve(number, iteration)}
-            action = scheduler.on_trial_result(None, trial, result)
-            if rng.random() < kill_after:
-                scheduler = start()
-                assert scheduler.on_trial_result(None, trial, result) == action
-            if action == "STOP":
-                break
-        ends.append((number, iteration))
-    return ends
-
-
-@pytest.mark.parametrize(("scheduler", "least"), [("asha", 3), ("median", 3), ("fifo", 0)])
-def test_schedulers_decide_the_same_whenever_the_driver_dies(tmp_path: Path, scheduler: str, least: int) -> None:
-    space = parse_space(
-        f"base: {{train: {{iterations: 100, validate_every: 10}}}}\nscheduler: {{name: {scheduler}}}", ""
-    )
-    whole = search(tmp_path / "whole", space, 0)
-    stopped = sum(iteration < 100 for _, iteration in whole)
-    assert least <= stopped < 18 and bool(stopped) == bool(least)
-    assert search(tmp_path / "killed", space, 0.3) == whole
-    assert read_decisions(str(tmp_path / "killed")) == read_decisions(str(tmp_path / "whole"))
-    stops = [decision for decision in read_decisions(str(tmp_path / "whole")) if decision.action == "STOP"]
-    assert [(int(stop.trial[1:]), stop.iteration) for stop in stops] == [end for end in whole if end[1] < 100]
-
-
-def test_a_trial_whose_end_ray_missed_says_its_last_word_again(tmp_path: Path) -> None:
-    """Not a line of training is repeated: neither for one that ASHA stopped nor for one that had finished."""
-    root, config = str(tmp_path), tiny_config(train__iterations=20)
-    run = experiment.run_folder(root, "t1")
-    assert last_report(root, run, config) is None
-    first, last = ({"iteration": n, METRIC: n / 100} for n in (10, 20))
-    experiment.write_metrics(run, [first, {"iteration": 15}, last])
-    save(Path(run), 10, 10)
-    write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "CONTINUE")])
-    assert last_report(root, run, config) is None
-    save(Path(run), 20, 10)
-    assert last_report(root, run, config) == last
-    write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "STOP")])
-    assert last_report(root, run, config) == first
 
 
 @pytest.mark.slow
