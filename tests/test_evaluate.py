@@ -3,27 +3,113 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
+from torch import Tensor
 
 from tests import literal
 from tests.conftest import tiny_config
 from tune_ego import evaluate as evaluate_module
 from tune_ego.checkpoint import Origin, write_checkpoint
 from tune_ego.checkpoint_files import find_checkpoint
-from tune_ego.dataset.shards import open_shards
+from tune_ego.dataset.gaze import Gaze
+from tune_ego.dataset.shards import SCHEMA_VERSION, Clip, Shards, closing_files, frame_table, open_shards, write_shard
 from tune_ego.errors import UserError
-from tune_ego.evaluate import evaluate
-from tune_ego.evaluation_tables import PUBLISHED, show
+from tune_ego.evaluate import evaluate, score_clips
+from tune_ego.evaluation_tables import show
 from tune_ego.experiment import collapsed_rate
 from tune_ego.feed.windows import WindowReader, centre_window, dense_starts
 from tune_ego.launch import check_run, with_found_weights
+from tune_ego.model import StreamOutput, TwoStream
 from tune_ego.train import Trainer
 
 CPU = torch.device("cpu")
+ACTIONS = ["Take cup", "Take bowl", "Wash cup", "Wash pan"]
+VERBS, NOUNS = [0, 0, 1, 1], [0, 1, 0, 2]
+# Clips: name, class, frames, the role in each split, the validation fold.
+CLIPS = [
+    ("c0", 0, 20, ("test", "train", "train"), 0),
+    ("c1", 0, 16, ("test", "test", "train"), 0),
+    ("c2", 1, 43, ("test", "train", "train"), 1),
+    ("c3", 2, 16, ("test", "test", "train"), 1),
+    ("c4", 3, 10, ("test", "test", "train"), 1),
+    ("c5", 1, 18, ("train", "test", "train"), 0),
+    ("c6", 3, 16, ("train", "test", "train"), 1),
+    ("c7", 2, 16, ("train", "train", "test"), 1),
+]
+Image = Callable[[int, tuple[int, ...]], np.ndarray]
+
+
+def plain(number: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Images of one grey, the frame's number; of flow 255 less it."""
+    return np.full(shape, number if shape[-1] == 3 else 255 - number, np.uint8)
+
+
+def noise(number: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+
+
+def write_dataset(root: Path, image: Image) -> str:
+    """Shards of 48 x 36 images in one file; even frames have gaze, at x = 3 / 4, y = 1 / 4 of the centre crop of 32."""
+    tables, records, number, group = [], [], 0, 0
+    for name, action, frames, roles, fold in CLIPS:
+        numbers = range(number, number + frames)
+        rgb = [simplejpeg.encode_jpeg(image(n, (36, 48, 3)), 100, "RGB", "444") for n in numbers]
+        flow = [simplejpeg.encode_jpeg(image(n, (72, 48, 1)), 100, "GRAY") for n in numbers]
+        valid = np.arange(frames) % 2 == 0
+        x, y = (np.where(valid, value, np.nan).astype(np.float32) for value in (32 / 48, 10 / 36))
+        gaze = Gaze(x, y, valid, np.where(valid, "Fixation", ""))
+        tables.append(frame_table(name, rgb, flow, gaze))
+        records.append(
+            {
+                "clip": name,
+                "session": "s",
+                "subject": "p",
+                "action": action,
+                "verb": VERBS[action],
+                "nouns": [NOUNS[action]],
+                "split1": roles[0],
+                "split2": roles[1],
+                "split3": roles[2],
+                "stratified_fold": fold,
+                "session_fold": fold,
+                "frames": frames,
+                "gaze_frames": int(valid.sum()),
+                "shard": "frames/all.parquet",
+                "row_group": group,
+            }
+        )
+        number, group = number + frames, group + math.ceil(frames / 16)
+    write_shard(str(root / "frames/all.parquet"), tables, records, [], {})
+    for file, data in closing_files(records, []).items():
+        (root / file).write_bytes(data)
+    info = {
+        "schema_version": SCHEMA_VERSION,
+        "actions": ACTIONS,
+        "verb_of_action": VERBS,
+        "noun_of_action": NOUNS,
+        "settings": {"image_size": [48, 36], "flow": "dis"},
+    }
+    (root / "dataset.json").write_text(json.dumps(info))
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("noise"), noise)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("numbered"), plain)
 
 
 def checkpoint(folder: Path, shards: str, **changes: object) -> Trainer:
@@ -40,7 +126,7 @@ def checkpoint(folder: Path, shards: str, **changes: object) -> Trainer:
     return trainer
 
 
-def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str) -> None:
     """Window by window: softmax, mean over a clip's windows, weighted mean over the streams, accuracies by hand."""
     trainer = checkpoint(tmp_path, shards, model__stam_depth=2)
     result = evaluate(str(tmp_path / "run"), shards, 2, fusion_weight=0.3)
@@ -77,38 +163,211 @@ def test_evaluation_equals_its_protocol(tmp_path: Path, shards: str, capsys: pyt
     assert [entry["clips"] for entry in result["classes"]] == [true.count(label) for label in range(4)]
     assert result["fusion_sweep"][6]["mean_class_accuracy"] == result["fused"]["mean_class_accuracy"]
     assert {"rgb", "flow", "centre"} == result["attention"].keys()
-    for agreement in result["attention"].values():
-        assert 0 <= agreement["auc"] <= 1 and 0 <= agreement["auc_judd"] <= 1 and agreement["frames"] > 0
-
-    capsys.readouterr()
-    show(result, sweep=True, compare=True)
-    printed = capsys.readouterr().out
-    assert (
-        "this checkpoint, fused" in printed
-        and "Weakest classes, fused" in printed
-        and "AUC (Judd)    AUC " in printed
-        and "window frames" in printed
-    )
-    assert printed.count("published: ") == len(PUBLISHED) and "60.54 %" in printed and "best" in printed
 
 
-def test_clips_that_were_trained_on_are_no_test(
-    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]
+# The first frames of the test windows of split 1, counted through all clips, and each stream's scores there.
+# Clip c0 has windows at 0 and 4, c2 at 0, 8, 16, 24 and 27; c4, of 10 frames, has one.
+SCORES: dict[int, tuple[list[float], list[float]]] = {
+    0: ([0.7, 0.1, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1]),
+    4: ([0.3, 0.5, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1]),
+    20: ([0.2, 0.6, 0.1, 0.1], [0.9, 0.05, 0.03, 0.02]),
+    36: ([0.05, 0.0001, 0.05, 0.8999], [0.1, 0.2, 0.6, 0.1]),
+    44: ([0.05, 0.0001, 0.05, 0.8999], [0.1, 0.2, 0.6, 0.1]),
+    52: ([0.1, 0.8, 0.05, 0.05], [0.1, 0.2, 0.6, 0.1]),
+    60: ([0.05, 0.85, 0.05, 0.05], [0.1, 0.2, 0.6, 0.1]),
+    63: ([0.05, 0.85, 0.05, 0.05], [0.1, 0.2, 0.6, 0.1]),
+    79: ([0.1, 0.1, 0.2, 0.6], [0.05, 0.05, 0.85, 0.05]),
+    95: ([0.1, 0.1, 0.1, 0.7], [0.1, 0.1, 0.6, 0.2]),
+}
+# What the clips c0 to c4, of the classes 0 0 1 2 3, are taken for. The mean RGB scores of c2 are 0.5 for class 1 and
+# 0.39 for class 3; the mean of their logarithms would favour class 3, as the first window does.
+#   RGB                    0 1 1 3 3   3 of 5; recalls 1/2, 1, 0, 1; verbs all right; nouns right of c0, c2, c4
+#   flow                   2 0 2 2 2   2 of 5; recalls 1/2, 0, 1, 0; verbs right of c1, c3, c4; nouns of c0, c1, c3
+#   0.2 RGB + 0.8 flow     2 0 2 2 2
+#   0.6 RGB + 0.4 flow     0 0 1 2 3
+RGB = {
+    "micro_accuracy": pytest.approx(3 / 5),
+    "mean_class_accuracy": pytest.approx(5 / 8),
+    "verb_accuracy": pytest.approx(1.0),
+    "noun_accuracy": pytest.approx(3 / 5),
+    "recall": [0.5, 1.0, 0.0, 1.0],
+    "confusion": [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]],
+}
+FLOW = {
+    "micro_accuracy": pytest.approx(2 / 5),
+    "mean_class_accuracy": pytest.approx(3 / 8),
+    "verb_accuracy": pytest.approx(3 / 5),
+    "noun_accuracy": pytest.approx(3 / 5),
+    "recall": [0.5, 0.0, 1.0, 0.0],
+    "confusion": [[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]],
+}
+RIGHT = {
+    "micro_accuracy": 1.0,
+    "mean_class_accuracy": 1.0,
+    "verb_accuracy": 1.0,
+    "noun_accuracy": 1.0,
+    "recall": [1.0] * 4,
+    "confusion": [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+}
+
+
+def known_scores(model: TwoStream, clips: Mapping[str, Tensor], seeds: Any = None) -> dict[str, StreamOutput]:
+    """A forward pass with the scores above; RGB's attention rises to the right, flow's downwards, in four cells."""
+    outputs = {}
+    for place, name in enumerate(("rgb", "flow")):
+        numbers = ((clips[name][:, 0, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+        rows = [SCORES.get(n if name == "rgb" else 255 - n, ([0.25] * 4, [0.25] * 4))[place] for n in numbers]
+        rising = torch.arange(4.0) / 3
+        attention = rising.reshape((1, 1, 1, 4) if name == "rgb" else (1, 1, 4, 1))
+        outputs[name] = StreamOutput(torch.tensor(rows).log() + place, attention.repeat(len(rows), 2, 1, 1))
+    return outputs
+
+
+def test_evaluation_by_hand(tmp_path: Path, numbered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    trainer = checkpoint(tmp_path, numbered, fusion_weight=0.2, train__iterations=77)
+    trainer.iteration = 30
+    write_checkpoint(str(run), trainer.checkpoint())
+    monkeypatch.setattr(TwoStream, "forward", known_scores)
+    result = evaluate(str(run), numbered)
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    attention, sweep = result.pop("attention"), result.pop("fusion_sweep")
+    assert result == {
+        "split": 1,
+        "trained_on_split": 1,
+        "clips": 5,
+        "clips_trained_on": 0,
+        "chance": 0.25,
+        "iteration": 30,
+        "checkpoint": f"{run}/iteration-000030/checkpoint.pt",
+        "fusion_weight": 0.2,
+        "rgb": RGB,
+        "flow": FLOW,
+        "fused": FLOW,
+        "classes": [{"action": name, "clips": clips} for name, clips in zip(ACTIONS, (2, 1, 1, 1))],
+    }
+    for place, (weight, micro, mean_class) in {0: (0, 2 / 5, 3 / 8), 12: (0.6, 1, 1), 20: (1, 3 / 5, 5 / 8)}.items():
+        assert sweep[place] == pytest.approx(
+            {"rgb_weight": weight, "micro_accuracy": micro, "mean_class_accuracy": mean_class}
+        )
+    assert len(sweep) == 21 and attention.keys() == {"rgb", "flow", "centre"}
+
+    (run / "evaluation.json").unlink()
+    other = evaluate(str(run), numbered, fusion_weight=0.6, out=str(tmp_path / "elsewhere.json"))
+    assert (other["fusion_weight"], other["fused"], other["rgb"], other["flow"]) == (0.6, RIGHT, RGB, FLOW)
+    assert json.loads((tmp_path / "elsewhere.json").read_text()) == other
+    assert not (run / "evaluation.json").exists()
+
+
+def test_attention_is_compared_with_the_gaze_of_its_window(numbered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaze at x = 3 / 4, y = 1 / 4 on every other frame: of 64 x 64 cells row 16, column 48.
+
+    RGB's map rises up to column 48 and is even from there on: 48 columns are lower, 16 x 64 - 1 cells equal. Flow's
+    rises downwards up to row 48: 16 rows are lower, 63 cells equal, 47 rows higher. Each of the ten windows has 8
+    frames with gaze but that of c4: the first five of its ten frames that count, for the last one is repeated.
+    """
+    monkeypatch.setattr(TwoStream, "forward", known_scores)
+    data = open_shards(numbered)
+    config = tiny_config(loss__gaze_sigma=1.7)
+    model = TwoStream(("rgb", "flow"), 4, config.model)
+    _, attention = score_clips(model, config, data.test(1), data)
+    rising = torch.arange(4.0) / 3
+    middle = torch.tensor([[math.exp(-((i - 2) ** 2 + 0.5**2) / (2 * 1.7**2))] for i in range(4)])
+    for name, small, auc, judd in (
+        ("rgb", rising[None], (48 * 64 + 1023 / 2) / 4095, 1 - 1023 / 4095 / 2),
+        ("flow", rising[:, None], (16 * 64 + 63 / 2) / 4095, 1 - (48 * 64 - 1) / 4095 / 2),
+        ("centre", middle, None, None),
+    ):
+        result = attention[name]
+        assert result is not None
+        assert (result["maps"], result["frames"]) == (20, 9 * 8 + 5)
+        if auc is not None:
+            assert (result["auc"], result["auc_judd"]) == pytest.approx((auc, judd), rel=1e-6)
+        assert result["nss"] == pytest.approx(literal.nss(literal.enlarged(small, 64), [(16, 48)]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "split", "clips", "trained_clips"),
+    [
+        (1, None, "c0 c1 c2 c3 c4", 0),
+        (2, None, "c1 c3 c4 c5 c6", 0),
+        (1, 2, "c1 c3 c4 c5 c6", 2),
+        (2, 1, "c0 c1 c2 c3 c4", 2),
+    ],
+)
+def test_the_test_clips_are_those_of_the_split(
+    tmp_path: Path,
+    numbered: str,
+    monkeypatch: pytest.MonkeyPatch,
+    trained_on: int,
+    split: int | None,
+    clips: str,
+    trained_clips: int,
 ) -> None:
-    checkpoint(tmp_path, shards, data__split=2)
-    own = evaluate(str(tmp_path / "run"), shards)
-    assert (own["split"], own["clips_trained_on"]) == (2, 0)
-    other = evaluate(str(tmp_path / "run"), shards, 1)
-    assert (other["split"], other["trained_on_split"], other["clips_trained_on"]) == (1, 2, other["clips"])
-    capsys.readouterr()
-    show(own, compare=True)
-    assert "NOT A TEST" not in (printed := capsys.readouterr().out)
-    assert "NOT COMPARABLE: 4 classes here" in printed
-    show(other)
-    assert f"trains on {other['clips']} of these clips" in capsys.readouterr().out
+    """Split 1 trains on c5, c6 and c7, split 2 on c0, c2 and c7."""
+    scored: list[str] = []
+
+    def note(model: Any, config: Any, clips: list[Clip], shards: Any) -> Any:
+        scored.extend(clip.name for clip in clips)
+        return score_clips(model, config, clips, shards)
+
+    monkeypatch.setattr(TwoStream, "forward", known_scores)
+    monkeypatch.setattr(evaluate_module, "score_clips", note)
+    checkpoint(tmp_path, numbered, data__split=trained_on)
+    result = evaluate(str(tmp_path / "run"), numbered, split)
+    assert scored == clips.split()
+    assert (result["split"], result["trained_on_split"]) == (split or trained_on, trained_on)
+    assert (result["clips"], result["clips_trained_on"]) == (5, trained_clips)
 
 
-@pytest.mark.parametrize("look_every", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("streams", "changes", "message"),
+    [
+        ("both", {}, None),
+        ("both", {"actions": ACTIONS[:3]}, "trained on 4 classes, not the 3 of /there"),
+        (
+            "both",
+            {"actions": [*ACTIONS[:2], "Juggle", "Wash pan"]},
+            "its class 2 is 'Wash cup', that of /there is 'Juggle'",
+        ),
+        ("rgb", {"image_size": [36, 48]}, r"trained on \(48, 36\) images, /there has \(36, 48\)"),
+        ("both", {"flow": "tvl1"}, "trained on dis flow, /there has tvl1"),
+        ("flow", {"flow": "tvl1"}, "trained on dis flow, /there has tvl1"),
+        ("rgb", {"flow": "tvl1"}, None),  # no flow stream
+    ],
+    ids=str,
+)
+def test_a_checkpoint_belongs_to_shards_of_its_kind(streams: str, changes: dict[str, Any], message: str | None) -> None:
+    settings = {"image_size": [48, 36], "flow": "dis", **changes}
+    shards = Shards("/there", {"actions": settings.pop("actions", ACTIONS), "settings": settings}, None)
+    arguments = (Origin(ACTIONS, (48, 36), "dis"), tiny_config(streams=streams), shards, "a checkpoint")
+    if message is None:
+        evaluate_module._check_same_kind(*arguments)
+        return
+    with pytest.raises(UserError, match=f"^a checkpoint: {message}$"):
+        evaluate_module._check_same_kind(*arguments)
+
+
+def test_batches_hold_all_dense_windows_in_order_and_clips_are_counted_once_they_are_done() -> None:
+    """Starts of the clips of 20, 16, 43, 16 and 10 frames; eight windows are read at a time."""
+
+    class Reader:
+        image_size, crop = (48, 36), 32
+        clips = tuple(Clip(name, 0, frames, "", 0) for name, _, frames, _, _ in CLIPS[:5])
+
+        def read_batch(self, windows: list[Any]) -> dict[str, np.ndarray]:
+            assert all((window.top, window.left, window.flip) == (2, 8, False) for window in windows)
+            return {name: np.array([getattr(window, name) for window in windows]) for name in ("clip", "start")}
+
+    done: list[int] = []
+    reader: Any = Reader()
+    batches = list(evaluate_module._batches(reader, CPU, done.append))
+    assert [batch["clip"].tolist() for batch in batches] == [[0, 0, 1, 2, 2, 2, 2, 2], [3, 4]]
+    assert [batch["start"].tolist() for batch in batches] == [[0, 4, 0, 0, 8, 16, 24, 27], [0, 0]]
+    assert done == [3, 2]
+
+
+@pytest.mark.parametrize("look_every", [1, 1000])
 @pytest.mark.parametrize("part", ["logits.conv3d.bias", "attention_pred.conv3d.weight"])
 def test_a_model_that_is_not_finite_is_refused(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, part: str, look_every: int
