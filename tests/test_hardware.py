@@ -10,7 +10,9 @@ import torch
 
 from tests.conftest import tiny_config
 from tune_ego import hardware
-from tune_ego.hardware import autocast_dtype, compiles, memory_format, set_up_torch
+from tune_ego.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_up_torch
+from tune_ego.model import StreamOutput, TwoStream
+from tune_ego.model.two_stream import Stream
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -91,3 +93,46 @@ def test_a_worker_without_a_gpu_has_a_thread_for_each_cpu_and_keeps_memory(
     assert made == calls
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (":4096:8" if deterministic else "before")
     assert torch.backends.cudnn.benchmark == (not deterministic)
+
+
+def test_a_deterministic_run_sets_torch_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", modes.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    set_up_torch(tiny_config(train__deterministic=True), 1)
+    assert modes == [True] and torch.backends.cudnn.benchmark is False
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_trying_the_compiled_streams_changes_no_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The compiler is stood in for: the RGB stream runs as it is, in evaluation and in training, and flow's fails."""
+    model = TwoStream(("rgb", "flow"), 3, tiny_config().model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options: list[Any] = []
+
+    def compile_stream(stream: Any, **kwargs: Any) -> None:
+        options.append(kwargs)
+        stream._compiled_call_impl = stream._call_impl if stream.modality == "rgb" else fail
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("\n  no compiler  \nat all")
+
+    modes: list[tuple[bool, bool]] = []
+    forward = Stream.forward
+
+    def note(stream: Stream, clip: torch.Tensor) -> StreamOutput:
+        modes.append((stream.training, torch.is_grad_enabled()))
+        return forward(stream, clip)
+
+    monkeypatch.setattr(Stream, "compile", compile_stream)
+    monkeypatch.setattr(Stream, "forward", note)
+    clips = {"rgb": torch.zeros(2, 3, 16, 36, 36), "flow": torch.zeros(2, 2, 16, 36, 36)}
+    assert compile_streams(model, clips, None) == {"rgb": True, "flow": False}
+    assert modes == [(False, False), (True, True)] and options == [{"dynamic": False}] * 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model["flow"]._compiled_call_impl is None and model["rgb"]._compiled_call_impl is not None
+    assert capsys.readouterr().out == "The flow stream is not compiled, and trains as it is: no compiler\n"
