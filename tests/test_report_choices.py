@@ -231,9 +231,9 @@ def test_bins_with_the_same_ends_are_one() -> None:
     ],
 )
 def test_the_even_iteration_is_the_last_one_that_all_have(validated: list[list[int]], even: int | None) -> None:
-    search = make_search(
-        REPEATS, {f"{n}": (PLAIN, [validation(place, 0.5) for place in places]) for n, places in enumerate(validated)}
-    )
+    logged = {"iteration": 90, "train_loss": 1.0}  # without a validation
+    lines = [[*(validation(place, 0.5) for place in places), logged] for places in validated]
+    search = make_search(REPEATS, {f"{n}": (PLAIN, of_one) for n, of_one in enumerate(lines)})
     assert even_iteration(search.trials) == even
 
 

@@ -119,13 +119,20 @@ def test_wandb_keeps_a_final_run_offline(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_tensorboard_has_each_line_once_after_a_second_start(tmp_path: Path) -> None:
+    """The files of the first start are removed, and no others."""
     config, run = tiny_config(), str(tmp_path / "run")
+    folder = tmp_path / "run" / "tensorboard" / "run"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1.host").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
     for upto in (3, 4):
         with run_tracked(["tensorboard"], config, run):
             lines: list[dict[str, Any]] = [{"iteration": 5 * n, "train_loss": 2.0 / n} for n in range(1, upto + 1)]
             lines[1] |= {METRIC: 0.75, "val_loss": 1.5}
             lines[2] |= {METRIC: 0.25, "val_loss": 2.5}
             experiment.write_metrics(run, lines)
+    names = {file.name for file in folder.iterdir()}
+    assert "events.out.tfevents.1.host" not in names and "notes.txt" in names
     events = EventAccumulator(f"{run}/tensorboard/run", {"scalars": 0})
     events.Reload()
     scalars = {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
