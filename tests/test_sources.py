@@ -187,6 +187,11 @@ def test_what_is_closed_already_is_not_written_again(tmp_path: Path) -> None:
     (tmp_path / "frames").rmdir()
     assert times() == before
     assert len(open_shards(str(tmp_path)).table) == 4
+    for name in ("clips.parquet", "problems.parquet"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-9] + b"x" + content[-8:])
+        close(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
+        assert (tmp_path / name).read_bytes() == content
     close(ANNOTATIONS, RECORDS[1:], PROBLEMS, {}, str(tmp_path), True)
     assert len(open_shards(str(tmp_path)).table) == 3
     reopen(str(tmp_path))
