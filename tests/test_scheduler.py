@@ -35,6 +35,7 @@ ASHA = Case(
         ("b", 10, 0.40, STOP),  # under the median of [0.50] = 0.50
         ("c", 10, 0.45, GO),  # the median of [0.40, 0.50] = 0.45, and not under it
         ("d", 10, 0.44, STOP),  # under that of [0.40, 0.45, 0.50] = 0.45
+        ("h", 9, 0.00, GO),  # before the grace: not under anything
         ("c", 15, 0.01, GO),  # between two rungs, and recorded at rung 10 already
         ("e", 15, 0.60, GO),  # rung 10 at 15, as it has not reported before: that of [0.40, 0.44, 0.45, 0.50] = 0.445
         ("a", 20, 0.55, GO),  # rung 20: the first
@@ -42,6 +43,8 @@ ASHA = Case(
         ("e", 20, 0.60, STOP),  # that of [0.55, 0.70] = 0.625
         ("f", 20, 0.10, STOP),  # straight to rung 20: that of [0.55, 0.60, 0.70] = 0.60
         ("g", 10, 0.46, GO),  # rung 10 has [0.40, 0.44, 0.45, 0.50, 0.60], 0.45; nothing of f
+        ("i", 20, 0.80, GO),  # straight to rung 20: that of [0.10, 0.55, 0.60, 0.70] = 0.575
+        ("i", 25, 0.01, GO),  # recorded at rung 20, and rung 10 is behind it
         ("c", 40, 0.71, GO),
         ("a", 40, 0.02, GO),  # the worst at the budget: it has finished, and is not stopped
     ],
