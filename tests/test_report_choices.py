@@ -127,6 +127,35 @@ def test_a_parameter_is_compared_among_the_trials_that_have_it() -> None:
     assert [row["mean_at_even"] for row in choices["parameters"][0]["values"]] == [pytest.approx(0.3), 0.7]
 
 
+def test_values_stand_in_the_order_of_the_search_space() -> None:
+    """Numbers and pairs too; a value that the space does not list, here Ranger's default of 5, comes last."""
+    space = """
+    space:
+      optimizer.name: {choice: [sgd, ranger]}
+      optimizer.lr: {choice: [0.5, 0.123456]}
+      optimizer.betas: [{when: {optimizer.name: ranger}, choice: [[0.95, 0.999], [0.9, 0.99]]}]
+      schedule.patience: [{when: {optimizer.name: sgd}, choice: [7, 6]}]
+    """
+    ranger = {"optimizer.name@0": "ranger", "optimizer.lr@0": 0.123456}
+    sgd = {"optimizer.name@0": "sgd", "optimizer.lr@0": 0.5}
+    search = make_search(
+        space,
+        {
+            "0": ({**ranger, "optimizer.betas@0": [0.9, 0.99]}, [validation(20, 0.1)]),
+            "1": ({**ranger, "optimizer.betas@0": [0.95, 0.999]}, [validation(20, 0.2)]),
+            "2": ({**sgd, "schedule.patience@0": 6}, [validation(20, 0.3)]),
+            "3": ({**sgd, "schedule.patience@0": 7}, [validation(20, 0.4)]),
+        },
+    )
+    parameters = experiment_numbers(Found(search, alive=False), {"why": "none"}, [])["choices"]["parameters"]
+    assert {one["key"]: [row["value"] for row in one["values"]] for one in parameters} == {
+        "optimizer.name": ["sgd", "ranger"],
+        "optimizer.lr": ["0.5", "0.1235"],
+        "optimizer.betas": ["(0.95, 0.999)", "(0.9, 0.99)"],
+        "schedule.patience": ["7", "6", "5"],
+    }
+
+
 def test_every_labelled_configuration_stands_beside_the_published_results() -> None:
     ours = published_numbers(repeated(), None, {})["ours"]
     on = "validation clips: stratified fold 0 of split 1"
