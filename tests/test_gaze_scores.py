@@ -134,7 +134,7 @@ def test_f1_and_the_centre_equal_their_formulas() -> None:
 
 # A map of 1 x 2 cells, 0 and 1: enlarged, its columns k = 0 to 31 are (2 k + 1) / 64 and the other 32 are 1.
 TO_THE_RIGHT = [[0.0, 1.0]]
-# With the gaze at x = 3 / 4, y = 1 / 2, where the map is 1:
+# With the gaze at x = 3 / 4, y = 1 / 4, where the map is 1:
 #   ties are halves: (2048 + 2047 / 2) / 4095; thresholds: 1 - 2047 / 4095 / 2, the same
 #   mean 0.75, variance (4095 / 3 / 4096 + 1) / 2 - 0.75^2 = 0.104126
 #   a disc of radius 7.5 has 172 cells: 2 x (14 + 14 + 14 + 14 + 12 + 10 + 8)
@@ -155,15 +155,15 @@ NONE = (0.1, 0.1, False)
 @pytest.mark.parametrize(
     ("maps", "points", "counts"),
     [
-        ([TO_THE_RIGHT], [(0.75, 0.5, True)] * 2, (1, 2)),
-        ([[[0.0], [1.0]]], [(0.5, 0.75, True), (0.5, 0.75, True)], (1, 2)),  # y, down the rows
-        ([TO_THE_RIGHT], [NONE, (0.75, 0.5, True)], (1, 1)),
-        ([TO_THE_RIGHT], [(0.75, 0.5, True), (1.0, 0.5, True)], (1, 1)),  # 1 is outside
-        ([TO_THE_RIGHT], [(0.75, 0.5, True), (0.5, -0.01, True)], (1, 1)),
-        ([TO_THE_RIGHT], [(0.75, 0.5, True), (math.nan, math.nan, True)], (1, 1)),
-        ([TO_THE_RIGHT, [[1.0, 0.0]]], [(0.75, 0.5, True), (0.75, 0.5, True), NONE, NONE], (1, 2)),
-        ([[[1.0, 0.0]], TO_THE_RIGHT], [NONE, NONE, (0.75, 0.5, True), (0.75, 0.5, True)], (1, 2)),
-        ([TO_THE_RIGHT, TO_THE_RIGHT], [(0.75, 0.5, True)] * 2, (2, 2)),
+        ([TO_THE_RIGHT], [(0.75, 0.25, True)] * 2, (1, 2)),
+        ([[[0.0], [1.0]]], [(0.25, 0.75, True), (0.25, 0.75, True)], (1, 2)),  # y, down the rows
+        ([TO_THE_RIGHT], [NONE, (0.75, 0.25, True)], (1, 1)),
+        ([TO_THE_RIGHT], [(0.75, 0.25, True), (1.0, 0.5, True)], (1, 1)),  # 1 is outside
+        ([TO_THE_RIGHT], [(0.75, 0.25, True), (0.5, -0.01, True)], (1, 1)),
+        ([TO_THE_RIGHT], [(0.75, 0.25, True), (math.nan, math.nan, True)], (1, 1)),
+        ([TO_THE_RIGHT, [[1.0, 0.0]]], [(0.75, 0.25, True), (0.75, 0.25, True), NONE, NONE], (1, 2)),
+        ([[[1.0, 0.0]], TO_THE_RIGHT], [NONE, NONE, (0.75, 0.25, True), (0.75, 0.25, True)], (1, 2)),
+        ([TO_THE_RIGHT, TO_THE_RIGHT], [(0.75, 0.25, True)] * 2, (2, 2)),
     ],
 )
 def test_scores_by_hand(
@@ -182,7 +182,7 @@ def test_windows_add_up_to_means_over_maps_and_over_frames() -> None:
     Of that one the AUCs are 63 x 1 / 2 / 4095, for 63 cells are as low, and NSS (1 / 64 - 0.75) / 0.322686. Precision
     and recall are means over four frames: no cell of the last one's disc is above 0.96.
     """
-    gaze = torch.tensor([[[0.75, 0.5]] * 3 + [[0.5, 2.0]], [[0.0, 0.0]] + [[0.5, 0.5]] * 3])
+    gaze = torch.tensor([[[0.75, 0.25]] * 3 + [[0.5, 2.0]], [[0.0, 0.0]] + [[0.5, 0.5]] * 3])
     valid = torch.tensor([[True] * 4, [True] + [False] * 3])
     result = scored(torch.tensor([[TO_THE_RIGHT]] * 2), gaze, valid)
     low = 63 / 2 / 4095
