@@ -1,9 +1,9 @@
-"""Planted mistakes, and the test that notices each: `python -m tests.mutants [NAME...] [--jobs N]`.
+"""Planted mistakes, and the test that fails with each: `python -m tests.mutants [NAME...] [--jobs N]`.
 
 The tables are the YAML files in `planted/`. A row names a file of the package, a piece of its text, the mistake that
 replaces it, and a test. Each mistake is planted alone, in a copy of the tree, and its test is run there. A mistake
 whose test passes all the same is a survivor: it is printed, and the exit code is 1. Every bug that is mended in the
-package gets a row.
+package gets a row. Some rows need tests that start Ray; all of them take about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -31,7 +31,8 @@ _COPIED = ("tune_ego", "tests", "search_spaces", "docs", ".ci", "pyproject.toml"
 _IMPORTED = ["torch", "torchvision.io", "cv2", "av", "pyarrow.parquet", "pyarrow.fs", "pydantic", "rich.console"]
 _IMPORTED += ["simplejpeg", "typer", "matplotlib.pyplot", "optuna", "ray.tune", "ray.train", "pytest"]
 """Packages that are imported once: each test runs in a fork of the process that has them."""
-_PASSED, _FAILED = 0, 1  # exit codes of pytest
+_PASSED, _FAILED, _NO_CALL, _CRASHED = 0, 1, 98, 99
+"""Exit codes of a test's process: pytest's own, a failure before the test itself was called, and any other error."""
 _SECONDS = 300
 """Time limit of one test: a mistake may make a loop endless."""
 
@@ -41,7 +42,7 @@ class Mutant(NamedTuple):
 
     name: str
     file: str
-    """Path below the root of the repository."""
+    """Path below the root of the repository: of the package, or `cluster.yaml`."""
     old: str
     """Text that occurs once in the file."""
     new: str
@@ -86,20 +87,35 @@ def copied_tree() -> Iterator[Path]:
         yield tree
 
 
-def _run_pytest(tree: str, tests: list[str], output: str) -> None:
-    """Body of a forked process: run tests in a copy of the tree, slow ones too, and exit with pytest's code."""
-    import pytest
+class _Calls:
+    """Plugin of pytest that counts the tests which failed when they were called, not in a fixture."""
 
-    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tune_ego")]:
-        del sys.modules[name]
-    os.chdir(tree)
-    sys.path.insert(0, tree)
-    sys.dont_write_bytecode = True
-    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    options = ["-q", "-x", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", f"--timeout={_SECONDS}"]
-    os._exit(int(pytest.main([*options, f"--basetemp={output}.files", *tests])))
+    failed = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.failed += report.when == "call" and report.failed
+
+
+def _run_pytest(tree: str, tests: list[str], output: str) -> None:
+    """Body of a forked process: run tests in a copy of the tree, slow ones too, and exit with a code of the above."""
+    try:
+        import pytest
+
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tune_ego")]:
+            del sys.modules[name]
+        os.chdir(tree)
+        sys.path.insert(0, tree)
+        sys.dont_write_bytecode = True
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        options = ["-q", "-x", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        options += [f"--timeout={_SECONDS}", f"--basetemp={output}.files"]
+        calls = _Calls()
+        code = int(pytest.main([*options, *tests], plugins=[calls]))
+        os._exit(_NO_CALL if code == _FAILED and not calls.failed else code)
+    finally:  # an exception's own exit code would be that of a failed test
+        os._exit(_CRASHED)
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
@@ -115,15 +131,20 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def verdict(mutant: Mutant, tree: Path) -> str:
-    """Plant a mistake in a copy of the tree, run its test, and restore the file: `noticed`, or the fault."""
+    """Plant a mistake in a copy of the tree, run its test, and restore the file: `noticed`, or the fault.
+
+    A mistake may also stop a fixture of the test. That counts where the same test, alone, passes without the mistake.
+    """
     path = tree / mutant.file
-    before = path.read_text()
-    path.write_text(mutant.spoilt(before))
+    sound = path.read_text()
+    path.write_text(mutant.spoilt(sound))
     try:
-        code, _ = run_tests(tree, [mutant.test])
+        code, output = run_tests(tree, [mutant.test])
     finally:
-        path.write_text(before)
-    return {_FAILED: "noticed", _PASSED: "SURVIVED"}.get(code, f"NO VERDICT: pytest ended with {code}")
+        path.write_text(sound)
+    if code == _FAILED or (code == _NO_CALL and run_tests(tree, [mutant.test])[0] == _PASSED):
+        return "noticed"
+    return "SURVIVED" if code == _PASSED else f"NO VERDICT: exit code {code}: {output[-500:]}"
 
 
 def check_mutants(mutants: list[Mutant], jobs: int) -> int:

@@ -16,6 +16,8 @@ def functions(file: str) -> set[str]:
 def test_every_row_has_its_place_and_its_test() -> None:
     table = read_tables()
     assert len({row.name for row in table}) == len(table) > 0
+    planted = {(row.file, row.spoilt((ROOT / row.file).read_text())): row.name for row in table}
+    assert set(planted.values()) == {row.name for row in table}  # else two rows plant the same mistake
     tests = {file: functions(file) for file in {row.test.partition("::")[0] for row in table}}
     for row in table:
         file, _, test = row.test.partition("::")

@@ -55,14 +55,14 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
             self._trials[trial] = _Named(trial)
             self._scheduler.on_trial_add(None, self._trials[trial])
         result = {"iteration": iteration, METRIC: accuracy}
-        action = recorded or ("" if iteration < self._budget else TrialScheduler.CONTINUE)
-        if action and isinstance(self._scheduler, MedianStoppingRule):
-            # Its state is the reports alone. A decision of its own to stop would make it refuse all further reports,
-            # and a trial that had finished may go on when the budget is raised.
+        action = TrialScheduler.CONTINUE if recorded is None and iteration >= self._budget else recorded
+        if action is not None and isinstance(self._scheduler, MedianStoppingRule):
+            # `on_trial_complete` only records the report. `on_trial_result` may decide to stop the trial, and raises an
+            # AssertionError at its next report: a trial that had finished goes on when the budget is raised.
             self._scheduler.on_trial_complete(None, self._trials[trial], result)
         else:
-            answer = self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result)
-            action = action or str(answer)
+            decision = str(self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result))
+            action = decision if action is None else action
         self._decisions.setdefault(trial, []).append(Decision(self._count, trial, iteration, accuracy, action))
         self._count += 1
         return action
