@@ -147,7 +147,7 @@ def test_gaze_is_that_of_the_clip_s_session_frames_plus_the_offset(
         stored = [math.nan if row[column] is None else row[column] for row in rows]
         assert stored == pytest.approx(expected, nan_ok=True, abs=1e-6)
         assert [row[column] is None for row in rows] == [frame == 44 for frame in frames]
-    assert result.records[0]["gaze_frames"] == 9
+    assert result.records[0]["gaze_frames"] == 9 and result.problems == []
 
 
 def test_frames_before_the_recording_and_behind_it_have_no_gaze(root: Path, tmp_path: Path) -> None:
