@@ -32,7 +32,7 @@ class KnownSearch(NamedTuple):
     output: str
     """All that the command printed."""
     labels: list[int]
-    """Of the validation clips: split 1, stratified fold 0."""
+    """Labels of the validation clips: split 1, stratified fold 0."""
     right: int
     """The class that 00000 answers."""
 

@@ -119,7 +119,7 @@ def test_copies_opened_longest_ago_make_room(tmp_path: Path, limit: int, kept: l
 
 
 def test_room_is_kept_for_what_others_fetch_at_this_moment(tmp_path: Path) -> None:
-    """What is left of a process that ended a day ago is removed instead."""
+    """A file left by a process that ended a day ago is removed instead."""
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "link.parquet").symlink_to(folder / "gone")  # another process was faster

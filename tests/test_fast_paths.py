@@ -220,7 +220,7 @@ sys.exit("torch" in sys.modules)
 
 
 def test_reading_imports_no_torch(shards: str, tmp_path: Path) -> None:
-    """As a reader's process does it, with what Ray sends there."""
+    """A process that unpickles and runs what Ray sends to a reader."""
     plan = FeedPlan.of(shards, tiny_config(), 1, 0)
     (tmp_path / "read").write_bytes(cloudpickle.dumps(partial(read_packed, plan=plan, items_a_block=2)))
     program = """

@@ -1,4 +1,4 @@
-"""What goes wrong inside a search: it goes on, tells, and leaves nothing behind."""
+"""Faults inside a search: the other trials go on, the fault is reported, and nothing is left behind."""
 
 from __future__ import annotations
 

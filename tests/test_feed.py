@@ -22,7 +22,7 @@ def plan(shards: str, *, encoded: bool = False, iterations: int = 7) -> FeedPlan
 
 
 def test_ray_reads_the_same_batches_in_the_same_order(handmade_shards: str, ray_cluster: None) -> None:
-    """What a plan reads is held against values in test_feed_plan."""
+    """The batches of a plan have their expected values in test_feed_plan."""
     whole = plan(handmade_shards)
     batches = list(ray_batches(whole, 3, readers=2, batch_bytes=1 << 20))
     assert len(batches) == whole.items - 3

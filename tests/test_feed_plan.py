@@ -1,4 +1,4 @@
-"""What each worker reads, item by item, on the made-up data set of `tests.handmade`."""
+"""The windows that each worker reads, item by item, on the made-up data set of `tests.handmade`."""
 
 from __future__ import annotations
 

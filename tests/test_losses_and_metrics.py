@@ -150,7 +150,7 @@ def test_stream_losses_are_cross_entropy_and_weighted_gaze_loss() -> None:
 
 
 def test_the_action_loss_of_scores_in_16_bits_is_computed_in_float32() -> None:
-    """Of the scores 0 and 12 the first one's class: log(1 + exp(12)) = 12.0000061, which float16 has as 12."""
+    """The loss of the first class, for scores of 0 and 12: log(1 + exp(12)) = 12.0000061, which float16 has as 12."""
     losses = stream_losses(
         StreamOutput(torch.tensor([[0.0, 12.0]]).half(), None),
         torch.tensor([0]),

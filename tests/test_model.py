@@ -235,7 +235,7 @@ def test_only_maps_of_equal_values_scale_to_zeros(dtype: torch.dtype) -> None:
 
 
 def test_gradient_of_the_attention_scaling_with_ties() -> None:
-    """As torch has it: equal extremes share their derivative."""
+    """Equal extremes share their derivative, in torch too."""
     torch.manual_seed(0)
     a = torch.randint(0, 3, (4, 2, 3, 3)).double().requires_grad_()
     weight = torch.randn(a.shape, dtype=torch.float64)

@@ -335,7 +335,7 @@ def test_a_plateau_lowers_the_rate(
 
 @pytest.mark.parametrize(("steps", "counts"), [(3, False), (4, True)])
 def test_validations_during_the_warm_up_do_not_count(steps: int, counts: bool) -> None:
-    """Of a warm-up of four steps, the fourth one's rate is the full one."""
+    """The fourth step of a warm-up of four has the full rate."""
     config = config_with(name="plateau", patience=0, warmup=4)
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     schedule = Schedule(config, optimizer)

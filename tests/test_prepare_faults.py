@@ -1,4 +1,4 @@
-"""What can go wrong while shards are made: nothing wrong is ever readable as good."""
+"""Faults while shards are made: a reader never takes a faulty shard for a good one."""
 
 from __future__ import annotations
 

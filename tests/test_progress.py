@@ -1,4 +1,4 @@
-"""Where a search or run stands, from its files alone."""
+"""Progress of a search or run, from its files alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tune_ego.search_space import parse_space
 
 
 def drive(root: Path) -> None:
-    """As if this process drove the search or run."""
+    """Write the record of this process as the search's or run's driver."""
     record = {"id": "x", "host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
     (root / "driver.json").write_text(json.dumps(record))
 
@@ -57,7 +57,7 @@ def printed(view: RenderableType, width: int = 200) -> str:
 
 
 def test_a_search_in_the_middle(root: Path) -> None:
-    """Of the running trials 00002 (50 of 100 iterations, batches of 20) and 00003 (40, batches of 40)."""
+    """Speed and memory of the running trials 00002 (50 of 100 iterations, batches of 20) and 00003 (40, batches of 40)."""
     now = standing(read_experiment(str(root)))
     assert now.states == {"running": 2, "pending": 2, "finished": 1, "stopped": 1, "failed": 1}
     assert list(now.states) == ["running", "pending", "finished", "stopped", "failed"]

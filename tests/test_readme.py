@@ -1,4 +1,4 @@
-"""What the README shows about the shards is true."""
+"""The README's tables and examples of the shards fit the package."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Page(HTMLParser):
-    """What a page shows: its headings' ids, its numbers, what it would load."""
+    """Content of a page: its headings' ids, its numbers, what it would load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -267,7 +267,7 @@ def test_the_even_iteration_is_the_last_one_that_all_have(validated: list[list[i
 
 
 def test_importance_is_of_the_parameter_that_decides() -> None:
-    """Of 16 configurations the best four are those of SGD with a high rate: nothing else divides them from the rest."""
+    """The best four of 16 configurations are those of SGD with a high rate: nothing else divides them from the rest."""
     pytest.importorskip("optuna")
     trials: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for n in range(16):

@@ -1,4 +1,4 @@
-"""What a worker writes of its run while training goes on."""
+"""The files that a worker writes while training goes on."""
 
 from __future__ import annotations
 

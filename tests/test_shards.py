@@ -1,4 +1,4 @@
-"""Which clips play which role, and where they lie in the shards."""
+"""The role of each clip, and its place in the shards."""
 
 from __future__ import annotations
 

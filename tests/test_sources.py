@@ -148,7 +148,7 @@ def test_what_closes_a_data_set(tmp_path: Path) -> None:
 def test_only_clips_left_out_count_towards_the_threshold(
     tmp_path: Path, lost: int, refused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 20 clips 5 % is one."""
+    """One of 20 clips is 5 %."""
     annotations = Annotations(["a"], ["v"], ["n"], [clip_of(1, 1, (1,), place) for place in range(20)])
     records = [record(place, 20, 20) for place in range(20 - lost)]
     problems = [Problem(f"clip{place}", "gaze", "none", True) for place in range(9)]

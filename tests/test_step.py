@@ -35,7 +35,7 @@ def batch(seed: int, clips: int = 1) -> ClipBatch:
 
 
 def test_a_step_s_gradients_equal_autograd_on_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two passes: the mean of cross-entropy + weight x gaze loss, for each stream; in float64, where ReLU's kinks
+    """Two passes: the mean of cross-entropy + weight x gaze loss, for each stream; in float64, where ReLU's kinks
     and BatchNorm over few values are no matter."""
     clips = ClipBatch.clips
     monkeypatch.setattr(ClipBatch, "clips", lambda batch: {name: x.double() for name, x in clips(batch).items()})
@@ -116,7 +116,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_its_validation() -> No
 
 
 class TwoValidations:
-    """What the loop asks of a `FeedPlan`: two iterations, each with a validation of two batches after it."""
+    """The part of a `FeedPlan` that the loop uses: two iterations, each with a validation of two batches after it."""
 
     iterations = validation_items = 2
 

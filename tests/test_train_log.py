@@ -79,7 +79,7 @@ class StubTrainer:
 
 
 def run(clock: Clock, trainer: StubTrainer, iterations: int, validated: set[int], notices: list[Notice]) -> list[Any]:
-    """What `train` reports; each report takes 50 s, each batch 1 s."""
+    """The lines that `train` reports; each report takes 50 s, each batch 1 s."""
     reports: list[Any] = []
 
     def feed() -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""What a model sees: the pictures' sources against a plain computation, the files, and what is refused."""
+"""Views of a model: the pictures' sources against a plain computation, the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _made(folder: Path) -> Path:
 
 
 def test_attention_in_the_report(tmp_path: Path, shards: str) -> None:
-    """With shards and a checkpoint: cases with pictures, right ones and wrong ones, of the model's own scores."""
+    """Given shards and a checkpoint: cases with pictures, right ones and wrong ones, of the model's own scores."""
     checkpoint(tmp_path, shards)
     run = str(tmp_path / "run")
     torch.save(open_model(run, shards).model.state_dict(), _made(tmp_path / "run" / "final") / "model.pt")

@@ -58,7 +58,7 @@ def test_attention_is_left_out_only_where_the_stream_has_none(tmp_path: Path) ->
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
 def test_weights_lie_at_the_top_or_under_model_or_state_dict(tmp_path: Path, key: str | None, prefix: str) -> None:
-    """As published trainers write them, with other things beside; counters of batches may be absent."""
+    """Files in the forms of published trainers, with other things beside; counters of batches may be absent."""
     theirs = small().state_dict()
     state = {prefix + name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}
     torch.save(state if key is None else {"epoch": 3, key: state, "best": 0.5}, tmp_path / "w.pt")

@@ -76,7 +76,7 @@ def literal_training_window(seed: int, sample: int) -> tuple[int, int, int, int,
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_samples_of_two_epochs(seed: int) -> None:
-    """Where the second assertion fails alone, NumPy draws other numbers than it did."""
+    """NumPy's draws have changed where the second assertion alone fails."""
     backwards = [training_window(CLIPS, seed, sample, SIZE, CROP) for sample in reversed(range(10))]
     assert backwards[::-1] == [literal_training_window(seed, sample) for sample in range(10)]
     assert backwards[::-1] == TWO_EPOCHS[seed]
