@@ -312,7 +312,7 @@ def test_the_picture_shows_frames_gaze_and_flow(small: Path, tmp_path: Path) -> 
 
 
 def test_the_light_is_that_of_the_frame_s_half_window(small: Path, tmp_path: Path) -> None:
-    """An offset of -18 leaves the first 8 frames of the first clip without gaze: no light there, and light from 8 on."""
+    """An offset of -18 leaves the first 8 frames of the first clip without gaze: light from frame 8 on."""
     data = write_shards(small, tmp_path / "shards", Settings((64, 48), frame_offset=-18))
     light = contact_sheet(open_shards(data), STILL)[152:200]
     for column, frame in enumerate((0, 3, 5, 8, 11, 14, 16, 19)):

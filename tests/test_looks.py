@@ -219,7 +219,7 @@ def test_the_highest_scores_are_shown_and_the_true_class_last_where_it_is_not_am
 
 
 def test_the_plot_s_points_lie_at_the_windows_middles_and_scores() -> None:
-    """A plot of 288 pixels and 31 frames: frame 7.5 is at 46 + 226 x 7.5 / 30 = 102.5, frame 22.5 at 215.5; score 1 is at
+    """288 pixels, 31 frames: frame 7.5 is at 46 + 226 x 7.5 / 30 = 102.5, frame 22.5 at 215.5; score 1 is at
     row 48, 0 at row 138, 0.5 at 93."""
     clip = Clip("c", 1, 31, "", 0)
     scores = [{"rgb": np.array([0.0, 1.0])}, {"rgb": np.array([0.5, 0.5])}]
@@ -240,7 +240,7 @@ def test_a_short_clip_s_middle_is_its_own(start: int, frames: int, middle: float
 
 
 def test_the_windows_of_a_clip_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Windows of 35 frames begin at 0, 8, 16 and 19; a crop of 32 from the middle of 48 x 36: 2 rows down, 8 columns right."""
+    """Windows begin at 0, 8, 16 and 19 of 35; a crop of 32 from the middle of 48 x 36: 2 rows down, 8 columns right."""
     made: list[Window] = []
 
     def looks(model: Any, clips: list[Clip], windows: list[Window]) -> list[Look]:

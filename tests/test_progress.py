@@ -57,7 +57,7 @@ def printed(view: RenderableType, width: int = 200) -> str:
 
 
 def test_a_search_in_the_middle(root: Path) -> None:
-    """Speed and memory of the running trials 00002 (50 of 100 iterations, batches of 20) and 00003 (40, batches of 40)."""
+    """Figures of the running trials 00002 (50 of 100 iterations, batches of 20) and 00003 (40, batches of 40)."""
     now = standing(read_experiment(str(root)))
     assert now.states == {"running": 2, "pending": 2, "finished": 1, "stopped": 1, "failed": 1}
     assert list(now.states) == ["running", "pending", "finished", "stopped", "failed"]
