@@ -313,6 +313,10 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
     assert str(caught.value) == (
         "nosuch: no such file, nor a shipped search space (activation, demo, full, optimizer, stam_depth, table1)"
     )
+    for text, message in (("samples: 0", "samples: expected a whole"), ("a: [", "not valid YAML: while parsing")):
+        Path("wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=f"^wrong.yaml: {message}"):
+            load_space("wrong.yaml")
     Path("binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"^binary\.yaml: cannot be read \('utf-8' codec can't decode byte 0xff"):
         load_space("binary.yaml")

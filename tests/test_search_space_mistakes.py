@@ -91,6 +91,8 @@ FORMS = "choice, grid, uniform, loguniform, randint"
             "space: {optimizer.lr: [{value: 0.1}, 3]}",
             f"space.optimizer.lr: branch 2: expected 'when' and one of {FORMS}, value",
         ),
+        ("space: {seed: [{value: null}]}", "space.seed: expected a number, a word, or a list of them, found None"),
+        ("space: {seed: [{choice: []}]}", "space.seed: choice: the list is empty"),
         ("space: {seed: [{when: 3, value: 1}]}", "space.seed: when: expected keys and values, found 3"),
         (
             "space: {optimizer.lr: [{when: {a: 1}, value: 0.1}]}",
