@@ -175,11 +175,12 @@ def test_what_is_missing_and_odd_is_named(folder: Path, capsys: pytest.CaptureFi
     assert named[longest] > named[other]
     videos[absent].unlink()
     shutil.copy(videos[longest], videos[other])
-    (folder / "cropped_clips" / "OP09-R09-Other-1-2-F000001-F000002.mp4").write_bytes(b"")
+    for frames in ("F000001-F000002", "F000003-F000004"):
+        (folder / "cropped_clips" / f"OP09-R09-Other-1-2-{frames}.mp4").write_bytes(b"")
     session, gaze = next((name, Path(file.uri)) for name, file in find_gaze(str(folder)).items() if name in poor)
     gaze.write_text("".join(gaze.read_text().splitlines(keepends=True)[:60]))
     verdict = check(str(folder), SETTINGS)
-    assert verdict.facts["videos without annotation"] == 1
+    assert verdict.facts["videos without annotation"] == 2
     assert Problem(absent, "video", "no mp4 of this name", kept=False) in verdict.problems
     kinds = {(problem.clip, problem.stage) for problem in verdict.problems if problem.reason != NO_USABLE_GAZE}
     assert kinds == {(absent, "video"), (other, "length"), (session, "gaze")}
