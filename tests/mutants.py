@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import yaml
@@ -103,6 +104,7 @@ def _run_pytest(tree: str, tests: list[str], output: str) -> None:
 
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tune_ego")]:
             del sys.modules[name]
+        sys.modules["__main__"] = ModuleType("__main__")  # processes that tests start must not import this file's tree
         os.chdir(tree)
         sys.path.insert(0, tree)
         sys.dont_write_bytecode = True
