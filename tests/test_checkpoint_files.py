@@ -84,13 +84,13 @@ def test_a_checksum_is_the_size_and_the_sha_256() -> None:
 
 def test_half_a_checkpoint_is_none_and_iterations_ascend_as_numbers(tmp_path: Path) -> None:
     assert checkpoint_iterations(str(tmp_path)) == [] and checkpoint_iterations(str(tmp_path / "absent")) == []
-    for iteration in (20, 100, 1000000, 3):
+    for iteration in (20, 100, 10000000, 2000000, 3):
         save(tmp_path, iteration)
     save(tmp_path, 40).unlink()
     save(tmp_path, 50).with_name("checkpoint.json").unlink()
     for other in ("iteration-x", "final", "iteration-7.partial"):
         (tmp_path / other).mkdir()
-    assert checkpoint_iterations(str(tmp_path)) == [3, 20, 100, 1000000]
+    assert checkpoint_iterations(str(tmp_path)) == [3, 20, 100, 2000000, 10000000]
 
 
 def test_all_checkpoints_are_removed_but_those_to_keep_broken_ones_too(
