@@ -193,7 +193,8 @@ BENCHES = {
     [
         ("feed", [("feed", None)]),
         ("feed s", [("feed", "s")]),
-        ("loop s", [("loop", "s")]),
+        ("loop s", [("loop", "s", 160, 5)]),
+        ("loop s --iterations 80 --repeats 2", [("loop", "s", 80, 2)]),
         ("step", [("step", 224, None, 5)]),
         ("step --side 64 --batch 3 --repeats 2", [("step", 64, 3, 2)]),
         ("prepare e", [("prepare", "e")]),
@@ -216,9 +217,13 @@ def test_a_benchmark_s_options_reach_it_and_its_record_is_written(
     made: list[tuple[Any, ...]] = []
     written: list[tuple[str, str]] = []
 
-    def bench(name: str, *args: Any) -> Benchmark:
-        made.append((name, *args))
-        return Benchmark(name, {})
+    def bench(name: str, *args: Any, **named: Any) -> Benchmark:
+        keep = named.pop("keep", None)
+        made.append((name, *args, *named.values()))
+        benchmark = Benchmark(name, {})
+        if keep is not None:
+            keep(benchmark)
+        return benchmark
 
     for place, name in BENCHES.items():
         monkeypatch.setattr(f"tune_ego.bench.{place}", functools.partial(bench, name))
@@ -228,7 +233,8 @@ def test_a_benchmark_s_options_reach_it_and_its_record_is_written(
     assert made == calls and not written
     assert run(monkeypatch, "bench", *line.split(), "--out", "/o") == 0
     names = [call[0] for call in calls]
-    assert written == [(name, f"/o/{name}.json" if line == "all" else "/o") for name in names]
+    places = [(name, f"/o/{name}.json" if line == "all" else "/o") for name in names]
+    assert written == (places * 2 if line.startswith("step") else places)  # `step` keeps what it has, too
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("train.accumulate", [1, 12], [0, 5, 24]),
     ("train.deterministic", [True], ["yes"]),
     ("train.precision", ["auto", "off", "fp16", "bf16"], ["fp8", False]),
-    ("train.compile", ["auto", "off"], ["on"]),
+    ("train.compile", ["auto", "on", "off"], ["yes"]),
     ("train.validate_every", [1], [0]),
     ("train.average_checkpoints", [1], [0]),
     ("train.validation_windows", [1], [0]),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ray import cloudpickle
+from torch.nn import functional as F
 
 from tests.conftest import tiny_config
 from tests.test_step import CPU, ORIGIN, TwoValidations, batch
@@ -22,6 +23,7 @@ from tune_ego.bench.step import Variant, flops_per_clip, largest_difference, mea
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.plan import FeedPlan, read_packed
 from tune_ego.hardware import compile_streams
+from tune_ego.model.i3d import widened
 from tune_ego.train import NonFiniteLoss, Notice, Trainer, train
 
 _ITERATIONS = 8  # LookAhead's slow weights move at the sixth
@@ -72,6 +74,17 @@ def test_channels_last_follows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     follows_in_single(lay_out)
     follows_in_double(monkeypatch, lay_out)
+
+
+def test_channels_of_zeros_change_nothing() -> None:
+    """What a GPU convolves frames with in 16 bits: the result, and the weight's gradient."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 4, 6, 6).double(), torch.randn(5, 3, 3, 3, 3).double().requires_grad_()
+    assert widened(x).shape == (2, 4, 4, 6, 6) and widened(weight).shape == (5, 4, 3, 3, 3)
+    expected, found = F.conv3d(x, weight), F.conv3d(widened(x), widened(weight))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(result.square().sum(), weight)[0] for result in (expected, found)]
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:

@@ -56,13 +56,17 @@ def test_channels_come_last_for_16_bits_on_a_gpu_alone(
 @pytest.mark.parametrize(
     ("device", "changes", "expected"),
     [
-        (GPU, {"train__iterations": 1000}, True),
-        (GPU, {"train__iterations": 3000}, True),
-        (GPU, {"train__iterations": 999}, False),
-        (CPU, {"train__iterations": 1000}, False),
-        (GPU, {"train__iterations": 1000, "train__compile": "off"}, False),
-        (GPU, {"train__iterations": 1000, "train__deterministic": True}, False),
-        (GPU, {"train__iterations": 1000, "train__activation_checkpointing": True}, False),
+        (GPU, {"train__iterations": 10_000}, True),
+        (GPU, {"train__iterations": 30_000}, True),
+        (GPU, {"train__iterations": 9999}, False),
+        (GPU, {"train__iterations": 6, "train__compile": "on"}, True),
+        (CPU, {"train__iterations": 10_000}, False),
+        (CPU, {"train__iterations": 6, "train__compile": "on"}, False),
+        (GPU, {"train__iterations": 10_000, "train__compile": "off"}, False),
+        (GPU, {"train__iterations": 10_000, "train__deterministic": True}, False),
+        (GPU, {"train__compile": "on", "train__deterministic": True}, False),
+        (GPU, {"train__iterations": 10_000, "train__activation_checkpointing": True}, False),
+        (GPU, {"train__compile": "on", "train__activation_checkpointing": True}, False),
     ],
 )
 def test_long_runs_on_a_gpu_compile(device: torch.device, changes: dict[str, Any], expected: bool) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from tune_ego.console import say
+
 if TYPE_CHECKING:
     from tune_ego.bench.record import Benchmark
 
@@ -17,8 +19,6 @@ bench = typer.Typer(
     no_args_is_help=True, help="Measure on this machine: speeds beside their yardsticks, as a table and JSON."
 )
 Record = Annotated[Optional[str], typer.Option("--out", help="JSON file to write, or URI.")]
-
-
 Shards = Annotated[Optional[str], typer.Argument(help="Shards to measure on; else synthetic ones are made.")]
 
 
@@ -26,6 +26,7 @@ def _tell(benchmark: Benchmark, out: str | None) -> None:
     benchmark.show()
     if out is not None:
         benchmark.write(out)
+        say(f"written to {out}")
 
 
 @bench.command("feed")
@@ -53,11 +54,16 @@ def bench_step(
     """
     from tune_ego.bench.step import bench_step as run
 
-    _tell(run(side, batch, repeats), out)
+    _tell(run(side, batch, repeats, keep=lambda benchmark: benchmark.write(out) if out else None), out)
 
 
 @bench.command("loop")
-def bench_loop(shards: Shards = None, out: Record = None) -> None:
+def bench_loop(
+    shards: Shards = None,
+    iterations: Annotated[int, typer.Option(min=40, help="Of each run.")] = 160,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs.")] = 5,
+    out: Record = None,
+) -> None:
     """A whole run on Ray against its bare step on data in memory: what feed, reporting and checkpoints cost.
 
     On synthetic clips at the demo's size; on shards that are given, at full size. Writes temporary files only, and
@@ -65,7 +71,7 @@ def bench_loop(shards: Shards = None, out: Record = None) -> None:
     """
     from tune_ego.bench.loop import bench_loop as run
 
-    _tell(run(shards), out)
+    _tell(run(shards, iterations=iterations, repeats=repeats), out)
 
 
 @bench.command("all")

@@ -22,7 +22,7 @@ import yaml
 from tune_ego import experiment, storage
 from tune_ego.bench.record import Benchmark, in_turn
 from tune_ego.bench.resume import descendants
-from tune_ego.bench.step import Variant, in_a_process, measure, set_up
+from tune_ego.bench.step import STEPS_A_REPEAT, Variant, in_a_process, measure, set_up
 from tune_ego.cluster import is_local, ray_session
 from tune_ego.config import Config, override_config
 from tune_ego.console import console, say
@@ -226,6 +226,8 @@ def _size(config: Config) -> dict[str, Any]:
 
 def _bare_step(config: Config) -> float:
     """Seconds of the step of `config`, as its worker takes it, on one batch that is in memory."""
-    threads = 0 if torch.cuda.is_available() else math.ceil(config.compute.cpus_per_worker)
-    seconds: list[float] = in_a_process(measure, Variant(threads=threads), _BARE_STEPS, config).seconds
+    on_gpu = torch.cuda.is_available()
+    threads = 0 if on_gpu else math.ceil(config.compute.cpus_per_worker)
+    repeats = _BARE_STEPS // STEPS_A_REPEAT["cuda" if on_gpu else "cpu"]
+    seconds: list[float] = in_a_process(measure, Variant(threads=threads), repeats, config).seconds
     return median(seconds)

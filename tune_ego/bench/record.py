@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -89,7 +90,6 @@ class Benchmark:
 
     def write(self, out: str) -> None:
         storage.write_json(storage.absolute(out), self.record())
-        say(f"written to {out}")
 
 
 def _number(value: float) -> str:
@@ -116,8 +116,12 @@ def cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"tune_ego": __version__, "python": platform.python_version(), **found}
+    """Of this package, Python and what it computes with; without those that are installed under another name."""
+    found = {"tune_ego": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # there are opencv-python-headless and its like
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _lines(path: str) -> list[str]:

@@ -31,8 +31,8 @@ from tune_ego.train import Trainer
 CLASSES = 106  # of EGTEA Gaze+
 _PRODUCT = {"cpu": 3072, "cuda": 8192}
 """Side of the square matrices whose product is the yardstick."""
-_STEPS = {"cpu": 1, "cuda": 10}
-"""Steps in one measurement."""
+STEPS_A_REPEAT = {"cpu": 1, "cuda": 10}
+"""Steps that are timed together."""
 _LARGEST_BATCH = 1024
 
 
@@ -77,58 +77,71 @@ class Measured:
     compiled: bool
 
 
-def bench_step(side: int = 224, batch: int | None = None, repeats: int = 5, width: float = 1.0) -> Benchmark:
+def bench_step(
+    side: int = 224,
+    batch: int | None = None,
+    repeats: int = 5,
+    width: float = 1.0,
+    keep: Callable[[Benchmark], object] = lambda benchmark: None,
+) -> Benchmark:
     """Measure the variants that make sense on this machine: a GPU where there is one, else the CPU.
 
-    On a CPU none is compiled: that takes longer than it could save, and no run does it.
+    `keep` gets what is known after each of them. On a CPU none is compiled: that takes longer than it could save, and
+    no run does it.
     """
     on_gpu = torch.cuda.is_available()
     first = Variant("rgb", batch or (24 if on_gpu else 2), side, width=width)
     flops = {name: flops_per_clip(name, side, width) for name in ("rgb", "flow", "both")}
     benchmark = Benchmark("step", {"windows": f"{WINDOW_FRAMES} x {side} x {side}", "width": width})
     benchmark.about |= {f"GFLOP a clip, {name}": round(value / 1e9, 1) for name, value in flops.items()}
-    plain = replace(first, plain=True)
-    found = {variant: _measured(variant, repeats) for variant in (plain, *_variants(first, on_gpu))}
-    figures: dict[Variant, Figure] = {}
-    for variant, measured in found.items():
-        figures[variant] = _note(benchmark, variant, measured, flops[variant.streams])
-    for variant, measured in found.items():
-        if variant == plain or variant.precision != "fp32" or variant.streams != plain.streams:
-            continue
-        benchmark.compare(f"clips/s, {variant.name} / straightforward", figures[variant], figures[plain])
-        difference = largest_difference(measured.outputs, found[plain].outputs)
-        benchmark.add(f"outputs, {variant.name}, from the straightforward", "largest difference", [difference])
+    straightforward, whole = replace(first, plain=True), replace(first, streams="both", precision="tf32")
+    fast = replace(whole, precision="bf16", channels_last=True)
+    speeds: dict[Variant, Figure] = {}
+    outputs: dict[Variant, dict[str, np.ndarray]] = {}
+
+    def add(variant: Variant) -> None:
+        measured = _measured(variant, repeats)
+        speeds[variant] = _note(benchmark, variant, measured, flops[variant.streams])
+        outputs[variant] = measured.outputs
+        if variant.precision == "fp32" and variant.streams == first.streams and variant != straightforward:
+            benchmark.compare(f"clips/s, {variant.name} / straightforward", speeds[variant], speeds[straightforward])
+            difference = largest_difference(measured.outputs, outputs[straightforward])
+            benchmark.add(f"outputs, {variant.name}, from the straightforward", "largest difference", [difference])
+        if whole in speeds and variant != whole and variant.streams == whole.streams:
+            benchmark.compare(f"clips/s, {variant.name} / {whole.precision}", speeds[variant], speeds[whole])
+        keep(benchmark)
+
+    for variant in (straightforward, *(_on_gpu(first) if on_gpu else _on_cpu(first))):
+        add(variant)
     if on_gpu:
-        both = {variant: figure for variant, figure in figures.items() if variant.streams == "both"}
-        fp32 = next(figure for variant, figure in both.items() if variant.precision == "fp32")
-        for variant, figure in both.items():
-            if variant.precision != "fp32":
-                benchmark.compare(f"clips/s, {variant.name} / fp32", figure, fp32)
-        fast = replace(first, streams="both", precision="bf16", channels_last=True)
         for recomputes in (False, True):
             largest = in_a_process(_largest_batch, replace(fast, recomputes=recomputes))
             told = "with activation checkpointing" if recomputes else "kept activations"
             benchmark.add(f"largest batch, both, bf16, {told}", "clips", [float(largest)])
+            keep(benchmark)
+        add(replace(fast, compiled=True))  # it takes longest
     return benchmark
 
 
-def _variants(first: Variant, on_gpu: bool) -> list[Variant]:
-    if not on_gpu:
-        return [
-            first,
-            replace(first, channels_last=True),
-            replace(first, recomputes=True),
-            replace(first, streams="flow"),
-            replace(first, streams="both"),
-        ]
+def _on_cpu(first: Variant) -> list[Variant]:
+    return [
+        first,
+        replace(first, channels_last=True),
+        replace(first, recomputes=True),
+        replace(first, streams="flow"),
+        replace(first, streams="both"),
+    ]
+
+
+def _on_gpu(first: Variant) -> list[Variant]:
     both = replace(first, streams="both")
     fast = replace(both, precision="bf16", channels_last=True)
     return [
         first,
-        *(replace(both, precision=precision) for precision in ("fp32", "tf32", "bf16", "fp16")),
+        replace(both, precision="tf32"),
+        replace(both, precision="bf16"),
         fast,
         replace(fast, precision="fp16"),
-        replace(fast, compiled=True),
         replace(fast, recomputes=True),
         replace(fast, streams="rgb"),
         replace(fast, streams="flow"),
@@ -172,7 +185,10 @@ def _measured(variant: Variant, repeats: int) -> Measured:
 
 
 def in_a_process(body: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """Its result in a process of its own, a fork of one that has imported what is needed and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1) as pool:
         return pool.apply(body, arguments)
 
 
@@ -231,7 +247,7 @@ def measure(variant: Variant, repeats: int, config: Config | None = None) -> Mea
     """
     trainer, batch, compiled = set_up(variant, config)
     outputs = _outputs(trainer, batch)
-    device, steps = trainer.device, _STEPS[trainer.device.type]
+    device, steps = trainer.device, STEPS_A_REPEAT[trainer.device.type]
     multiply, flops = _product(device, variant.precision)
     seconds: list[float] = []
     rates: list[float] = []

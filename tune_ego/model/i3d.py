@@ -25,6 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
 }
 
+FEWEST_CHANNELS = 4
+"""For fewer in 16 bits cuDNN leaves the tensor cores unused: the first convolution of 24 windows took 22.1 ms on an
+H200 with 3 channels and 8.7 ms with 4 (8.3 ms with 8, but its weight's gradient 6.9 ms instead of 4.4)."""
+
 MIXED_WIDTHS: dict[str, Widths] = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -67,6 +71,11 @@ def _kernel_pads(x: Tensor, padding: list[tuple[int, int]], stride: Triple) -> b
     return x.device.type != "cpu" or (stride == (1, 1, 1) and not _in_16_bits(x))
 
 
+def widened(x: Tensor) -> Tensor:
+    """Images or a convolution's weight with channels of zeros up to `FEWEST_CHANNELS`: the result is the same."""
+    return F.pad(x, (0, 0, 0, 0, 0, 0, 0, FEWEST_CHANNELS - x.shape[1]))
+
+
 def _in_16_bits(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
 
@@ -93,11 +102,13 @@ class Unit3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = same_padding(x.shape[2:], self.kernel, self.stride)
-        conv = self.conv3d
+        weight, bias, stride = self.conv3d.weight, self.conv3d.bias, self.conv3d.stride
+        if x.is_cuda and _in_16_bits(x) and x.shape[1] < FEWEST_CHANNELS:
+            x, weight = widened(x), widened(weight)
         if _kernel_pads(x, padding, self.stride):
-            x = F.conv3d(x, conv.weight, conv.bias, conv.stride, [front for front, _ in padding])
+            x = F.conv3d(x, weight, bias, stride, [front for front, _ in padding])
         else:
-            x = conv(_pad(x, padding))
+            x = F.conv3d(_pad(x, padding), weight, bias, stride)
         if self.bn is not None:
             x = self.bn(x)
         return self.activation(x) if self.activation else x
