@@ -17,12 +17,12 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
-from tests.test_search import assert_it_went_on, assert_nothing_is_left
-from tune_ego import checkpoint_files, experiment
+from tests.search.test_search import assert_it_went_on, assert_nothing_is_left
 from tune_ego.cluster import _ENVIRONMENT
 from tune_ego.config import load_config
-from tune_ego.final import train_final
-from tune_ego.tune import start_search
+from tune_ego.results import checkpoint_files, experiment
+from tune_ego.runs.final import train_final
+from tune_ego.search.tune import start_search
 
 
 def main(command: str, source: str, shards: str, root: str, notice: str = "") -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tune_ego import __version__, experiment, storage
+from tune_ego import __version__, storage
 from tune_ego.config import Config
-from tune_ego.experiment import METRIC, Decision, TrialRecords
+from tune_ego.results import experiment
+from tune_ego.results.experiment import METRIC, Decision, TrialRecords
 from tune_ego.search_space import SearchSpace, find_space, load_space
 
 CLASSES = 106

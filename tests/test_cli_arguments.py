@@ -142,7 +142,7 @@ def test_train_overrides_the_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[Call] = []
-    monkeypatch.setattr("tune_ego.final.train_final", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("tune_ego.runs.final.train_final", lambda *args, **kwargs: calls.append((args, kwargs)))
     file = tmp_path_factory.mktemp("c") / "config.yaml"
     file.write_text("label: mine\nprovenance: {trial: 3}\n")
     assert run(monkeypatch, "train", str(file), *PLACES, *options) == 0
@@ -171,8 +171,8 @@ def test_evaluate_shows_its_result(
         calls.append(args)
         return {"a": 1}
 
-    monkeypatch.setattr("tune_ego.evaluate.evaluate", evaluate)
-    monkeypatch.setattr("tune_ego.evaluation_tables.show", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("tune_ego.evaluation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("tune_ego.evaluation.tables.show", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert run(monkeypatch, "evaluate", "c", "--data", "D", *options) == 0
     assert calls == [positional, (({"a": 1},), shown)]
 

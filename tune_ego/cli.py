@@ -189,7 +189,7 @@ def inspect(
     Reads the shards. With CLIP, writes a PNG of frames with the gaze point, the flow as colour, and the gaze target
     that the attention is trained towards. Takes a second.
     """
-    from tune_ego.dataset.inspection import draw_clip, show_counts
+    from tune_ego.evaluation.inspection import draw_clip, show_counts
 
     if clip is None:
         show_counts(shards)
@@ -232,11 +232,11 @@ def tune(
     if (probe and not dry_run) or (price is not None and not probe):
         raise UserError("--probe belongs to --dry-run, and --price to --probe")
     if dry_run:
-        from tune_ego.plan import show_plan
+        from tune_ego.search.plan import show_plan
 
         show_plan(*what, probe=probe, price=price)
     else:
-        from tune_ego.tune import start_search
+        from tune_ego.search.tune import start_search
 
         start_search(*what, track=track)
 
@@ -260,7 +260,7 @@ def resume(
     Reads and writes the experiment: unfinished and failed trials go on from their last checkpoint, finished and
     stopped ones stay as they are. Costs what was left of the search.
     """
-    from tune_ego.tune import resume_search
+    from tune_ego.search.tune import resume_search
 
     resume_search(experiment, address, samples=samples, iterations=iterations, concurrent=concurrent)
 
@@ -274,9 +274,9 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
     from tune_ego import storage
     from tune_ego.config import load_config
     from tune_ego.console import print_table, say
-    from tune_ego.experiment import CONFIG_FILE, configuration_table
-    from tune_ego.progress import facts, run_facts, run_state, search_state, status_table
     from tune_ego.report.reading import read
+    from tune_ego.results.experiment import CONFIG_FILE, configuration_table
+    from tune_ego.results.progress import facts, run_facts, run_state, search_state, status_table
 
     experiment = storage.absolute(experiment)
     if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
@@ -306,7 +306,7 @@ def export(
     Reads the experiment's files, writes one YAML file, takes a second.
     """
     from tune_ego.console import percent, say
-    from tune_ego.export import export_best
+    from tune_ego.search.export import export_best
 
     best = export_best(experiment, out)
     repeats = f", mean of {len(best.accuracies)} repeats" if len(best.trials) > 1 else ""
@@ -336,7 +336,7 @@ def train(
     data-centre GPU.
     """
     from tune_ego.config import load_config, override_config
-    from tune_ego.final import train_final
+    from tune_ego.runs.final import train_final
     from tune_ego.storage import join
 
     settings = _parse_changes(changes)
@@ -372,8 +372,8 @@ def evaluate(
     attention agrees with the gaze; writes these, per-class recall and confusion matrices to evaluation.json. Costs a
     forward pass of every 8th frame's window: 2,000 clips are minutes on a GPU.
     """
-    from tune_ego.evaluate import evaluate as run
-    from tune_ego.evaluation_tables import show
+    from tune_ego.evaluation.evaluate import evaluate as run
+    from tune_ego.evaluation.tables import show
 
     show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)
 

@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tune_ego import export, storage
+from tune_ego import storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import load_config, override_config
 from tune_ego.console import heading, percent, print_table
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.evaluate import evaluate
-from tune_ego.evaluation_tables import show
-from tune_ego.experiment import METRIC, Configuration, Experiment, Trial, config_value, trial_table
-from tune_ego.final import train_final
+from tune_ego.evaluation.evaluate import evaluate
+from tune_ego.evaluation.tables import show
 from tune_ego.report.write import write_report
-from tune_ego.tune import start_search
+from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, config_value, trial_table
+from tune_ego.runs.final import train_final
+from tune_ego.search import export
+from tune_ego.search.tune import start_search
 
 IMAGE_SIZE = (96, 72)
 CLIPS = 420

@@ -26,9 +26,11 @@ from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
 from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.feed.batches import AHEAD, ray_batches
-from tune_ego.feed.plan import FeedPlan
-from tune_ego.feed.windows import Window, WindowReader, close_shards, training_window
+from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.feed.reader import WindowReader, close_shards
+from tune_ego.feed.sampling import Window, training_window
 from tune_ego.freed_memory import keep_freed_memory
+from tune_ego.runs.ray_private import throttling_callback
 
 _CROP = 224
 _BATCH = 8
@@ -85,7 +87,7 @@ def _alone(plan: FeedPlan, repeats: int) -> list[float]:
 
 def _through_ray(plan: FeedPlan, readers: int) -> float:
     """Windows/s of the feed where nobody computes: what a trainer could take at most."""
-    batches = ray_batches(plan, 0, readers, _BATCH * WINDOW_FRAMES * _CROP**2 * 5)
+    batches = ray_batches(plan, 0, readers, _BATCH * WINDOW_FRAMES * _CROP**2 * 5, throttling_callback)
     for _ in range(AHEAD):
         next(batches)
     start = time.perf_counter()

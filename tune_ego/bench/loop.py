@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from tune_ego import experiment, storage
+from tune_ego import storage
 from tune_ego.bench.record import Benchmark, in_turn
 from tune_ego.bench.resume import descendants
 from tune_ego.bench.step import STEPS_A_REPEAT, Variant, in_a_process, measure, set_up
@@ -29,14 +29,16 @@ from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.shards import open_shards
 from tune_ego.dataset.synthetic import synthesize
-from tune_ego.demo import IMAGE_SIZE
-from tune_ego.evaluate import open_model, score_clips
-from tune_ego.experiment import METRIC
-from tune_ego.feed.windows import dense_starts
-from tune_ego.final import train_final
+from tune_ego.evaluation.evaluate import open_model, score_clips
+from tune_ego.feed.sampling import dense_starts
+from tune_ego.results import experiment
+from tune_ego.results.experiment import METRIC
+from tune_ego.runs.final import train_final
+from tune_ego.search.tune import start_search
 from tune_ego.search_space import load_space
-from tune_ego.tune import start_search
 
+_IMAGE_SIZE = (96, 72)
+"""Width and height of the demo's images, pixels."""
 _STARTS = 3
 """Trials whose starts are measured."""
 _BARE_STEPS = 60
@@ -200,7 +202,7 @@ def _synthetic(folder: Path) -> str:
     data = str(folder / "shards")
     with console.capture():
         synthesize(str(folder / "egtea"), clips=120, seconds=1.2, size=(128, 96))
-        prepare(str(folder / "egtea"), data, Settings(IMAGE_SIZE))
+        prepare(str(folder / "egtea"), data, Settings(_IMAGE_SIZE))
     return data
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from tune_ego import checkpoint_files, experiment
 from tune_ego.bench.record import Benchmark
-from tune_ego.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
+from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 
 _CONFIG: dict[str, dict[str, Any]] = {
     "data": {"crop": 32},

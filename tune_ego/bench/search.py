@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from tune_ego.bench.record import Benchmark
-from tune_ego.experiment import METRIC, trial_name
+from tune_ego.results.experiment import METRIC, trial_name
 from tune_ego.search_space import SearchSpace, parse_space
 
 _SPACE = """
@@ -55,7 +55,7 @@ def draw_curves(trials: int, seed: int) -> list[Curve]:
 
 def run_asha(space: SearchSpace, curves: list[Curve], root: str) -> Outcome:
     """All trials through the scheduler of `tune`, some at a time, each as fast as the others."""
-    from tune_ego.scheduler import RecordedScheduler
+    from tune_ego.search.scheduler import RecordedScheduler
 
     config = space.config(next(space.draws()))
     step, budget = config.train.validate_every, config.train.iterations

@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tune_ego.bench.plain import make_plain
 from tune_ego.bench.record import Benchmark, Figure, cores
-from tune_ego.checkpoint import Origin
 from tune_ego.config import WINDOW_FRAMES, Config, ModelConfig, build_config
 from tune_ego.console import say
 from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.freed_memory import keep_freed_memory
-from tune_ego.hardware import compile_streams
 from tune_ego.model import build_stream
 from tune_ego.model.two_stream import CHANNELS
-from tune_ego.train import Trainer
+from tune_ego.training.checkpoint import Origin
+from tune_ego.training.hardware import compile_streams
+from tune_ego.training.trainer import Trainer
 
 CLASSES = 106  # of EGTEA Gaze+
 _PRODUCT = {"cpu": 3072, "cuda": 8192}

@@ -5,7 +5,7 @@ B batch, T time, H, W, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
-from tune_ego.feed.pace import Pace, pausing
+from tune_ego.feed.feed_plan import FeedPlan, read_packed
+from tune_ego.feed.pace import Pace
 from tune_ego.feed.packing import Batch, unpack
-from tune_ego.feed.plan import FeedPlan, read_packed
 
 TASKS = 2000
 """At most this many reader tasks in a run: each costs Ray some milliseconds."""
@@ -133,10 +133,13 @@ def _handed_over(batch: ClipBatch, there: torch.cuda.Event) -> ClipBatch:
     return batch
 
 
-def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int) -> Iterator[Batch]:
+def ray_batches(
+    plan: FeedPlan, first_item: int, readers: int, batch_bytes: int, throttle: Callable[[Pace], type]
+) -> Iterator[Batch]:
     """The plan's items from `first_item` on, read by Ray Data tasks: one pipeline until the end of the run.
 
-    Ray keeps the order whatever the number of readers; `batch_bytes` bounds what is read ahead.
+    Ray keeps the order whatever the number of readers; `batch_bytes` bounds what is read ahead. `throttle` makes the
+    callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
     """
     import ray.data
 
@@ -153,7 +156,7 @@ def ray_batches(plan: FeedPlan, first_item: int, readers: int, batch_bytes: int)
     )
     # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
     context.target_max_block_size = items_a_block * batch_bytes
-    context.custom_execution_callback_classes = [pausing(pace)]
+    context.custom_execution_callback_classes = [throttle(pace)]
     context.raise_original_map_exception = True
     context.memory_usage_poll_interval_s = None  # a thread for each task
 

@@ -14,6 +14,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.errors import UserError
+from tune_ego.feed.augmentation import mirrored_flow_x
 
 
 def decoded(batch: dict[str, np.ndarray], name: str, device: torch.device) -> Tensor:
@@ -40,7 +41,7 @@ def decoded(batch: dict[str, np.ndarray], name: str, device: torch.device) -> Te
         if flip:
             crop = crop.flip(-1)
             if name == "flow":
-                crop[:, 0] = 255 - crop[:, 0]  # motion to the left becomes motion to the right
+                crop[:, 0] = mirrored_flow_x(crop[:, 0])
         clips.append(crop)
     images_BTCHW = torch.stack(clips)
     return images_BTCHW.permute(0, 1, 3, 4, 2) if name == "rgb" else images_BTCHW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 _SHORTEST, _LONGEST = 0.01, 0.25  # seconds
 _WAITS = 0.05
@@ -36,19 +35,3 @@ class Pace:
         if self._waits:
             return _SHORTEST
         return min(max(_SHORTEST, self._interval * (ready + 1) / 2), _LONGEST)
-
-
-def pausing(pace: Pace) -> type:
-    """A callback that makes Ray Data's executor sleep between its steps, while the trainer does not wait.
-
-    It is a thread of the training process, whose steps take a millisecond each and follow each other without a pause:
-    it slowed training on two cores to a third.
-    """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Pausing(ExecutionCallback):  # type: ignore[misc]
-        def on_execution_step(self, executor: Any) -> None:
-            _, last = executor._output_node
-            time.sleep(pace.pause(len(last.output_queue)))
-
-    return Pausing

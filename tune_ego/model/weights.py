@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tune_ego.checkpoint_files import is_final, read_last_whole, read_whole, run_of
 from tune_ego.errors import UserError
 from tune_ego.model.two_stream import Stream
+from tune_ego.results.checkpoint_files import is_final, read_last_whole, read_whole, run_of
 
 _CLASSIFIER = ("logits.conv3d.weight", "logits.conv3d.bias")
 _BLOCKS = {"attention_inc": "inception", "attention_self": "attention"}

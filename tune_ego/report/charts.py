@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
-from tune_ego.experiment import METRIC
 from tune_ego.report.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, WIDTH, drawn, log_labels, panels, short
+from tune_ego.results.experiment import METRIC
 
 _STATES = {
     "finished": (BLUE, 0.9, 1.1),

@@ -58,6 +58,6 @@ def visualize(
     Reads a checkpoint and shards. Writes OUT.mp4 (H.264) and OUT.png, a strip of 8 frames. Costs a forward
     pass of every 8th frame's window: seconds.
     """
-    from tune_ego.visualize import visualize as run
+    from tune_ego.evaluation.visualize import visualize as run
 
     run(checkpoint, clip, data, out or clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tune_ego.experiment import REPORT_SECONDS, VALIDATION_SECONDS, Experiment, Trial
+from tune_ego.results.experiment import REPORT_SECONDS, VALIDATION_SECONDS, Experiment, Trial
 
 
 def trial_seconds(trial: Trial) -> float:

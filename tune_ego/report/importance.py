@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 from tune_ego.errors import UserError
-from tune_ego.experiment import Experiment, by_configuration
-from tune_ego.searcher import import_optuna, parameters
+from tune_ego.results.experiment import Experiment, by_configuration
+from tune_ego.search.searcher import import_optuna, parameters
 
 _LEAST = 12
 """Configurations under which three in the best quarter would be too few to say anything."""

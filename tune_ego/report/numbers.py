@@ -13,13 +13,13 @@ from typing import Any
 from tune_ego import __version__
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.evaluation_tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
-from tune_ego.experiment import METRIC, Configuration, Experiment, Trial, by_configuration, config_value
+from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
 from tune_ego.report.reading import Found
 from tune_ego.report.reproduce import reproduction
 from tune_ego.report.stopping import stopping_numbers
+from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration, config_value
 
 RANGES = ("uniform", "loguniform", "randint")
 _MOST_BINS, _LEAST_IN_BIN = 4, 3

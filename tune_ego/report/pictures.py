@@ -8,11 +8,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from tune_ego.attention import Look, look_at, main_score, panels
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip
-from tune_ego.evaluate import open_model
-from tune_ego.feed.windows import centre_window, spread_starts
+from tune_ego.evaluation.attention_maps import Look, look_at, main_score, panels
+from tune_ego.evaluation.evaluate import open_model
+from tune_ego.feed.sampling import centre_window, spread_starts
 
 _MOST_CLIPS = 200
 _CASES = 6

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune_ego import driver, experiment, storage
+from tune_ego import storage
 from tune_ego.errors import UserError
-from tune_ego.experiment import Decision, Experiment, Trial
+from tune_ego.results import driver, experiment
+from tune_ego.results.experiment import Decision, Experiment, Trial
 
 _READERS = 16
 """Threads that read files."""

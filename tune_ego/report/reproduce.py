@@ -7,9 +7,9 @@ import shlex
 from typing import Any
 
 from tune_ego import __version__, storage
-from tune_ego.checkpoint_files import MODEL_FILE
 from tune_ego.errors import UserError
-from tune_ego.experiment import CONFIG_FILE, Experiment
+from tune_ego.results.checkpoint_files import MODEL_FILE
+from tune_ego.results.experiment import CONFIG_FILE, Experiment
 
 _FINGERPRINTED = ("dataset.json", "clips.parquet")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any
 
-from tune_ego.experiment import Decision
-from tune_ego.progress import rungs
 from tune_ego.report.reading import Found
+from tune_ego.results.experiment import Decision
+from tune_ego.results.progress import rungs
 
 _STOP = "STOP"  # Ray's word, in decisions.json
 

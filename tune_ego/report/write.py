@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tune_ego import storage
-from tune_ego.checkpoint_files import MODEL_FILE
 from tune_ego.console import percent, say
 from tune_ego.errors import UserError
 from tune_ego.report import page, reading
-from tune_ego.report.evaluation import read_evaluation
+from tune_ego.report.accuracy import read_evaluation
 from tune_ego.report.numbers import experiment_numbers
+from tune_ego.results.checkpoint_files import MODEL_FILE
 
 _HTML = ".html"
 

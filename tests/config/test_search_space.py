@@ -1,0 +1,322 @@
+"""Search spaces: YAML to validated domains, drawn values and configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tune_ego.config import Config
+from tune_ego.errors import UserError
+from tune_ego.search_space import Branch, Domain, SchedulerSettings, SearchSpace, find_space, load_space, parse_space
+
+SHIPPED = {
+    "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
+    "demo": (4, SchedulerSettings("asha", 32, 2, 3, False)),
+    "full": (64, SchedulerSettings("asha", 150, 3, 3, False)),
+    "optimizer": (24, SchedulerSettings("asha", 100, 3, 3, False)),
+    "stam_depth": (20, SchedulerSettings("asha", 200, 3, 3, False)),
+    "table1": (4, SchedulerSettings("fifo", 250, 3, 3, False)),
+}
+"""Name -> (trials, scheduler); all are random searches without repeats."""
+
+BRANCHED = """
+space:
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.lr:
+    - {when: {optimizer.name: sgd}, loguniform: [1e-3, 1.0]}
+    - {when: {optimizer.name: ranger}, loguniform: [1e-5, 1e-2]}
+  model.stam_depth: {randint: [1, 4]}
+  model.dropout: {uniform: [0.1, 0.9]}
+samples: 60
+"""
+"""Every drawn form; one range of learning rates for each optimizer."""
+
+GRID = """
+space:
+  model.stam_depth: {grid: [1, 2, 3]}
+  optimizer.name: {grid: [sgd, ranger]}
+  optimizer.lr: {uniform: [0.25, 0.75]}
+samples: 2
+"""
+
+
+def literal_generator(seed: int, number: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x5EA2C4, number)))
+
+
+def literal_draw(seed: int, number: int) -> dict[str, Any]:
+    """One configuration of `BRANCHED`: its keys in their order, and the branch alone that belongs to the optimizer."""
+    random = literal_generator(seed, number)
+    branch = int(random.integers(2))  # 0: sgd, 1: ranger
+    low, high = ((1e-3, 1.0), (1e-5, 1e-2))[branch]
+    return {
+        "optimizer.name@0": ("sgd", "ranger")[branch],
+        f"optimizer.lr@{branch}": float(np.exp(random.uniform(np.log(low), np.log(high)))),
+        "model.stam_depth@0": int(random.integers(1, 4)),  # 1, 2 or 3
+        "model.dropout@0": random.uniform(0.1, 0.9),
+    }
+
+
+def configurations(space: SearchSpace, seed: int = 0) -> list[Config]:
+    """The configurations of the random search with this seed."""
+    return [space.config(space.draw(seed, number)) for number in range(space.configurations)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_spaces_give_different_configurations(name: str) -> None:
+    space = load_space(name)
+    assert (space.trials, space.scheduler) == SHIPPED[name]
+    assert (space.repeats, space.searcher) == (1, "random")
+    assert len({config.model_dump_json() for config in configurations(space)}) == space.configurations
+    header = space.text.split("base:")[0]
+    assert all(f"# {word}:" in header for word in ("Command", "Cost", "Expect"))
+
+
+def test_the_table_lists_all_shipped_spaces() -> None:
+    assert sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces").glob("*.yaml")) == list(SHIPPED)
+
+
+def test_table1_is_the_papers() -> None:
+    rows = {config.label: config for config in configurations(load_space("table1"))}
+    seen = {
+        label: (c.train.precision, c.optimizer.name, c.schedule.name, c.model.stam_depth) for label, c in rows.items()
+    }
+    assert seen == {
+        "lu_original": ("off", "sgd", "multistep", 1),
+        "1_mixed_precision": ("auto", "sgd", "plateau", 1),
+        "2_ranger": ("auto", "ranger", "plateau", 1),
+        "3_stacked_stam": ("auto", "ranger", "plateau", 3),
+    }
+    assert {config.streams for config in rows.values()} == {"rgb"}
+    batches = {label: (c.train.batch_size, c.train.accumulate) for label, c in rows.items()}
+    assert batches.pop("lu_original") == (48, 4)  # 12 a pass, as in Lu's code
+    assert set(batches.values()) == {(12, 1)}
+
+
+def test_all_that_a_space_can_say_is_read() -> None:
+    text = """
+base: {train: {iterations: 600, validate_every: 50}, label: x}
+space:
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.lr:
+    - {when: {optimizer.name: [sgd, ranger], label: x}, loguniform: [1e-3, 1]}
+    - {uniform: [1, 2]}
+    - {value: 0.5}
+  optimizer.momentum: [{when: {optimizer.name: sgd}, value: 0.5}]
+  seed: {randint: [3, 9]}
+  model.stam_depth: {grid: [1, 3]}
+  loss.gaze_weight: 0.25
+  optimizer.betas: {choice: [[0.9, 0.99], [0.95, 0.999]]}
+  schedule.milestones: [100, 200]
+samples: 8
+scheduler: {name: median, grace: 100, least_trials: 5, keep_stopped: true}
+"""
+    space = parse_space(text, "s.yaml", {"train.iterations": 700, "label": "y"}, check=False)
+    assert space == SearchSpace(
+        source="s.yaml",
+        text=text,
+        base={"train": {"iterations": 700, "validate_every": 50}, "label": "y"},
+        branches={
+            "optimizer.name": [Branch({}, Domain("choice", ("sgd", "ranger")))],
+            "optimizer.lr": [
+                Branch({"optimizer.name": ("sgd", "ranger"), "label": ("x",)}, Domain("loguniform", (0.001, 1.0))),
+                Branch({}, Domain("uniform", (1.0, 2.0))),
+                Branch({}, Domain("value", (0.5,))),
+            ],
+            "optimizer.momentum": [Branch({"optimizer.name": ("sgd",)}, Domain("value", (0.5,)))],
+            "seed": [Branch({}, Domain("randint", (3, 9)))],
+            "model.stam_depth": [Branch({}, Domain("grid", (1, 3)))],
+            "loss.gaze_weight": [Branch({}, Domain("value", (0.25,)))],
+            "optimizer.betas": [Branch({}, Domain("choice", ([0.9, 0.99], [0.95, 0.999])))],
+            "schedule.milestones": [Branch({}, Domain("value", ([100, 200],)))],
+        },
+        samples=8,
+        repeats=1,
+        searcher="random",
+        scheduler=SchedulerSettings("median", 100, 3, 5, True),
+    )
+    low, high = space.branches["optimizer.lr"][0].domain.values
+    assert isinstance(low, float) and isinstance(high, float)  # `1` is a whole number in YAML
+    assert all(isinstance(end, int) for end in space.branches["seed"][0].domain.values)
+    assert space.searched_keys == ["optimizer.name", "optimizer.lr", "seed", "model.stam_depth", "optimizer.betas"]
+    assert [name for name, _ in space.sampled()] == [
+        *("optimizer.name@0", "optimizer.lr@0", "optimizer.lr@1", "seed@0", "model.stam_depth@0", "optimizer.betas@0")
+    ]
+
+
+def test_settings_that_a_space_leaves_out() -> None:
+    space = parse_space("base: {train: {validate_every: 70}}", "t")
+    assert (space.samples, space.repeats, space.searcher, space.branches) == (1, 1, "random", {})
+    assert space.scheduler == SchedulerSettings("asha", 70, 3, 3, False)  # grace: the first validation
+    assert (space.grid_points, space.configurations, space.trials) == (1, 1, 1)
+    assert parse_space("searcher: tpe\nrepeats: 4\nsamples: 3\nscheduler: {reduction: 2}", "t").trials == 12
+    assert parse_space("scheduler: {reduction: 2}", "t").scheduler.reduction == 2
+
+
+def test_the_drawn_values_of_a_seed_and_number() -> None:
+    space = parse_space(BRANCHED, "")
+    for seed, number in ((0, 0), (0, 1), (0, 59), (5, 1)):
+        drawn, literal = space.draw(seed, number), literal_draw(seed, number)
+        assert list(drawn.items()) == list(literal.items())
+    name, rate, depth, dropout = space.draw(0, 1).values()
+    assert (name, depth) == ("sgd", 1)
+    assert (rate, dropout) == pytest.approx((0.2570401644665955, 0.46720203776611136))
+    assert space.draw(0, 2)["optimizer.lr@1"] == pytest.approx(0.0001576472086701578)
+    kinds = [type(value) for value in space.draw(0, 1).values()]
+    assert kinds == [str, float, int, float]  # what JSON can hold: no numbers of numpy's
+
+
+def test_the_last_grid_varies_fastest_and_each_sample_covers_the_grid() -> None:
+    space = parse_space(GRID, "")
+    assert (space.samples, space.grid_points, space.configurations) == (2, 6, 12)
+    draws = [space.draw(3, number) for number in range(12)]
+    points = [(1, "sgd"), (1, "ranger"), (2, "sgd"), (2, "ranger"), (3, "sgd"), (3, "ranger")] * 2
+    assert [(draw["model.stam_depth@0"], draw["optimizer.name@0"]) for draw in draws] == points
+    rates = [literal_generator(3, number).uniform(0.25, 0.75) for number in range(12)]
+    assert [draw["optimizer.lr@0"] for draw in draws] == pytest.approx(rates)
+
+
+def test_repeats_have_seeds_one_after_another() -> None:
+    text = "base: {seed: 7, label: x}\nspace: {optimizer.betas: {choice: [[0.9, 0.99]]}}\nrepeats: 3"
+    space = parse_space(text, "")
+    sampled = {"optimizer.betas@0": [0.9, 0.99]}
+    assert [space.config(sampled, repeat).seed for repeat in (0, 1, 2)] == [7, 8, 9]
+    assert space.config(sampled).seed == 7
+    assert space.config(sampled, 2).label == "x" and space.config(sampled).optimizer.betas == (0.9, 0.99)  # type: ignore[union-attr]
+    assert space.overrides(sampled) == {"optimizer.betas": (0.9, 0.99)}
+    without = parse_space("space: {label: {choice: [a, b]}}", "")
+    assert [without.config({"label@0": "b"}, repeat).seed for repeat in (0, 2)] == [0, 2]
+    searched = parse_space("space: {seed: {choice: [4, 5]}}", "")
+    assert searched.config({"seed@0": 5}).seed == 5
+
+
+BASE = "base: {optimizer: {name: sgd}, schedule: {name: cosine}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sampled", "overrides", "branches"),
+    [
+        # The condition's key is neither searched nor in base: Config's default is ranger.
+        ("space: {label: [{when: {optimizer.name: ranger}, value: a}, {value: b}]}", {}, {"label": "a"}, {"label": 0}),
+        (BASE + "space: {label: [{when: {optimizer.name: sgd}, value: a}, {value: b}]}", {}, {"label": "a"}, {}),
+        (BASE + "space: {label: [{when: {optimizer.name: ranger}, value: a}, {value: b}]}", {}, {"label": "b"}, {}),
+        # Several values: one of them is enough. Several keys: all must hold.
+        (
+            BASE + "space: {label: [{when: {schedule.name: [plateau, cosine]}, value: a}, {value: b}]}",
+            {},
+            {"label": "a"},
+            {"label": 0},
+        ),
+        (
+            BASE + "space: {label: [{when: {schedule.name: cosine, optimizer.name: ranger}, value: a}, {value: b}]}",
+            {},
+            {"label": "b"},
+            {"label": 1},
+        ),
+        # The first that holds.
+        (
+            "space: {seed: {choice: [1, 2]}, label: [{when: {seed: 1}, value: a}, {when: {seed: [1, 2]}, value: b}]}",
+            {"seed@0": 1},
+            {"seed": 1, "label": "a"},
+            {"seed": 0, "label": 0},
+        ),
+        (
+            "space: {seed: {choice: [1, 2]}, label: [{when: {seed: 1}, value: a}, {when: {seed: [1, 2]}, value: b}]}",
+            {"seed@0": 2},
+            {"seed": 2, "label": "b"},
+            {"label": 1},
+        ),
+        # None holds: the key stays as it is in base.
+        ("space: {seed: {choice: [1, 2]}, label: [{when: {seed: 1}, value: a}]}", {"seed@0": 2}, {"seed": 2}, {}),
+        # A searched key's value goes before that in base.
+        (
+            BASE + "space: {optimizer.name: {choice: [ranger]}, label: [{when: {optimizer.name: sgd}, value: a}]}",
+            {"optimizer.name@0": "ranger"},
+            {"optimizer.name": "ranger"},
+            {},
+        ),
+        # Values are drawn under the name of their branch; values that are lists become tuples.
+        (
+            "space: {seed: [{when: {label: z}, value: 1}, {choice: [5, 6]}], schedule.milestones: [7, 8]}",
+            {"seed@1": 6},
+            {"seed": 6, "schedule.milestones": (7, 8)},
+            {"seed": 1, "schedule.milestones": 0},
+        ),
+    ],
+)
+def test_branches_are_taken_by_their_conditions(
+    text: str, sampled: dict[str, Any], overrides: dict[str, Any], branches: dict[str, int]
+) -> None:
+    space = parse_space(text, "", check=False)
+    assert space.overrides(sampled) == overrides
+    assert branches.items() <= space.branch_of(sampled).items() and space.branch_of(sampled).keys() == overrides.keys()
+    assert space.choose(lambda name, domain: sampled[name]) == sampled
+
+
+def test_all_combinations_are_drawn_and_the_ends_of_ranges() -> None:
+    text = """
+space:
+  model.stam_depth: {randint: [1, 4]}
+  optimizer.lr: {loguniform: [0.25, 0.5]}
+  label: [{when: {seed: 0}, choice: [a, b]}, {value: c}]
+"""
+    expected = [
+        {"model.stam_depth@0": depth, "optimizer.lr@0": rate, "label@0": label}
+        for depth in (1, 3)  # 4 is left out
+        for rate in (0.25, 0.5)
+        for label in ("a", "b")
+    ]
+    assert list(parse_space(text, "").draws()) == expected
+    most = "space: {seed: {choice: [%s]}, data.fold: {choice: [%s]}}"  # 2,000 combinations are all drawn
+    space = parse_space(most % (", ".join(map(str, range(250))), ", ".join(map(str, range(8)))), "", check=False)
+    assert list(space.draws()) == [{"seed@0": n // 8, "data.fold@0": n % 8} for n in range(2000)]
+
+
+def test_of_too_many_combinations_2000_are_spread_evenly() -> None:
+    keys = [
+        *("data.split", "model.stam_depth", "schedule.warmup", "train.log_every", "optimizer.k", "train.accumulate"),
+        "train.validation_windows",
+    ]
+    space = parse_space("space: {" + ", ".join(f"{key}: {{choice: [1, 2, 3]}}" for key in keys) + "}", "", check=False)
+    draws = list(space.draws())  # 3 ** 7 = 2,187 combinations
+    assert len(draws) == 2000
+    random = np.random.default_rng(0)
+    orders = {f"{key}@0": random.permutation(2000) for key in keys}
+    assert draws == [{name: int(order[n]) % 3 + 1 for name, order in orders.items()} for n in range(2000)]
+    for name in orders:  # 667, 667 and 666 times
+        assert sorted([draw[name] for draw in draws].count(value) for value in (1, 2, 3)) == [666, 667, 667]
+    assert len({(draw["data.split@0"], draw["model.stam_depth@0"]) for draw in draws}) == 9
+
+
+def test_set_changes_the_base_and_nothing_that_is_searched() -> None:
+    space = load_space("demo", {"train.iterations": 50})
+    assert space.base["train"] == {"iterations": 50, "batch_size": 8, "validate_every": 32, "log_every": 8}
+    assert [config.train.iterations for config in configurations(space)] == [50] * 4
+    with pytest.raises(UserError) as caught:
+        parse_space("space: {seed: 1}", "s.yaml", {"label": "x", "seed": 2})
+    assert str(caught.value) == "--set seed: s.yaml searches this key; change it there"
+    with pytest.raises(UserError, match=r"^--set: unknown key 'sed'; allowed: label, seed, streams, fusion_weight$"):
+        parse_space("space: {seed: 1}", "s.yaml", {"sed": 2})
+
+
+def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = str(Path(__file__).parents[2] / "search_spaces" / "full.yaml")
+    assert find_space("full") == find_space("full.yaml") == shipped
+    monkeypatch.chdir(tmp_path)
+    Path("full").write_text("samples: 3")
+    assert find_space("full") == "full" and load_space("full").samples == 3  # a file goes before a shipped one
+    with pytest.raises(UserError) as caught:
+        load_space("nosuch")
+    assert str(caught.value) == (
+        "nosuch: no such file, nor a shipped search space (activation, demo, full, optimizer, stam_depth, table1)"
+    )
+    for text, message in (("samples: 0", "samples: expected a whole"), ("a: [", "not valid YAML: while parsing")):
+        Path("wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=f"^wrong.yaml: {message}"):
+            load_space("wrong.yaml")
+    Path("binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"^binary\.yaml: cannot be read \('utf-8' codec can't decode byte 0xff"):
+        load_space("binary.yaml")

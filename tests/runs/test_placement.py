@@ -1,0 +1,230 @@
+"""Runs that fit on a cluster, now and when it has grown: tables over made-up nodes, no Ray."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from tests.conftest import tiny_config
+from tune_ego.errors import UserError
+from tune_ego.runs.placement import (
+    Node,
+    decodes_on_gpu,
+    fitting_runs,
+    gpus_per_worker,
+    live_nodes,
+    nodes_to_come,
+    placement_group_prefix,
+    runs_at_a_time,
+    trial_resources,
+    worker_resources,
+)
+
+HEAD = "node:__internal_head__"
+
+
+def put_nodes(monkeypatch: pytest.MonkeyPatch, *nodes: Node) -> None:
+    """A cluster of these nodes, and one that is dead."""
+    dead = {"Resources": {"CPU": 1000.0, "GPU": 100.0, HEAD: 1.0}, "Alive": False}
+    described = [dead, *({"Resources": node, "Alive": True} for node in nodes)]
+    monkeypatch.setattr(ray, "nodes", lambda: described)
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_dead_nodes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nodes(monkeypatch, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0})
+    assert live_nodes() == [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "readers", "reserved"),
+    [
+        (1.0, 1, 1.25),
+        (1.0, 4, 2.0),
+        (2.0, 2, 2.5),
+        (0.5, 1, 0.75),
+        (0.7, 1, 1.0),  # 0.95 = 15.2 / 16, rounded up
+        (0.45, 1, 0.75),  # 0.7 = 11.2 / 16
+        (3.05, 1, 3.3125),  # 3.3 = 52.8 / 16: 53 / 16
+    ],
+)
+def test_a_worker_reserves_a_quarter_of_a_cpu_for_each_reader_in_16ths(
+    cpus: float, readers: int, reserved: float
+) -> None:
+    config = tiny_config(compute__cpus_per_worker=cpus, compute__readers=readers)
+    assert worker_resources(config, 0) == {"CPU": reserved}
+    assert worker_resources(config, 0.5) == {"CPU": reserved, "GPU": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "nodes", "runs"),
+    [
+        # A worker takes 1.25 CPUs, and each node keeps 0.1 for the trial's actor.
+        ({}, 0.0, [{"CPU": 4.0}], 3),  # 3.9 / 1.25 = 3.12
+        ({}, 0.0, [{"CPU": 5.0}], 3),  # 4.9 / 1.25 = 3.92: not 4
+        ({}, 0.0, [{"CPU": 5.1}], 4),
+        ({}, 0.0, [{"CPU": 4.0}, {"CPU": 2.0}], 4),
+        ({}, 0.0, [{"CPU": 0.7}, {"CPU": 0.7}], 0),  # nodes, not their sum
+        ({}, 0.0, [{"CPU": 0.05}, {"CPU": 4.0}], 3),  # less than nothing is nothing
+        ({}, 0.0, [{"GPU": 1.0}], 0),
+        ({}, 0.0, [], 0),
+        ({}, 1.0, [{"CPU": 16.0, "GPU": 1.0}] * 8, 8),
+        ({}, 1.0, [{"CPU": 16.0}], 0),
+        ({}, 0.5, [{"CPU": 16.0, "GPU": 1.0}], 2),
+        ({}, 0.5, [{"CPU": 2.0, "GPU": 1.0}], 1),
+        ({"compute__workers": 2}, 1.0, [{"CPU": 16.0, "GPU": 1.0}] * 9, 4),
+        ({"compute__workers": [2, 4]}, 1.0, [{"CPU": 16.0, "GPU": 1.0}] * 9, 4),  # the least that it may have
+        ({"compute__gpus_per_worker": 2.0}, 2.0, [{"CPU": 16.0, "GPU": 1.0}] * 8, 0),
+    ],
+)
+def test_the_runs_that_nodes_hold(changes: dict[str, Any], gpus: float, nodes: list[Node], runs: int) -> None:
+    assert fitting_runs(tiny_config(**changes), gpus, nodes) == runs
+
+
+def test_cpus_that_a_node_keeps_for_other_processes() -> None:
+    nodes = [{"CPU": 5.0}]
+    assert [fitting_runs(tiny_config(), 0, nodes, beside) for beside in (0.0, 0.1, 1.3, 2.6)] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "nodes", "gpus"),
+    [
+        ("auto", [{"CPU": 4.0}], 0.0),
+        ("auto", [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}], 1.0),
+        ("auto", [{"CPU": 4.0, "GPU": 0.5}], 0.0),
+        ("auto", [], 0.0),
+        (0.5, [{"CPU": 4.0}], 0.5),
+        (0.0, [{"CPU": 4.0, "GPU": 2.0}], 0.0),
+    ],
+)
+def test_the_gpus_of_a_worker(setting: Any, nodes: list[Node], gpus: float) -> None:
+    assert gpus_per_worker(tiny_config(compute__gpus_per_worker=setting), nodes) == gpus
+
+
+def test_decoding_on_a_gpu_needs_one() -> None:
+    table = {("auto", 0.0): False, ("auto", 0.5): True, ("cpu", 0.0): False, ("cpu", 1.0): False, ("gpu", 0.5): True}
+    assert {key: decodes_on_gpu(tiny_config(data__decode=key[0]), key[1]) for key in table} == table
+    config = tiny_config(data__decode="gpu")
+    with pytest.raises(UserError, match=r"^data\.decode: gpu needs a GPU"):
+        decodes_on_gpu(config, 0)
+    with pytest.raises(UserError, match=r"^data\.decode: gpu needs a GPU"):
+        gpus_per_worker(config, [{"CPU": 4.0}])
+
+
+CLUSTER: dict[str, Any] = {
+    "max_workers": 5,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}, "max_workers": 9},
+        "small": {"resources": {"CPU": 8}, "max_workers": 2},
+        "gpu": {"resources": {"CPU": 16, "GPU": 1}, "max_workers": 8},
+        "reserve": {"resources": {"CPU": 64}},
+    },
+}
+
+
+def describe(tmp_path: Path, cluster: dict[str, Any]) -> None:
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(cluster, sort_keys=False))
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (5, [{"CPU": 8}] * 2 + [{"CPU": 16, "GPU": 1}] * 3),
+        (20, [{"CPU": 8}] * 2 + [{"CPU": 16, "GPU": 1}] * 8),
+        (0, []),
+    ],
+)
+def test_the_nodes_to_come_are_workers_up_to_the_cluster_s_most(
+    most: int, expected: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert nodes_to_come("auto") == []  # not on the head of a cluster of `ray up`
+    describe(tmp_path, {**CLUSTER, "max_workers": most})
+    assert nodes_to_come("auto") == expected
+    assert nodes_to_come(None) == []  # a cluster of this machine alone
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert nodes_to_come(None) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address", "trials", "concurrent", "expected"),
+    [
+        ([{"CPU": 5.1}], None, 9, None, 4),  # as many as it holds
+        ([{"CPU": 5.1}], None, 3, None, 3),  # no more than there are
+        ([{"CPU": 5.1}], None, 9, 2, 2),
+        ([{"CPU": 5.1}], None, 9, 6, 4),  # a machine alone does not grow
+        ([{"CPU": 5.1}], "auto", 9, None, 4),
+        ([{"CPU": 5.1}], "auto", 9, 6, 6),  # a cluster may
+        ([{"CPU": 5.1}], "auto", 5, 6, 5),
+        ([{"CPU": 5.1}], "auto", 9, 1, 1),
+        ([{"CPU": 0.5}], "auto", 9, None, 1),  # none fits now, but on nodes to come
+        ([{"CPU": 0.5}], "auto", 9, 4, 4),
+    ],
+)
+def test_the_runs_that_go_on_at_a_time(
+    nodes: list[Node],
+    address: str | None,
+    trials: int,
+    concurrent: int | None,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    describe(tmp_path, CLUSTER)
+    put_nodes(monkeypatch, *nodes)
+    assert runs_at_a_time(tiny_config(), 0, address, trials, concurrent) == expected
+
+
+def test_a_run_that_fits_nowhere_is_refused_with_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs: 4 now, and 2 x 8 + 3 x 16 = 64 to come; 3 GPUs on 6 nodes."""
+    describe(tmp_path, CLUSTER)
+    put_nodes(monkeypatch, {"CPU": 4.0})
+    with pytest.raises(UserError) as caught:
+        runs_at_a_time(tiny_config(compute__workers=4), 1, "auto", trials=8)
+    assert str(caught.value) == (
+        "4 worker(s) ask for 1.25 CPUs and 1 GPUs each, 0.1 CPUs beside, and the cluster has 68 CPUs and 3 GPUs on "
+        "6 node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
+    )
+    with pytest.raises(UserError, match="the cluster has 4 CPUs and 0 GPUs on 1 node"):
+        runs_at_a_time(tiny_config(), 1, None)
+    with pytest.raises(UserError, match="3 CPUs beside"):
+        runs_at_a_time(tiny_config(), 0, None, beside=3.0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "at_a_time", "on_head"),
+    [
+        ([{"CPU": 4.0, HEAD: 1.0}], 40, True),  # 40 x 0.1 = 4
+        ([{"CPU": 4.0, HEAD: 1.0}], 41, False),
+        ([{"CPU": 0.0, HEAD: 1.0}, {"CPU": 64.0}], 1, False),
+        ([{HEAD: 1.0}], 1, False),
+        ([{"CPU": 64.0}], 1, False),
+    ],
+)
+def test_a_trial_s_own_actor_stays_on_the_head_where_it_has_room(
+    nodes: list[Node], at_a_time: int, on_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_nodes(monkeypatch, *nodes)
+    assert trial_resources(at_a_time) == ({"CPU": 0.1, HEAD: 0.001} if on_head else {"CPU": 0.1})
+
+
+def test_the_placement_groups_of_a_run_have_a_name_of_their_own() -> None:
+    """The first 16 digits of the SHA-256 of "abc" (FIPS 180-2)."""
+    assert placement_group_prefix("abc") == "tune_ego-ba7816bf8f01cfea-"
+    assert placement_group_prefix("abc/") != placement_group_prefix("abc")
+
+
+def test_ray_divides_what_a_worker_reserves_without_a_remainder() -> None:
+    for cpus in (0.45, 0.7, 0.85, 1.1, 3.05):
+        reserved = worker_resources(tiny_config(compute__cpus_per_worker=cpus), 0)["CPU"]
+        assert all(math.floor(n * reserved / reserved) == n for n in range(1, 100))

@@ -1,0 +1,104 @@
+"""What `runs.ray_private` uses of Ray: a test for each entry, which fails where an upgrade of Ray moves it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.train import RunConfig, ScalingConfig
+
+from tune_ego.feed.pace import Pace
+from tune_ego.runs import ray_private
+from tune_ego.runs.placement import placement_group_prefix
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trainer_class(ray_cluster: None, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray has the callbacks that are left out, the handler that is replaced, and the function that is named."""
+    from ray.train.v2._internal.execution.worker_group import worker_group
+    from ray.util.placement_group import placement_group
+
+    kind = ray_private.trainer_class("/results/run", workers)
+    (base,) = kind.__bases__
+    trainer = kind(lambda: None, scaling_config=ScalingConfig(num_workers=workers), run_config=RunConfig())
+    before = [type(callback).__name__ for callback in base._create_default_callbacks(trainer)]
+    callbacks = trainer._create_default_callbacks()
+    after = [type(callback).__name__ for callback in callbacks]
+    assert {*before} - {*after} == {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+    assert after == [name for name in before if name in after] + ["NamedPlacementGroups"]
+    assert callable(base._register_sigint_handler) and trainer._register_sigint_handler(None) is None
+
+    assert "placement_group" in worker_group.WorkerGroup._create_placement_group.__code__.co_names
+    monkeypatch.setattr(worker_group, "placement_group", placement_group)  # to be restored
+    made: list[Any] = []
+    for _ in range(2):
+        callbacks[-1].before_worker_group_start(None)
+        made.append(worker_group.placement_group)
+    assert all(isinstance(group, functools.partial) and group.func is placement_group for group in made)
+    names = [group.keywords["name"] for group in made]
+    assert names[0] != names[1] and all(name.startswith(placement_group_prefix("/results/run")) for name in names)
+
+
+def test_preemption_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.preemption import PreemptionContext
+
+    assert isinstance(inspect.getattr_static(context.TrainContext, "preemption_context", None), property) or (
+        "preemption_context" in context.TrainContext.__dataclass_fields__
+    )
+    there = PreemptionContext()
+    monkeypatch.setattr(context, "get_train_context", lambda: SimpleNamespace(preemption_context=there))
+    assert ray_private.preemption_info() is None
+
+
+def test_live_controllers(ray_cluster: None) -> None:
+    """By the name of Ray Train's actor, while it is alive."""
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    class Other:
+        def ready(self) -> bool:
+            return True
+
+    class StandInTrainController(Other):
+        pass
+
+    assert TrainController.__name__ == "TrainController"
+    other, controller = ray.remote(num_cpus=0)(Other).remote(), ray.remote(num_cpus=0)(StandInTrainController).remote()
+    ray.get([other.ready.remote(), controller.ready.remote()])
+    names = [actor["ActorClassName"] for actor in ray_private.live_controllers()]
+    assert len([name for name in names if name.endswith("StandInTrainController")]) == 1
+    assert not any(name.endswith("Other") for name in names)
+    ray.kill(controller)
+    ray.kill(other)
+    end = time.monotonic() + 20
+    while any(actor["ActorClassName"].endswith("StandInTrainController") for actor in ray_private.live_controllers()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_throttling_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray calls it at each step; the pause depends on how many blocks are ready."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    assert callable(ExecutionCallback.on_execution_step)
+    assert "self._output_node = " in inspect.getsource(StreamingExecutor)
+    pauses: list[float] = []
+    ready_blocks: list[int] = []
+    pace = Pace()
+
+    def pause(ready: int) -> float:
+        ready_blocks.append(ready)
+        return 0.04 * (ready + 1)
+
+    monkeypatch.setattr(pace, "pause", pause)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    for ready in (0, 3):
+        executor = SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=[None] * ready)))
+        ray_private.throttling_callback(pace)().on_execution_step(executor)
+    assert ready_blocks == [0, 3] and pauses == pytest.approx([0.04, 0.16])

@@ -1,0 +1,99 @@
+"""Signals that reach a worker between two iterations, and the size of what it reads ahead. No Ray is started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import tiny_config
+from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.runs import signals, worker
+from tune_ego.runs.signals import watched
+from tune_ego.training.trainer import Notice
+
+
+class Preemption:
+    """Ray's train context, as far as a worker looks at it."""
+
+    def __init__(self) -> None:
+        self.preemption_context: Any = SimpleNamespace(preemption_info=None)
+
+
+@pytest.fixture
+def preemption(monkeypatch: pytest.MonkeyPatch) -> Any:
+    context = Preemption()
+    monkeypatch.setattr("ray.train.v2._internal.execution.context.get_train_context", lambda: context)
+    monkeypatch.setattr(signals, "_STOP_EVERY", 0.01)
+    return context.preemption_context
+
+
+def wait_for(notice: Callable[[], Notice], expected: Notice) -> None:
+    end = time.monotonic() + 10
+    while notice() != expected:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemption: Any) -> None:
+    stop = tmp_path / "stop"
+    with watched(str(stop), 0) as notice:
+        time.sleep(0.05)
+        assert notice() == Notice.NONE
+        stop.write_text("")
+        wait_for(notice, Notice.STOP)
+        stop.unlink()
+        preemption.preemption_info = "node 1 at 12:00"
+        assert [notice() for _ in range(3)] == [Notice.STOP] * 3
+
+
+def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: Any) -> None:
+    """A second machine's notice is another one."""
+    with watched(str(tmp_path / "stop"), 0) as notice:
+        sent = [notice()]
+        for info in ("node 1 at 12:00", "node 1 at 12:00", "node 2 at 12:01"):
+            preemption.preemption_info = info
+            sent += [notice(), notice()]
+    assert sent == [0, 1, 0, 0, 0, 1, 0]
+
+
+def test_only_the_first_worker_looks(tmp_path: Path, preemption: Any) -> None:
+    (tmp_path / "stop").write_text("")
+    preemption.preemption_info = "node 1 at 12:00"
+    with watched(str(tmp_path / "stop"), 1) as notice:
+        time.sleep(0.05)
+        assert notice() == Notice.NONE
+
+
+def test_an_object_store_that_does_not_answer_is_looked_at_again(
+    tmp_path: Path, preemption: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def exists(uri: str) -> bool:
+        looks.append(uri)
+        if len(looks) < 3:
+            raise OSError("503")
+        return len(looks) > 3
+
+    monkeypatch.setattr("tune_ego.runs.signals.storage.exists", exists)
+    with watched(str(tmp_path / "stop"), 0) as notice:
+        wait_for(notice, Notice.STOP)
+
+
+@pytest.mark.parametrize(
+    ("streams", "encoded", "expected"),
+    [
+        ("both", False, 4 * 16 * 32 * 32 * 5),  # windows, frames, pixels, channels: 3 of rgb and 2 of flow
+        ("rgb", False, 4 * 16 * 32 * 32 * 3),
+        ("flow", False, 4 * 16 * 32 * 32 * 2),
+        ("both", True, 4 * 1024 * 1024),
+    ],
+)
+def test_the_bytes_of_a_batch(streams: str, encoded: bool, expected: int) -> None:
+    plan = FeedPlan.of("", tiny_config(streams=streams), 1, 0, encoded=encoded)
+    assert worker._batch_bytes(plan) == expected

@@ -1,0 +1,236 @@
+"""A search's parts that need no running Ray: its space, what resumes, and how a trial starts and ends."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import tune as ray_tune
+
+from tests.conftest import tiny_config
+from tune_ego import __version__, storage
+from tune_ego.errors import Interrupted, UserError
+from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
+from tune_ego.results.experiment import (
+    METRIC,
+    Decision,
+    Failure,
+    TrialRecords,
+    read_failure,
+    run_folder,
+    write_decisions,
+    write_failure,
+    write_metrics,
+)
+from tune_ego.runs.job import Job
+from tune_ego.search import tune
+from tune_ego.search_space import parse_space
+
+SPACE = """
+base: {train: {iterations: 30, validate_every: 10}, streams: rgb}
+space:
+  model.stam_depth: {choice: [1, 2]}
+repeats: 2
+samples: 3
+"""
+
+
+def write_checkpoint(run: str, iteration: int, data: bytes = b"weights") -> None:
+    storage.write_bytes(checkpoint_uri(run, iteration), data)
+    storage.write_json(checkpoint_uri(run, iteration, "checkpoint.json"), checksum(data))
+
+
+def test_a_trial_that_ended_unnoticed_reports_its_last_validation_again(tmp_path: Path) -> None:
+    """The driver died in between. No training is repeated, neither of a stopped trial nor of a finished one."""
+    root, config = str(tmp_path), tiny_config(train__iterations=20)
+    run = run_folder(root, "t1")
+    assert tune.last_report(root, run, config) is None
+    last = {"iteration": 20, METRIC: 0.2, "train_loss": 1.0}
+    write_metrics(run, [{"iteration": 10, METRIC: 0.1}, {"iteration": 15}, last, {"iteration": 20, "train_loss": 2.0}])
+    write_checkpoint(run, 10)
+    write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "CONTINUE")])
+    assert tune.last_report(root, run, config) is None
+    storage.write_text(checkpoint_uri(run, 20), "half")
+    assert tune.last_report(root, run, config) is None
+    write_checkpoint(run, 20)
+    assert tune.last_report(root, run, config) == last
+    assert tune.last_report(root, run, tiny_config(train__iterations=30)) is None  # the budget was raised
+    write_decisions(root, "t1", [Decision(0, "t1", 5, 0.3, "STOP"), Decision(1, "t1", 10, 0.4, "CONTINUE")])
+    assert tune.last_report(root, run, config) == last
+    write_decisions(root, "t1", [Decision(0, "t1", 5, 0.3, "CONTINUE"), Decision(1, "t1", 10, 0.4, "STOP")])
+    assert tune.last_report(root, run, config) == {"iteration": 10, METRIC: 0.4}
+
+
+def test_a_space_gets_the_seed_unless_it_has_one(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    for text, seed, changes in (
+        (SPACE, 7, {"seed": 7}),
+        (SPACE.replace("streams: rgb", "streams: rgb, seed: 3"), 3, {}),
+        (SPACE.replace("repeats: 2", "").replace("samples", "  seed: 4\nsamples"), 4, {}),
+    ):
+        file.write_text(text)
+        space, changed = tune.resolved_space(str(file), {"label": "x"}, 7)
+        assert changed == {"label": "x", **changes}
+        config = tune.any_config(space)
+        assert (config.seed, config.label, config.train.iterations) == (seed, "x", 30)
+    file.write_text(SPACE)
+    assert tune.resolved_space(str(file), {"seed": 9}, 7)[1] == {"seed": 9}
+
+
+def test_a_space_gets_its_starting_weights_as_absolute_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(str(tmp_path / "run"), 10)
+    file = Path("space.yaml")
+    file.write_text(SPACE.replace("streams: rgb", "init_from: {rgb: run, flow: flow.pt}"))
+    space, changes = tune.resolved_space("space.yaml", {}, 7)
+    weights = {
+        "init_from.rgb": f"{tmp_path}/run/iteration-000010/checkpoint.pt",
+        "init_from.flow": f"{tmp_path}/flow.pt",
+    }
+    assert changes == {"seed": 7, **weights}
+    assert space.base["init_from"] == {"rgb": weights["init_from.rgb"], "flow": weights["init_from.flow"]}
+    file.write_text(SPACE.replace("repeats", f"  init_from.rgb: {{choice: [{tmp_path}/a, {tmp_path}/b]}}\nrepeats"))
+    assert tune.resolved_space("space.yaml", {}, 7)[1] == {"seed": 7}  # what is searched stays in the space
+
+
+def test_a_trial_is_a_run_with_the_seed_of_its_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[tuple[Job, list[Any]]] = []
+    reports: list[dict[str, Any]] = []
+    outcomes: list[Exception | None] = [None, Interrupted(), UserError("no such weights"), UserError("later")]
+
+    def fit(job: Job, callbacks: list[Any]) -> None:
+        jobs.append((job, callbacks))
+        outcome = outcomes[len(jobs) - 1]
+        if outcome is not None:
+            raise outcome
+
+    monkeypatch.setattr(tune, "fit", fit)
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: "callback")
+    monkeypatch.setattr(ray_tune, "report", reports.append)
+    root = str(tmp_path)
+    space = parse_space(SPACE, "t", {"seed": 5})
+    trial = tune._trainable(space, "/shards", root, 0.5)
+    run, draw = run_folder(root, "00001-1"), {"trial": "00001-1", "repeat": 1, "sampled": {"model.stam_depth@0": 2}}
+    for failure in (None, None, "no such weights", "no such weights"):  # the first reason stays
+        trial(draw)
+        written = read_failure(run)
+        assert (written and written.reason) == failure
+    assert written == Failure("no such weights", final=False)
+    job, callbacks = jobs[0]
+    assert callbacks == ["callback"] and len(jobs) == 4
+    assert (job.data, job.run, job.gpus, job.stop, job.final) == ("/shards", run, 0.5, f"{root}/stop", False)
+    assert (job.config.seed, job.config.model.stam_depth, job.config.train.iterations) == (6, 2, 30)
+    write_decisions(root, "00001-1", [Decision(0, "00001-1", 10, 0.5, "STOP")])
+    trial(draw)
+    assert reports == [{"iteration": 10, METRIC: 0.5}] and len(jobs) == 4
+
+
+STATES = ("pending", "running", "interrupted", "finished", "stopped", "failed")
+
+
+@pytest.fixture
+def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, set[str]]]:
+    """(experiment, states that go on) of each search that is driven, in place of driving it."""
+    calls: list[tuple[Any, set[str]]] = []
+    spec = {
+        "space": SPACE,
+        "space_source": "s.yaml",
+        "overrides": {"seed": 5},
+        "samples": 3,
+        "trials": 6,
+        "data": "/shards",
+        "data_settings": {"flow": "dis"},
+        "concurrent": None,
+        "version": __version__,
+    }
+    storage.write_json(tmp_path / "experiment.json", spec)
+    records = TrialRecords(str(tmp_path))
+    sampled = {"model.stam_depth@0": 1}
+    records.add([{"trial": f"0000{n // 2}-{n % 2}", "repeat": n % 2, "sampled": sampled} for n in range(6)])
+    for trial, state in zip(records, STATES):
+        records.note(trial, state)
+    monkeypatch.setattr(tune, "ray_session", lambda address: nullcontext())
+    monkeypatch.setattr(tune, "open_shards", lambda data: SimpleNamespace(info={"settings": {"flow": "dis"}}))
+    monkeypatch.setattr(tune, "_drive", lambda found, address, again: calls.append((found, again)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "trials", "budget", "concurrent", "more"),
+    [
+        ({}, 3, 6, 30, None, set[str]()),
+        ({"samples": 5}, 5, 10, 30, None, set[str]()),
+        ({"iterations": 60}, 3, 6, 60, None, {"finished"}),  # those that were stopped stay so
+        ({"concurrent": 2}, 3, 6, 30, 2, set[str]()),
+    ],
+)
+def test_a_search_is_resumed_and_made_larger(
+    tmp_path: Path,
+    driven: list[tuple[Any, set[str]]],
+    changes: dict[str, int],
+    samples: int,
+    trials: int,
+    budget: int,
+    concurrent: int | None,
+    more: set[str],
+) -> None:
+    tune.resume_search(str(tmp_path), None, **changes)
+    ((resumed, again),) = driven
+    assert again == {"pending", "running", "interrupted", "failed"} | more
+    spec = resumed.spec
+    assert (spec["samples"], spec["trials"], spec["concurrent"]) == (samples, trials, concurrent)
+    assert resumed.space.samples == samples and tune.any_config(resumed.space).train.iterations == budget
+    assert tune.any_config(resumed.space).seed == 5
+
+
+def test_the_states_of_a_resumed_search_are_printed(
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(run_folder(str(tmp_path), "00000-1"), 20)
+    write_checkpoint(run_folder(str(tmp_path), "00001-1"), 30)
+    write_failure(run_folder(str(tmp_path), "00001-0"), Failure("weights", final=False))
+    write_failure(run_folder(str(tmp_path), "00002-1"), Failure("nan", final=True))
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": "0.0.1"}))
+    for changes in ({}, {"iterations": 31}):
+        tune.resume_search(str(tmp_path), None, **changes)
+        assert capsys.readouterr().out.splitlines() == [
+            f"Note: this search was started by tune_ego 0.0.1, and this is {__version__}",
+            "  00000-0: pending, starts anew",
+            "  00000-1: interrupted, goes on from iteration 20",  # its driver is dead
+            "  00001-0: interrupted, starts anew",
+            "  00001-1: finished" + (", goes on from iteration 30" if changes else ""),
+            "  00002-0: stopped",
+            "  00002-1: failed for good: nan",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 3}, "--samples 3: the search has 3 already; it can only be raised"),
+        ({"samples": 2}, "--samples 2: the search has 3 already; it can only be raised"),
+        ({"iterations": 30}, "--iterations 30: the search has 30 already; it can only be raised"),
+        ({"iterations": 29}, "--iterations 29: the search has 30 already; it can only be raised"),
+    ],
+)
+def test_a_search_is_not_made_smaller(
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        tune.resume_search(str(tmp_path), None, **changes)
+    assert str(caught.value) == message and not driven
+
+
+def test_a_search_is_not_resumed_on_other_shards(
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "open_shards", lambda data: SimpleNamespace(info={"settings": {"flow": "tvl1"}}))
+    with pytest.raises(UserError) as caught:
+        tune.resume_search(str(tmp_path), None)
+    assert str(caught.value) == "/shards: not the shards this search was started on: their settings differ"
+    assert not driven

@@ -1,0 +1,64 @@
+"""The language of the package: docstrings that begin with what a thing is or does, names that say it, small parts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tune_ego"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FIRST_WORDS = {"What", "Of", "Whose", "Who", "Which", "How", "Where", "As", "With"}
+NAMES = {"found", "told", "heard", "wanted"}
+LONGEST_FUNCTION, LONGEST_FILE = 60, 400
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """(line, text, belongs to a boolean) of each docstring: of modules, classes, functions and attributes."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", [])
+        for number, statement in enumerate(body if isinstance(body, list) else []):
+            if isinstance(statement, ast.Expr) and isinstance(value := statement.value, ast.Constant):
+                if not isinstance(value.value, str):
+                    continue
+                before = body[number - 1] if number else node
+                yield statement.lineno, value.value.strip(), boolean(before)
+
+
+def boolean(node: ast.AST) -> bool:
+    """Whether it is an attribute or function annotated as bool, or assigned True or False."""
+    kind = getattr(node, "annotation", None) or getattr(node, "returns", None)
+    value = getattr(node, "value", None)
+    names = {part.id for part in ast.walk(kind) if isinstance(part, ast.Name)} if kind is not None else set()
+    return "bool" in names or (isinstance(value, ast.Constant) and isinstance(value.value, bool))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_docstring_begins_with_a_noun_phrase_or_an_imperative(path: Path) -> None:
+    faults = []
+    for line, text, is_boolean in docstrings(ast.parse(path.read_text())):
+        first = text.split(maxsplit=1)[0].rstrip(",:;.") if text else ""
+        if first in FIRST_WORDS or (first == "Whether" and not is_boolean):
+            faults.append(f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_names_say_what_a_thing_is(path: Path) -> None:
+    faults = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "attr", None)
+        if name in NAMES or getattr(node, "name", None) in NAMES:
+            faults.append(f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}: {name}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, node.name

@@ -1,0 +1,1 @@
+"""Testing a model: accuracies, agreement of attention with gaze, pictures."""

@@ -1,0 +1,133 @@
+"""What a model sees in windows of clips: its attention maps and class scores, and drawing them over the frames.
+
+T frames of a window, T' slices of its attention map, H, W, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from tune_ego.config import WINDOW_FRAMES
+from tune_ego.dataset.shards import Clip, Shards
+from tune_ego.evaluation.evaluate import OpenedModel
+from tune_ego.evaluation.inspection import draw_gaze, find_record, overlay
+from tune_ego.feed.batches import ClipBatch, to_device
+from tune_ego.feed.reader import WindowReader
+from tune_ego.feed.sampling import Window
+from tune_ego.model import StreamOutput
+from tune_ego.training.hardware import autocast_dtype
+
+_BATCH = 8
+"""Windows in a forward pass."""
+
+
+class Look(NamedTuple):
+    """A model's look at one window."""
+
+    window: Window
+    frames_THW3: np.ndarray
+    """RGB uint8: the crop that the model sees."""
+    gaze_T2: np.ndarray
+    """x, y in [0, 1] of the crop, or outside it."""
+    gaze_valid_T: np.ndarray
+    scores: dict[str, np.ndarray]
+    """Softmax scores [K] of each stream, and `fused` where there are two."""
+    attention: dict[str, np.ndarray]
+    """Each stream's map [T', H, W], its highest value 1; none without attention."""
+
+    def gaze(self, frame: int) -> tuple[float, float] | None:
+        """The gaze point of the window's frame, where there is one inside the crop."""
+        x, y = (float(value) for value in self.gaze_T2[frame])
+        return (x, y) if self.gaze_valid_T[frame] and 0 <= x < 1 and 0 <= y < 1 else None
+
+    def light(self, stream: str, frame: int) -> np.ndarray | None:
+        """The slice [H, W] of a stream's map that stands for the window's frame; None without attention."""
+        if stream not in self.attention:
+            return None
+        slices = self.attention[stream]
+        return slices[frame * len(slices) // WINDOW_FRAMES]
+
+
+def main_score(look: Look) -> str:
+    """The name of the scores that count: `fused`, or the only stream's."""
+    return list(look.scores)[-1]
+
+
+def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> list[Look]:
+    """Run the model over windows of the clips; raises `UserError` for a damaged shard."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = autocast_dtype(opened.config.train.precision, device) if device.type == "cuda" else None
+    model = opened.model.to(device).eval()
+    # The frames are shown whatever streams there are.
+    reader = WindowReader(clips, ("rgb", "flow"), opened.shards.image_size, opened.config.data.crop)
+    looks = []
+    for first in range(0, len(windows), _BATCH):
+        piece = windows[first : first + _BATCH]
+        batch = reader.read_batch(list(piece))
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs = model(to_device(batch, device).clips())
+        for place, window in enumerate(piece):
+            scores = {name: out.logits_BK[place].double().softmax(0).cpu().numpy() for name, out in outputs.items()}
+            if len(scores) == 2:
+                share = opened.config.fusion_weight
+                scores["fused"] = share * scores["rgb"] + (1 - share) * scores["flow"]
+            maps = {
+                name: out.attention_BTHW[place].float().cpu().numpy()
+                for name, out in outputs.items()
+                if out.attention_BTHW is not None
+            }
+            maps = {name: value / max(float(value.max()), 1e-12) for name, value in maps.items()}
+            seen = (batch["rgb"][place], batch["gaze"][place], batch["gaze_valid"][place])
+            looks.append(Look(window, *seen, scores, maps))
+    return looks
+
+
+def as_clip(shards: Shards, name: str) -> Clip:
+    """A clip by its name; raises `UserError`, with the nearest names, where it is not in the shards."""
+    return shards.clip(find_record(shards, name))
+
+
+def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:
+    """Pictures of one frame of a window, RGB uint8 [side, side, 3]: `frame`, and each stream's attention over it."""
+    image = cv2.resize(look.frames_THW3[frame], (side, side), interpolation=cv2.INTER_LINEAR)
+    found = {"frame": image.copy()}
+    for stream in look.attention:
+        light = look.light(stream, frame)
+        found[stream] = overlay(image, light)
+    point = look.gaze(frame)
+    for picture in found.values() if point else ():
+        draw_gaze(picture, *point)  # type: ignore[misc]
+    return found
+
+
+_STRIP_CLIPS, _STRIP_SIDE = 6, 112
+
+
+def validation_strip(batch: ClipBatch, outputs: Mapping[str, StreamOutput]) -> np.ndarray | None:
+    """Some clips of a batch side by side, RGB uint8: the middle frame, and below it each stream's attention over it.
+
+    With the gaze point where there is one; None without attention. Where there is no RGB stream, the frame is grey.
+    """
+    maps = {name: out.attention_BTHW for name, out in outputs.items() if out.attention_BTHW is not None}
+    if not maps:
+        return None
+    middle, columns = WINDOW_FRAMES // 2, []
+    for place in range(min(_STRIP_CLIPS, int(batch.present_B.sum()))):
+        frame = np.full((_STRIP_SIDE, _STRIP_SIDE, 3), 128, np.uint8)
+        if batch.rgb_BTHWC is not None:
+            frame = cv2.resize(batch.rgb_BTHWC[place, middle].cpu().numpy(), frame.shape[:2])
+        column = [frame.copy()]
+        for map_BTHW in maps.values():
+            light = map_BTHW[place, map_BTHW.shape[1] // 2].float().cpu().numpy()
+            column.append(overlay(frame, light / max(float(light.max()), 1e-12)))
+        x, y = (float(value) for value in batch.gaze_BT2[place, middle].cpu())
+        if batch.gaze_valid_BT[place, middle] and 0 <= x < 1 and 0 <= y < 1:
+            for picture in column:
+                draw_gaze(picture, x, y)
+        columns.append(np.concatenate(column))
+    return np.concatenate(columns, axis=1)

@@ -1,0 +1,61 @@
+"""The order of training samples, and the clip, frames, crop and flip of each. No Ray and no torch here.
+
+All are pure functions: of a training set of N clips, sample n is the (n mod N)-th clip of a permutation seeded by
+(seed, n div N), and its window, crop and flip are drawn by a generator seeded by (seed, n).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from tune_ego.config import WINDOW_FRAMES
+from tune_ego.dataset.shards import Clip
+
+_ORDER, _DRAW = 0, 1  # independent random streams of one seed
+EVALUATION_STEP = 8
+"""Frames between two evaluation windows (Lu)."""
+
+
+class Window(NamedTuple):
+    clip: int
+    """Index in the list of clips."""
+    start: int
+    top: int
+    left: int
+    flip: bool
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, clips: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(clips)
+
+
+def training_window(clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int) -> Window:
+    """Sample number `sample` of the run's order; `image_size` is (width, height)."""
+    epoch, place = divmod(sample, len(clips))
+    clip = int(_permutation(seed, epoch, len(clips))[place])
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_DRAW, sample)))
+    start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
+    top = int(random.integers(image_size[1] - crop + 1))
+    left = int(random.integers(image_size[0] - crop + 1))
+    return Window(clip, start, top, left, bool(random.integers(2)))
+
+
+def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int) -> Window:
+    return Window(clip, start, (image_size[1] - crop) // 2, (image_size[0] - crop) // 2, False)
+
+
+def dense_starts(frames: int) -> list[int]:
+    """Evaluation windows of a clip: at 0, 8, 16, ... and one that ends with it (Lu)."""
+    last = max(frames - WINDOW_FRAMES, 0)
+    starts = list(range(0, last + 1, EVALUATION_STEP))
+    return starts if starts[-1] == last else [*starts, last]
+
+
+def spread_starts(frames: int, count: int) -> list[int]:
+    """`count` evenly spaced windows; one is in the middle. Short clips may have fewer places than that."""
+    last = max(frames - WINDOW_FRAMES, 0)
+    return sorted({round(last * (2 * index + 1) / (2 * count)) for index in range(count)})

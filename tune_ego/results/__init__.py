@@ -1,0 +1,1 @@
+"""Files of searches and runs on disk or an object store."""

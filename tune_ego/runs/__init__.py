@@ -1,0 +1,1 @@
+"""One run on Ray Train, from the driver to the workers."""

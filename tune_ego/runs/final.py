@@ -1,0 +1,153 @@
+"""`train`: one run of a given configuration, followed on screen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tune_ego import __version__, storage
+from tune_ego.cluster import end_interrupted, ray_session
+from tune_ego.config import Config, load_config
+from tune_ego.console import console, percent, say
+from tune_ego.errors import UserError, user_error_in
+from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results.driver import DRIVER_FILE, driving, stop_uri
+from tune_ego.results.experiment import METRIC
+from tune_ego.results.progress import run_shown
+from tune_ego.results.tracking import check_trackers, run_tracked
+
+_LOOK_EVERY = 1.0  # seconds
+_TO_GO_ON = "the same command"
+
+
+def train_final(
+    config: Config, data: str, run: str, address: str | None, *, test: bool = False, track: Sequence[str] = ()
+) -> str:
+    """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
+
+    With `test` its final weights are tested at the end, on one worker's CPUs and GPUs; `track` names trackers, of
+    `tracking.make_trackers`, that it is written to. Returns the URI of the weights.
+    Raises `UserError` where the folder holds another run.
+    """
+    from tune_ego.results.checkpoint_files import last_whole
+    from tune_ego.runs.job import Job
+    from tune_ego.runs.launch import check_run, fit, with_found_weights
+    from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
+
+    check_trackers(track)
+    run, data = storage.absolute(run), storage.absolute(data)
+    config = with_found_weights(config, _started(run))
+    check_run(config, data)
+    _check_same_run(config, data, run)
+    model = storage.join(run, checkpoint_files.MODEL_FILE)
+    test = test and not storage.exists(storage.join(run, experiment.EVALUATION_FILE))
+    trained = storage.exists(model)
+    if trained:
+        say(f"{run} is finished already: {model}")
+        if not test:
+            return model
+    elif _started(run) is not None:
+        saved = last_whole(run)
+        say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
+    with ray_session(address):
+        gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
+        runs_at_a_time(config, gpus, address, beside=0)
+        if not trained:
+            with driving(run, _TO_GO_ON):
+                storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
+                with run_tracked(track, config, run), run_shown(config, run), _followed(config, run):
+                    fit(Job(config, data, run, gpus, stop_uri(run), final=True))
+            say(f"Weights: {model}")
+        if test:
+            _test(config, data, run, gpus)
+    return model
+
+
+def _test(config: Config, data: str, run: str, gpus: float) -> None:
+    """Test a run's final weights where its workers were: this machine may have no GPU."""
+    import ray
+    from ray.exceptions import RayError
+
+    from tune_ego.evaluation.tables import show
+    from tune_ego.runs.placement import worker_resources
+    from tune_ego.training.hardware import set_up_torch
+
+    def work() -> dict[str, Any]:
+        from tune_ego.evaluation.evaluate import evaluate
+
+        set_up_torch(config, gpus)
+        return evaluate(run, data)
+
+    resources = worker_resources(config, gpus)
+    say(f"Testing on the test clips of split {config.data.split}")
+    try:
+        task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(work)
+        result = ray.get(task.remote())
+    except KeyboardInterrupt:
+        end_interrupted(_TO_GO_ON)
+    except RayError as error:
+        raise user_error_in(error) or error from error
+    show(result)
+
+
+def _started(run: str) -> Config | None:
+    """The configuration of a run that was started before."""
+    uri = storage.join(run, experiment.CONFIG_FILE)
+    return load_config(uri) if storage.exists(uri) else None
+
+
+def _check_same_run(config: Config, data: str, run: str) -> None:
+    before = _started(run)
+    if before is not None:
+        if before != config:
+            raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
+        started_on = storage.read_json(storage.join(run, experiment.RUN_FILE))["data"]
+        if started_on != data:
+            raise UserError(f"{run}: this run was started on the shards {started_on}, not {data}")
+    elif set(storage.list_names(run)) - {experiment.RUN_FILE, DRIVER_FILE}:
+        raise UserError(f"{run}: the folder is not empty and holds no run; choose another --name")
+
+
+@contextmanager
+def _followed(config: Config, run: str) -> Iterator[None]:
+    """Print a run's validations while the body runs: they are read from its files, wherever its workers are.
+
+    On a terminal only its warnings.
+    """
+    ended = threading.Event()
+    shown = sum(METRIC in line for line in experiment.read_metrics(run))
+    warned = False
+
+    def follow() -> None:
+        nonlocal shown, warned
+        while True:
+            last = ended.wait(_LOOK_EVERY)
+            try:
+                lines = experiment.read_metrics(run)
+            except (OSError, UserError):  # an object store did not answer: the next look may do
+                lines = []
+            for line in [line for line in lines if METRIC in line][shown:]:
+                shown += 1
+                if console.is_terminal:  # there it is in what is drawn anew
+                    continue
+                rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(experiment.learning_rates(line).values()))
+                say(
+                    f"  iteration {line['iteration']}: loss {line['train_loss']:.3f}, learning rate {rates}, "
+                    f"validation mean class accuracy {percent(line[METRIC])}, {line['clips_per_second']:.1f} clips/s"
+                )
+            warning = "" if warned else experiment.collapsed_rate(config, lines)
+            if warning:
+                warned = True
+                say(f"  {warning}")
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,105 @@
+"""Runs on Ray Train: what is checked before, and starting them. No torch here, nor in what only watches them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tune_ego import storage
+from tune_ego.config import Config, dump_config, override_config
+from tune_ego.console import say
+from tune_ego.dataset.shards import open_shards
+from tune_ego.errors import Interrupted, UserError
+from tune_ego.feed.reader import check_fits
+from tune_ego.results import checkpoint_files, experiment
+from tune_ego.runs import ray_private
+from tune_ego.runs.job import Job
+from tune_ego.runs.placement import worker_resources
+
+
+def fit(job: Job, callbacks: list[Any] | None = None) -> None:
+    """Run a job to its end on a Ray cluster, from its last checkpoint where it has one.
+
+    Raises `UserError` with the reason where it failed for good, `Interrupted` where it was asked to stop.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+
+    failure = experiment.read_failure(job.run)
+    if failure is not None and failure.final:
+        raise UserError(failure.reason)
+    storage.remove(storage.join(job.run, experiment.FAILURE_FILE))  # the user may have put it right
+    storage.write_text(storage.join(job.run, experiment.CONFIG_FILE), dump_config(job.config))
+    compute = job.config.compute
+    workers = compute.workers if isinstance(compute.workers, int) else tuple(compute.workers)
+    resources = worker_resources(job.config, job.gpus)
+    folder, _, name = job.run.rpartition("/")
+    trainer = ray_private.trainer_class(job.run, compute.most_workers)(
+        _work,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            callbacks=callbacks,
+            failure_config=FailureConfig(max_failures=compute.max_failures, max_preemption_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failure = experiment.read_failure(job.run)
+        if failure is not None:
+            raise UserError(failure.reason) from error
+        storage.write_text(storage.join(job.run, experiment.ERROR_FILE), str(error))
+        raise UserError(f"{job.run}: {_root_cause(error)} (all of it in {experiment.ERROR_FILE} there)") from error
+    failure = experiment.read_failure(job.run)
+    if failure is not None:
+        raise UserError(failure.reason)
+    if job.config.train.iterations not in checkpoint_files.checkpoint_iterations(job.run):
+        raise Interrupted(job.run)
+
+
+def _work(settings: dict[str, Any]) -> None:
+    from tune_ego.runs.worker import work  # torch
+
+    work(settings["job"])
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost message: Ray wraps a worker's traceback in its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def check_run(config: Config, data: str) -> None:
+    """Raise `UserError` for what can be seen before a cluster is started; tells what `init_from` gives."""
+    from tune_ego.model import build_stream, load_weights
+
+    shards = open_shards(data)
+    check_fits(shards, config)
+    for modality, source in initial_weights(config).items():
+        stream = build_stream(modality, len(shards.actions), config.model)
+        found = load_weights(stream, source)
+        flow = shards.info["settings"]["flow"]
+        if modality == "flow" and found.flow_method not in (None, flow):
+            raise UserError(f"{source}: trained on {found.flow_method} flow, {data} has {flow}")
+        left_out, fresh = (", ".join(modules) or "nothing" for modules in (found.modules_left_out, found.fresh_modules))
+        say(f"{modality} starts from {source}: {len(found.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
+
+
+def with_found_weights(config: Config, before: Config | None = None) -> Config:
+    """`init_from` as the absolute paths of files: workers have another working directory, and a run goes on.
+
+    `before` is the same run's configuration at an earlier start: a folder still means the file that it meant then.
+    """
+    earlier = initial_weights(before) if before else {}
+    paths = {}
+    for modality, path in initial_weights(config).items():
+        same = earlier.get(modality, "").startswith(f"{storage.absolute(path)}/")
+        paths[f"init_from.{modality}"] = earlier[modality] if same else checkpoint_files.find_checkpoint(path)
+    return override_config(config, paths, "init_from") if paths else config
+
+
+def initial_weights(config: Config) -> dict[str, str]:
+    """Stream -> the weights that it starts from."""
+    files = {modality: getattr(config.init_from, modality) for modality in config.stream_names}
+    return {modality: path for modality, path in files.items() if path is not None}

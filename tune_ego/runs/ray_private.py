@@ -1,0 +1,100 @@
+"""The parts of Ray that are not public, all of them: no other file of this package may import one.
+
+Everything here was read in Ray 2.60. `tests/runs/test_ray_private.py` has a test for each entry, named after it: when
+one fails after an upgrade of Ray, re-read what its docstring names. No torch is imported here for runs of one worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import uuid
+from typing import Any
+
+from tune_ego.feed.pace import Pace
+from tune_ego.runs.placement import placement_group_prefix
+
+
+def trainer_class(run: str, workers: int) -> Any:
+    """Ray Train's trainer for a run, with named placement groups and without callbacks that this package replaces.
+
+    Private in Ray: `WorkerGroupCallback`, the base class `DataParallelTrainer`, its methods
+    `_create_default_callbacks` and `_register_sigint_handler`, and the function `placement_group` in the module
+    `worker_group`.
+
+    - A trial that is stopped or dies leaves its placement group behind. The search removes it by its name
+      (`placement_group_prefix`). Ray 2.60 creates the group without a name and has no setting for one: the function
+      that creates it is replaced in the process of the run's controller, before each start of the workers.
+    - `PlacementGroupCleanerCallback` starts a detached actor for each run, which asks the dashboard whether the run
+      is alive. There may be no dashboard, and the actor may outlive the search.
+    - `DatasetsCallback` splits data sets between workers. Here every worker reads its own items.
+    - Ray's SIGINT handler waits for the end of the run, stays installed after it, and may exit with code 0.
+    - A run of one worker needs no process group: without `TorchTrainer`, its two watching processes need no torch.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+    from ray.util.placement_group import placement_group
+
+    if workers > 1:
+        from ray.train.torch import TorchTrainer as Base
+    else:
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Base
+
+    class NamedPlacementGroups(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            from ray.train.v2._internal.execution.worker_group import worker_group
+
+            name = placement_group_prefix(run) + uuid.uuid4().hex
+            worker_group.placement_group = functools.partial(placement_group, name=name)
+
+    class Trainer(Base):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            replaced = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+            kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in replaced]
+            return [*kept, NamedPlacementGroups()]
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Install no handler."""
+
+    return Trainer
+
+
+def preemption_info() -> Any:
+    """Ray Train's latest preemption notice for this worker's node, or None.
+
+    Private in Ray: `get_train_context().preemption_context`. The public `ray.train.get_preemption_info` is a barrier
+    of all workers, too slow to call after every iteration.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info
+
+
+def live_controllers() -> list[Any]:
+    """Ray Train's controller actors of this driver's job that are alive.
+
+    Private in Ray: `ray._private.state.actors`. The public `ray.util.state.list_actors` needs the dashboard, which
+    a local cluster does not start.
+    """
+    import ray
+    from ray._private.state import actors
+
+    job = ray.get_runtime_context().get_job_id()
+    live = actors(job_id=ray.JobID.from_hex(job), actor_state_name="ALIVE").values()
+    return [actor for actor in live if actor["ActorClassName"].endswith("TrainController")]
+
+
+def throttling_callback(pace: Pace) -> type:
+    """A Ray Data callback class: the executor sleeps between its steps while the trainer does not wait for data.
+
+    Private in Ray: `ExecutionCallback` and the executor's `_output_node`. The executor is a thread of the training
+    process; its steps take a millisecond each and follow each other without a pause. That slowed training on two
+    cores to a third, and Ray 2.60 has no setting for it.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Throttle(ExecutionCallback):  # type: ignore[misc]
+        def on_execution_step(self, executor: Any) -> None:
+            _, last = executor._output_node
+            time.sleep(pace.pause(len(last.output_queue)))
+
+    return Throttle

@@ -1,0 +1,92 @@
+"""What a training process of a run does under Ray Train, in trials and final runs alike."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tune_ego import storage
+from tune_ego.config import WINDOW_FRAMES
+from tune_ego.dataset.shards import Shards, open_shards
+from tune_ego.errors import StorageError, user_error_in
+from tune_ego.feed.batches import begun, on_device, ray_batches
+from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.results import checkpoint_files, experiment
+from tune_ego.runs.job import Job
+from tune_ego.runs.placement import decodes_on_gpu
+from tune_ego.runs.ray_private import throttling_callback
+from tune_ego.runs.reporter import Reporter
+from tune_ego.runs.signals import watched
+from tune_ego.training.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes
+from tune_ego.training.hardware import set_up_torch
+from tune_ego.training.loop import train
+from tune_ego.training.trainer import NonFiniteLoss, Trainer
+
+
+def work(job: Job) -> None:
+    """What every training process runs, in trials and final runs alike."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
+    sys.setswitchinterval(1e-3)
+    set_up_torch(job.config, job.gpus)
+    if experiment.read_failure(job.run) is not None:
+        return  # another worker's, before Ray started them all again
+    shards = open_shards(job.data)
+    plan = FeedPlan.of(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
+    reporter = Reporter(job, rank, plan)
+    try:
+        saved = last_checkpoint(job.run)
+        done = saved[0]["iteration"] if saved is not None else 0
+        if done < plan.iterations:
+            first = plan.first_item(done)
+            batches = begun(
+                ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan), throttling_callback)
+            )
+        trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, go_on=saved is not None)
+        if saved is not None:
+            trainer.load(*saved)
+        reporter.begin(done)
+        if done < plan.iterations:
+            with watched(job.stop, rank) as notice:
+                reporter.trainer = trainer
+                train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
+                reporter.wait()
+    except Exception as error:
+        reporter.end()
+        mistake = user_error_in(error)
+        if isinstance(mistake, StorageError) or (mistake is None and not isinstance(error, NonFiniteLoss)):
+            raise  # Ray tries again
+        # This would fail again. The driver finds the reason in the run's folder.
+        reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
+        if reason:
+            experiment.write_failure(job.run, experiment.Failure(reason, final))
+        if mistake is not None and workers > 1:
+            raise  # the others may wait for this one
+        return
+    if job.final and rank == 0 and trainer.iteration == plan.iterations:
+        last = plan.validations[-job.config.train.average_checkpoints :]
+        weights = mean_weights(job.run, last) if len(last) > 1 else trainer.model.state_dict()
+        storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
+
+
+def _device(job: Job, workers: int) -> torch.device:
+    if workers > 1:
+        from ray.train.torch import get_device
+
+        return get_device()
+    return torch.device("cuda" if job.gpus else "cpu")  # Ray shows a process its own GPUs only
+
+
+def _origin(shards: Shards) -> Origin:
+    return Origin(shards.actions, shards.image_size, shards.info["settings"]["flow"])
+
+
+def _batch_bytes(plan: FeedPlan) -> int:
+    if plan.encoded:
+        return plan.micro_batch << 20  # measured, 0.72 MB a window of 320 x 240 pixels
+    channels = sum({"rgb": 3, "flow": 2}[name] for name in plan.streams)
+    return plan.micro_batch * WINDOW_FRAMES * plan.data.crop**2 * channels

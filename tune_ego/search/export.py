@@ -1,0 +1,66 @@
+"""`export`: the best configuration of an experiment, complete, with where it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from tune_ego import __version__, storage
+from tune_ego.config import Config, CosineConfig, override_config
+from tune_ego.results.experiment import METRIC, Configuration, Experiment, read_experiment
+
+FINAL_ITERATIONS = 3000
+"""Of a final run (the paper), where `train` is not told otherwise."""
+
+
+def export_best(root: str, out: str) -> Configuration:
+    """Write the best configuration, resolved, and its provenance to the YAML file `out`.
+
+    Of repeats over seeds the mean counts. The budget becomes the final run's; raises `UserError` where no trial has
+    been validated yet.
+    """
+    found = read_experiment(root)
+    best = found.best
+    content: dict[str, Any] = _final(best.config).model_dump(mode="json")
+    content["provenance"] = _provenance(found, best)
+    header = (
+        f"# The best of {len(found.trials)} trials of {found.root}.\n"
+        "# Train it: tune-ego train THIS --data SHARDS --storage DIR --name NAME\n"
+    )
+    storage.write_text(out, header + yaml.safe_dump(content, sort_keys=False))
+    return best
+
+
+def _final(config: Config) -> Config:
+    """The configuration with the final run's budget; a shorter horizon of its schedule becomes that too."""
+    changes: dict[str, Any] = {"train.iterations": FINAL_ITERATIONS}
+    if config.horizon < FINAL_ITERATIONS and isinstance(config.schedule, CosineConfig):
+        changes["schedule.horizon"] = None
+    return override_config(config, changes, "export")
+
+
+def _provenance(found: Experiment, best: Configuration) -> dict[str, Any]:
+    repeats = [
+        {"trial": trial.id, METRIC: line[METRIC], "at_iteration": line["iteration"], "seed": trial.config.seed}
+        for trial in best.trials
+        if (line := trial.best) is not None
+    ]
+    config = best.config
+    return {
+        "experiment": found.root,
+        "trial": best.id,
+        METRIC: best.accuracy,
+        **({"standard_deviation": best.spread} if best.spread is not None else {}),
+        "repeats": repeats,
+        "trial_iterations": config.train.iterations,
+        "validation": f"{config.data.validation} fold {config.data.fold} of split {config.data.split}",
+        "failed": {trial.id: trial.reason for trial in found.trials if trial.state == "failed"},
+        "trials": {
+            state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}
+        },
+        "data": found.spec["data"],
+        "search_seed": found.spec["seed"],
+        "searched_with": f"tune_ego {found.spec['version']}, ray {found.spec['ray']}",
+        "exported_with": f"tune_ego {__version__}",
+    }

@@ -1,0 +1,141 @@
+"""`tune --dry-run`: what a search would do, and from a short measured run how long it takes and what it costs."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any, NamedTuple
+
+from tune_ego import storage
+from tune_ego.cluster import ray_session
+from tune_ego.config import Config, override_config
+from tune_ego.console import print_table, say
+from tune_ego.errors import UserError
+from tune_ego.results import driver, experiment
+from tune_ego.results.progress import share_of_iterations
+from tune_ego.runs.job import Job
+from tune_ego.runs.launch import fit
+from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, worker_resources
+from tune_ego.search.tune import check_runs, resolved_space
+from tune_ego.search_space import SearchSpace
+
+_WARM_UP, _MEASURED = 4, 12  # iterations
+
+
+class Probe(NamedTuple):
+    """Seconds, measured."""
+
+    start: float
+    """From a trial's start to its first iteration, and from its last to its end."""
+    iteration: float
+    validation: float
+
+
+def show_plan(
+    space_name: str,
+    data: str,
+    root: str,
+    changes: dict[str, Any],
+    seed: int,
+    concurrent: int | None,
+    address: str | None,
+    *,
+    probe: bool = False,
+    price: float | None = None,
+) -> dict[str, Any]:
+    """Print, and return, the plan of a search; nothing is written but, with `probe`, a run that is deleted again.
+
+    `price` is of a GPU for an hour, where there are none of a worker. Raises `UserError` where the search would be
+    refused.
+    """
+    space, _ = resolved_space(space_name, changes, seed)
+    data = storage.absolute(data)
+    check_runs(space, data)
+    with ray_session(address):
+        nodes = live_nodes()
+        config = space.config(space.draw(seed, 0) if space.searcher == "random" else next(space.draws()))
+        gpus = gpus_per_worker(config, [*nodes, *nodes_to_come(address)])
+        plan = _plan(space, config, gpus, runs_at_a_time(config, gpus, address, space.trials, concurrent))
+        measured = _measure(config, data, f"{root}-probe", gpus) if probe else None
+    if measured is not None:
+        plan |= _cost(plan, config, measured, price)
+    _show(plan, space, nodes)
+    return plan
+
+
+def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> dict[str, Any]:
+    budget = config.train.iterations
+    return {
+        "configurations": space.configurations,
+        "trials": space.trials,
+        "trials_at_a_time": at_a_time,
+        "workers": config.compute.most_workers,
+        "cpus_per_worker": worker_resources(config, gpus)["CPU"],
+        "gpus_per_worker": gpus,
+        "iterations_of_a_trial": budget,
+        "iterations_at_most": budget * space.trials,
+        "share_expected": share_of_iterations(space, budget),
+    }
+
+
+def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
+    """A run of a few iterations and one validation, as a trial does them."""
+    found = storage.list_names(run)
+    if experiment.CONFIG_FILE in found:  # a probe that was killed
+        storage.remove_folder(run)
+    elif found:
+        raise UserError(f"{run}: the probe writes there, and it is not empty")
+    iterations = _WARM_UP + _MEASURED
+    changes = {"train.iterations": iterations, "train.log_every": 1, "train.validate_every": iterations}
+    short = override_config(config, {**changes, "schedule.warmup": 0}, "--probe")
+    say(f"Probe: {iterations} iterations and a validation of the first configuration")
+    start = time.monotonic()
+    try:
+        fit(Job(short, data, run, gpus, driver.stop_uri(run), final=False))
+        seconds = time.monotonic() - start
+        lines = experiment.read_metrics(run)
+    finally:
+        storage.remove_folder(run)
+    of_each = [config.train.batch_size / line["clips_per_second"] for line in lines]
+    validation = lines[-1][experiment.VALIDATION_SECONDS]
+    return Probe(seconds - sum(of_each) - validation, median(of_each[_WARM_UP:]), validation)
+
+
+def _cost(plan: dict[str, Any], config: Config, probe: Probe, price: float | None) -> dict[str, Any]:
+    validations = -(-config.train.iterations // config.train.validate_every)
+    training = config.train.iterations * probe.iteration + validations * probe.validation
+    found: dict[str, Any] = {"seconds": probe._asdict()}
+    for name, share in (("at_most", 1.0), ("expected", plan["share_expected"])):
+        if share is None:
+            continue
+        busy = plan["trials"] * (probe.start + share * training) / 3600
+        found[f"hours_{name}"] = busy / plan["trials_at_a_time"]
+        if price is not None:
+            found[f"price_{name}"] = busy * plan["workers"] * (plan["gpus_per_worker"] or 1) * price
+    return found
+
+
+def _show(plan: dict[str, Any], space: SearchSpace, nodes: list[dict[str, float]]) -> None:
+    repeats = f" of {space.repeats} repeats each" if space.repeats > 1 else ""
+    ask = f"{plan['cpus_per_worker']:g} CPUs, {plan['gpus_per_worker']:g} GPUs each"
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    share = plan["share_expected"]
+    expected = "depends on the curves" if share is None else f"about {share * plan['iterations_at_most']:,.0f}"
+    rows = [
+        ["cluster now", f"{len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs"],
+        ["configurations", f"{plan['configurations']:,}{repeats}, drawn by {space.searcher}"],
+        ["trials", f"{plan['trials']:,}, {plan['trials_at_a_time']} at a time"],
+        ["workers of a trial", f"{plan['workers']}: {ask}"],
+        ["iterations of a trial", f"{plan['iterations_of_a_trial']:,} at most"],
+        ["iterations in all", f"{plan['iterations_at_most']:,} at most, with {space.scheduler.name} {expected}"],
+    ]
+    if "seconds" in plan:
+        seconds = plan["seconds"]
+        parts = f"{seconds['iteration']:.2f} an iteration, {seconds['validation']:.1f} a validation"
+        rows.append(["seconds, measured", f"{parts}, {seconds['start']:.0f} to start and end a trial"])
+    for what, unit in (("hours", "h"), ("price", "")):
+        if f"{what}_at_most" in plan:
+            most, about = plan[f"{what}_at_most"], plan.get(f"{what}_expected")
+            also = "" if about is None else f", with {space.scheduler.name} about {about:,.2f} {unit}".rstrip()
+            rows.append([what, f"{most:,.2f} {unit}".rstrip() + f" at most{also}"])
+    print_table("Plan", ["", ""], rows)

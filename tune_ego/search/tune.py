@@ -1,0 +1,240 @@
+"""`tune` and `resume`: a search with Ray Tune, each trial of which is a Ray Train run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import ray
+from ray import tune
+
+from tune_ego import __version__, storage
+from tune_ego.cluster import end_interrupted, ray_session
+from tune_ego.config import Config
+from tune_ego.console import print_table, say
+from tune_ego.dataset.shards import open_shards
+from tune_ego.errors import Interrupted, UserError
+from tune_ego.results import checkpoint_files, driver, experiment
+from tune_ego.results.checkpoint_files import last_whole
+from tune_ego.results.experiment import METRIC, Experiment, Trial, TrialRecords
+from tune_ego.results.progress import search_shown
+from tune_ego.results.tracking import check_trackers, search_tracked
+from tune_ego.runs.job import Job
+from tune_ego.runs.launch import check_run, fit, initial_weights, with_found_weights
+from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
+from tune_ego.search.scheduler import STOP, RecordedScheduler
+from tune_ego.search.searcher import TrialSource, import_optuna
+from tune_ego.search.watcher import Watcher
+from tune_ego.search_space import SearchSpace, load_space
+
+
+def start_search(
+    space_name: str,
+    data: str,
+    root: str,
+    changes: dict[str, Any],
+    seed: int,
+    concurrent: int | None,
+    address: str | None,
+    *,
+    track: Sequence[str] = (),
+) -> Experiment:
+    """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken.
+
+    `track` names the trackers, of `tracking.make_trackers`, that its trials are written to.
+    """
+    check_trackers(track)
+    space, changes = resolved_space(space_name, changes, seed)
+    data = storage.absolute(data)
+    check_runs(space, data)
+    if set(storage.list_names(root)) - {driver.DRIVER_FILE}:
+        hint = (
+            f"; to go on with it: tune-ego resume {root}"
+            if storage.exists(storage.join(root, experiment.EXPERIMENT_FILE))
+            else ""
+        )
+        raise UserError(f"{root}: the name is already used{hint}")
+    with ray_session(address):
+        spec = {
+            "space": space.text,
+            "space_source": space.source,
+            "overrides": changes,
+            "samples": space.samples,
+            "trials": space.trials,
+            "data": data,
+            "data_settings": open_shards(data).info["settings"],
+            "seed": seed,
+            "concurrent": concurrent,
+            "track": list(track),
+            "gpus_per_worker": gpus_per_worker(any_config(space), [*live_nodes(), *nodes_to_come(address)]),
+            "version": __version__,
+            "ray": ray.__version__,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+        }
+        return _drive(Experiment(root, spec, []), address)
+
+
+def resume_search(
+    root: str,
+    address: str | None,
+    *,
+    samples: int | None = None,
+    iterations: int | None = None,
+    concurrent: int | None = None,
+) -> Experiment:
+    """Go on with a search: unfinished trials from their last checkpoint, those that have ended left alone.
+
+    With more `samples` further configurations are drawn; with more `iterations` finished trials go on to the new
+    budget, and stopped ones stay stopped.
+    """
+    found = experiment.read_experiment(root)
+    if found.spec["version"] != __version__:
+        say(f"Note: this search was started by tune_ego {found.spec['version']}, and this is {__version__}")
+    if open_shards(found.spec["data"]).info["settings"] != found.spec["data_settings"]:
+        raise UserError(f"{found.spec['data']}: not the shards this search was started on: their settings differ")
+    again = {"pending", "running", "interrupted", "failed"}
+    if iterations is not None:
+        before = any_config(found.space).train.iterations
+        if iterations <= before:
+            raise UserError(f"--iterations {iterations}: the search has {before} already; it can only be raised")
+        found.spec["overrides"]["train.iterations"] = iterations
+        again.add("finished")
+    if samples is not None:
+        if samples <= found.spec["samples"]:
+            raise UserError(
+                f"--samples {samples}: the search has {found.spec['samples']} already; it can only be raised"
+            )
+        found.spec["samples"] = samples
+    if concurrent is not None:
+        found.spec["concurrent"] = concurrent
+    resumed = Experiment(found.root, found.spec, found.trials)
+    resumed.spec["trials"] = resumed.space.trials
+    for trial in found.trials:
+        say(f"  {trial.id}: {trial.state}{_going_on(trial) if trial.state in again else ''}")
+    with ray_session(address):
+        return _drive(resumed, address, again)
+
+
+def _going_on(trial: Trial) -> str:
+    failure = experiment.read_failure(trial.run)
+    if failure is not None and failure.final:
+        return f" for good: {failure.reason}"
+    saved = last_whole(trial.run)
+    return ", starts anew" if saved is None else f", goes on from iteration {saved}"
+
+
+def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]
+    """Run the trials of an experiment that have not ended, those in one of the states `again` too."""
+    root, spec, space = found.root, found.spec, found.space
+    config, gpus = any_config(space), spec["gpus_per_worker"]
+    at_a_time = runs_at_a_time(config, gpus, address, space.trials, spec["concurrent"])
+    to_go_on = shlex.join(["tune-ego", "resume", root])
+    with driver.driving(root, to_go_on) as interruption:
+        storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
+        records = TrialRecords(root)
+        records.reopen(again)
+        source = TrialSource(root, space, spec["seed"], records, at_a_time, interruption.__bool__)
+        if source.left:
+            say(f"{source.left} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
+            tuner = tune.Tuner(
+                tune.with_resources(_trainable(space, spec["data"], root, gpus), trial_resources(at_a_time)),
+                tune_config=tune.TuneConfig(
+                    metric=METRIC,
+                    mode="max",
+                    num_samples=source.left,
+                    search_alg=source,
+                    scheduler=RecordedScheduler(root, space, config.train.iterations),
+                    reuse_actors=False,  # a stopped trial's process waits for its run: the next trial would hang
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=root,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
+                    callbacks=[Watcher(root, space, config.train.iterations, records)],
+                ),
+            )
+            with search_tracked(spec.get("track", ()), root), search_shown(root):
+                tuner.fit()
+        done = experiment.read_experiment(root)
+        _show(done)
+        if interruption and not all(trial.ended for trial in done.trials):
+            end_interrupted(to_go_on)
+    if done.trials and all(trial.state == "failed" for trial in done.trials):
+        raise UserError(f"{root}: every trial failed, the first for: {done.trials[0].reason}")
+    return done
+
+
+def _show(done: Experiment) -> None:
+    print_table(f"\nTrials of {done.root}", *experiment.trial_table(done))
+    if done.space.repeats > 1:
+        print_table("\nConfigurations, over their repeats", *experiment.configuration_table(done))
+
+
+def resolved_space(name: str, changes: dict[str, Any], seed: int) -> tuple[SearchSpace, dict[str, Any]]:
+    """A search space with seed and absolute paths, and the changes to its file that make it so."""
+    space = load_space(name, changes)
+    if "seed" not in {**space.base, **space.branches}:
+        changes = {**changes, "seed": seed}
+        space = load_space(name, changes)
+    if space.searcher == "tpe":
+        import_optuna()
+    # Here and now: workers, and a resumed search, have other working directories.
+    weights = with_found_weights(any_config(space)).init_from.model_dump(exclude_none=True)
+    changes = changes | {
+        key: path for name, path in weights.items() if (key := f"init_from.{name}") not in space.branches
+    }
+    return load_space(name, changes), changes
+
+
+def any_config(space: SearchSpace) -> Config:
+    """One of the space's configurations; budget and resources are the same in all."""
+    return space.config(next(space.draws()))
+
+
+def check_runs(space: SearchSpace, data: str) -> None:
+    """Check every choice of data and starting weights against the shards."""
+    checked = set()
+    for sampled in space.draws():
+        config = space.config(sampled)
+        key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
+        if repr(key) not in checked:
+            checked.add(repr(key))
+            if with_found_weights(config) != config:
+                raise UserError(f"{space.source}: init_from: what is searched must be absolute paths of files")
+            check_run(config, data)
+
+
+def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callable[..., None]:
+    def trial(draw: dict[str, Any]) -> None:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        config = space.config(draw["sampled"], draw["repeat"])
+        run = experiment.run_folder(root, draw["trial"])
+        ended = last_report(root, run, config)
+        if ended is not None:  # the driver died before it was noted
+            tune.report(ended)
+            return
+        try:
+            fit(Job(config, data, run, gpus, driver.stop_uri(root), final=False), [TuneReportCallback()])
+        except UserError as error:  # what Tune should not try again
+            if experiment.read_failure(run) is None:
+                experiment.write_failure(run, experiment.Failure(str(error), final=False))
+        except Interrupted:
+            return  # its checkpoint is written
+
+    return trial
+
+
+def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
+    """What a trial that has ended said last; None for one that has not."""
+    decisions = experiment.trial_decisions(root, run.rpartition("/")[2])
+    if decisions and decisions[-1].action == STOP:
+        return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
+    if config.train.iterations in checkpoint_files.checkpoint_iterations(run):
+        return [line for line in experiment.read_metrics(run) if METRIC in line][-1]
+    return None

@@ -1,0 +1,1 @@
+"""Training without Ray: model steps, losses, optimizers, checkpoints."""

@@ -1,0 +1,211 @@
+"""What a checkpoint holds, writing and reading it: no Ray here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_ego import __version__, storage
+from tune_ego.config import Config, build_config
+from tune_ego.errors import UserError
+from tune_ego.model import TwoStream
+from tune_ego.model.weights import unpack, unusable
+from tune_ego.results.checkpoint_files import (
+    CHECKPOINT_FILE,
+    CHECKSUM_FILE,
+    checkpoint_iterations,
+    checkpoint_uri,
+    checksum,
+    read_last_whole,
+    read_whole,
+    remove_checkpoints,
+)
+from tune_ego.results.checkpoint_files import DamagedCheckpoint as DamagedCheckpoint
+
+FORMAT = 3
+
+
+class Origin(NamedTuple):
+    """The data set that a model was trained on."""
+
+    actions: list[str]
+    image_size: tuple[int, int]
+    flow: str
+
+
+def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: Any) -> dict[str, Any]:
+    """The content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
+
+    Random states need no place in it: each iteration seeds its own from (seed, iteration, pass).
+    """
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "actions": origin.actions,
+        "image_size": list(origin.image_size),
+        "flow_method": origin.flow,
+        "iteration": iteration,
+        "best": best,
+        **states,
+    }
+
+
+def snapshot(content: Any) -> Any:
+    """A copy of a checkpoint's content on the CPU, which training does not change any more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small copies: where CPUs are busy, each would wait for its threads
+    try:
+        return _copy(content)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _copy(content: Any) -> Any:
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: _copy(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(_copy, content))
+    return content
+
+
+def to_bytes(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def write_checkpoint(run: str, content: dict[str, Any], keep: Iterable[int] = ()) -> None:
+    """Write a run's checkpoint; of all, the last two, that of the best validation and the iterations `keep` stay."""
+    iteration = content["iteration"]
+    earlier = [saved for saved in checkpoint_iterations(run) if saved < iteration]
+    data, beside = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
+    storage.remove(beside)  # of one that was damaged
+    storage.write_bytes(checkpoint_uri(run, iteration), data)
+    storage.write_json(beside, checksum(data))
+    remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[-1:], *keep})
+
+
+def mean_weights(run: str, iterations: list[int]) -> dict[str, Tensor]:
+    """The mean of the weights in a run's checkpoints of these iterations; counters are the last one's."""
+    states = [read_checkpoint(checkpoint_uri(run, iteration))["model"] for iteration in iterations]
+    last: dict[str, Tensor] = states[-1]
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in last.items()
+    }
+
+
+def last_checkpoint(run: str) -> tuple[dict[str, Any], str] | None:
+    """(content, URI) of that checkpoint."""
+    found = read_last_whole(run)
+    if found is None:
+        return None
+    uri = checkpoint_uri(run, found[0])
+    return _content(found[1], uri), uri
+
+
+def read_checkpoint(uri: str) -> dict[str, Any]:
+    """A checkpoint's content, from its file or the folder it is in.
+
+    Raises `UserError` where it is none, or of another format; `DamagedCheckpoint` where its checksum is another.
+    """
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: there is no checkpoint here")
+    if storage.exists(storage.join(uri, CHECKPOINT_FILE)):
+        uri = storage.join(uri, CHECKPOINT_FILE)
+    return _content(read_whole(uri), uri)
+
+
+def _content(data: bytes, uri: str) -> dict[str, Any]:
+    content = unpack(data, uri)
+    check_content(content, uri)
+    return dict(content)
+
+
+_KINDS: dict[str, type] = {
+    "config": dict,
+    "actions": list,
+    "image_size": list,
+    "flow_method": str,
+    "iteration": int,
+    "best": dict,
+    "model": dict,
+}
+_MORE_KINDS: dict[str, type] = {"losses": list, "optimizers": dict}
+"""What a run that goes on needs beside."""
+_OPTIMIZER_KINDS: dict[str, type] = {"optimizer": dict, "schedule": dict, "scaler": dict}
+_NAMED = ("optimizer", "schedule")
+
+
+def check_content(content: Any, source: str, goes_on: Config | None = None) -> None:
+    """Raise `UserError` where this is not what `pack` makes: what is absent, or of another type.
+
+    `goes_on`: the configuration of the run that is to go on from it. Its optimizer and schedule have to be those that
+    the checkpoint holds the states of.
+    """
+    if not isinstance(content, dict) or "format" not in content or "model" not in content:
+        raise UserError(f"{source}: not a checkpoint of tune_ego")
+    if content["format"] != FORMAT:
+        raise UserError(f"{source}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
+    _check_kinds(content, _KINDS | (_MORE_KINDS if goes_on else {}), "", source)
+    sizes = content["image_size"]
+    if not all(isinstance(name, str) for name in content["actions"]) or not content["actions"]:
+        raise UserError(f"{source}: a damaged checkpoint: its actions are not names")
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{source}: a damaged checkpoint: its image_size is {sizes}, not width and height")
+    if goes_on is None:
+        return
+    if not all(isinstance(losses, Tensor) for losses in content["losses"]):
+        raise UserError(f"{source}: a damaged checkpoint: its losses are not tensors")
+    for modality in goes_on.stream_names:
+        _check_kinds(content["optimizers"], {modality: dict}, "optimizers.", source)
+        _check_kinds(content["optimizers"][modality], _OPTIMIZER_KINDS, f"optimizers.{modality}.", source)
+    saved = build_config(content["config"], source)
+    for part in _NAMED:
+        theirs, ours = getattr(saved, part).name, getattr(goes_on, part).name
+        if theirs != ours:
+            raise UserError(f"{source}: a checkpoint of a run with {part}.name: {theirs}, not {ours}")
+
+
+def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type], above: str, source: str) -> None:
+    for key, kind in kinds.items():
+        if key not in content:
+            raise UserError(f"{source}: a damaged checkpoint: it has no {above}{key}")
+        if not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise UserError(f"{source}: a damaged checkpoint: its {above}{key} is a {found}, not a {kind.__name__}")
+
+
+def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoStream]:
+    """Configuration, data set and model of a checkpoint, weights loaded."""
+    config = build_config(content["config"], source)
+    origin = Origin(content["actions"], tuple(content["image_size"]), content["flow_method"])
+    model = TwoStream(config.stream_names, len(origin.actions), config.model)
+    load_model_state(model, content["model"], source)
+    return config, origin, model
+
+
+def load_model_state(model: TwoStream, state: Any, source: str) -> None:
+    """Load strictly; the first difference is a `UserError` with both shapes."""
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{source}: holds no state dict of a model")
+    ours = model.state_dict()
+    for name in sorted(ours.keys() | state.keys()):
+        value, fault = state.get(name), ""
+        if isinstance(value, Tensor) and (fault := unusable(value)):
+            raise UserError(f"{source}: {name} is {fault}")
+        shapes = [tuple(side[name].shape) if isinstance(side.get(name), Tensor) else "absent" for side in (state, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one"
+            )
+    model.load_state_dict(state)

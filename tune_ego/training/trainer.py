@@ -1,0 +1,283 @@
+"""The training loop, the same for trials and final runs. It knows no Ray.
+
+It takes an iterator of batches in the order of a `FeedPlan` and a `report` callable, so it can be run, tested and
+profiled anywhere.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Union
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tune_ego.config import Config
+from tune_ego.errors import UserError
+from tune_ego.feed.batches import ClipBatch, blank_batch
+from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.model import StreamOutput, TwoStream, load_weights
+from tune_ego.model.two_stream import CHANNELS
+from tune_ego.results.experiment import GPU_BYTES, METRIC
+from tune_ego.training.checkpoint import Origin, check_content, load_model_state, pack
+from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format
+from tune_ego.training.losses import stream_losses
+from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
+from tune_ego.training.optim import StreamOptimizer
+
+_WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
+Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], None]
+"""Takes metrics, and after a validation a checkpoint's content too; without metrics, a checkpoint that was asked for in
+between. Every worker calls it equally often."""
+
+
+class Notice(enum.IntEnum):
+    """What a worker is asked for between two iterations."""
+
+    NONE = 0
+    SAVE = 1
+    """Write a checkpoint and go on: a machine will be taken away."""
+    STOP = 2
+    """Write a checkpoint and end."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss left the finite numbers; going on, or trying again, would not help."""
+
+
+class _Verdict(NamedTuple):
+    """What all workers say of one iteration: on a GPU it is known a little later."""
+
+    iteration: int
+    losses: Tensor
+    """This worker's."""
+    found: Tensor
+    """[1 where a loss is not finite, the highest notice], on the CPU once `ready`."""
+    ready: torch.cuda.Event | None
+
+
+class Trainer:
+    """The model of a run, what moves each of its streams, and the steps on them.
+
+    Nothing passes between the streams, so two trained at once equal two trained apart, to the bit on a CPU.
+    """
+
+    def __init__(
+        self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, go_on: bool = False
+    ) -> None:
+        """With `go_on` a checkpoint will be loaded: the weights of `init_from` need not be there any more."""
+        self.config, self.origin, self.device, self.rank = config, origin, device, rank
+        self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
+        for modality in config.stream_names:
+            source = getattr(config.init_from, modality)
+            if source is not None and not go_on:
+                load_weights(self.model[modality], source)  # type: ignore[arg-type]
+        self.dtype = autocast_dtype(config.train.precision, device)
+        self.model.to(device).to(memory_format=memory_format(device, self.dtype))
+        self.model.recompute(config.train.activation_checkpointing)
+        self.compiled = self._compile() if compiles(config, device) else {}
+        """Whether each stream is; empty where none was to be."""
+        self.parallel: nn.Module = self.model
+        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.distributed:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.workers = dist.get_world_size() if self.distributed else 1
+        self.optimizers = {
+            modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
+            for modality, stream in self.model.items()
+        }
+        self.iteration = 0
+        self.best: dict[str, Any] = {}
+        self.heard = 0
+        """The highest notice of all workers that the last step, or `settle`, has heard of."""
+        self.lag = 1 if device.type == "cuda" else 0
+        """How many iterations may wait for their verdict: a GPU is not waited for at every one (but for fp16, whose
+        loss scaler does)."""
+        self._verdicts: list[_Verdict] = []
+        self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
+        """The first batch of the last validation, and what the model made of it."""
+        self._losses: list[Tensor] = []
+        self._means: list[Tensor] = []
+
+    def load(self, content: dict[str, Any], source: str) -> None:
+        """Go on from a checkpoint; raises `UserError` where it is none of a run like this one."""
+        check_content(content, source, self.config)
+        load_model_state(self.model, content["model"], source)
+        for modality, optimizer in self.optimizers.items():
+            try:
+                optimizer.load_state_dict(content["optimizers"][modality])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{source}: not a state of the {modality} stream's optimizer ({error!r})") from error
+        self.iteration, self.best = content["iteration"], content["best"]
+        self._means = [losses.to(self.device) for losses in content["losses"]]
+
+    def checkpoint(self) -> dict[str, Any]:
+        assert not self._verdicts  # `settle` comes first
+        return pack(
+            *(self.config, self.origin, self.iteration, self.best),
+            losses=self.losses(),
+            model=self.model.state_dict(),
+            optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
+        )
+
+    def forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
+        """Of `model`, in the run's precision; `seeds` are for dropout, of each stream."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return model(batch.clips(), seeds)
+
+    def _compile(self) -> dict[str, bool]:
+        batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
+        return compile_streams(self.model, batch.clips(), self.dtype)
+
+    def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
+        """One iteration; returns this worker's mean losses, [streams, (total, action, gaze)].
+
+        `batches` gives what the worker takes of it: `FeedPlan.own_passes`. All workers hear the highest `notice`.
+        """
+        self.parallel.train()
+        passes = range(self.rank, self.config.passes, self.workers)
+        loss_config = self.config.loss
+        share = self.config.passes / self.workers  # of the passes: one worker's, on average
+        losses = torch.zeros(len(self.model), 3, device=self.device)
+        for number in passes:
+            batch = next(batches)
+            if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+                self.parallel.require_backward_grad_sync = number == passes[-1]
+            outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
+            gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
+            found = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
+            optimizers = self.optimizers.values()
+            torch.stack([o.scaler.scale(total / share) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
+            losses += found.detach() / share
+        self._verdicts.append(self._verdict(losses, notice))
+        self.heard = self._hear(self.lag)
+        for modality, optimizer in self.optimizers.items():
+            try:
+                optimizer.step()
+            except OverflowError as error:
+                raise NonFiniteLoss(f"the {modality} stream: {error}") from error
+        self.iteration += 1
+        self._losses.append(losses)
+        return losses
+
+    def settle(self) -> None:
+        """Hear of every iteration that has been done; raises `NonFiniteLoss` as `step` does."""
+        self.heard = max(self.heard, self._hear(0))
+
+    def _verdict(self, losses: Tensor, notice: int) -> _Verdict:
+        not_finite = (~torch.isfinite(losses).all()).float()
+        found = torch.stack([not_finite, torch.full_like(not_finite, float(notice))])
+        if self.distributed:  # they stop together, or none of them
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        found = found.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event() if self.device.type == "cuda" else None
+        if ready is not None:
+            ready.record()
+        return _Verdict(self.iteration + 1, losses, found, ready)
+
+    def _hear(self, waiting: int) -> int:
+        """Take all verdicts but the last `waiting`; returns the highest notice among them."""
+        heard = 0
+        while len(self._verdicts) > waiting:
+            verdict = self._verdicts.pop(0)
+            if verdict.ready is not None:
+                verdict.ready.synchronize()
+            not_finite, notice = verdict.found.tolist()
+            if not_finite:
+                raise NonFiniteLoss(self._blame(verdict))
+            heard = max(heard, int(notice))
+        return heard
+
+    def losses(self) -> list[Tensor]:
+        """Mean losses over all workers of each iteration since `forget_losses`; every worker has to call it."""
+        if self._losses:
+            mean = torch.stack(self._losses)
+            if self.distributed:
+                dist.all_reduce(mean, dist.ReduceOp.SUM)
+                mean /= self.workers
+            self._means += list(mean)
+            self._losses = []
+        return self._means
+
+    def forget_losses(self) -> None:
+        """They are in the log."""
+        self._means = []
+
+    def _seeds(self, *place: int) -> dict[str, int]:
+        """A seed for each stream that depends on the run's seed, the stream and the place alone.
+
+        So a resumed run draws the same numbers, and a stream the same ones whether it trains alone or not.
+        """
+        return {
+            modality: int(np.random.SeedSequence(self.config.seed, spawn_key=(index, *place)).generate_state(1)[0])
+            for index, modality in enumerate(CHANNELS)
+        }
+
+    def _blame(self, verdict: _Verdict) -> str:
+        faults = [
+            f"{kind} loss of the {modality} stream is {values[index].item()}"
+            for modality, values in zip(self.model, verdict.losses)
+            for index, kind in ((1, "action"), (2, "gaze"))
+            if not torch.isfinite(values[index])
+        ]
+        if not faults:
+            return ""  # another worker's, or a gradient's
+        return f"iteration {verdict.iteration}: {', '.join(faults)}; a lower optimizer.lr may help"
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
+        """Accuracies on the validation clips, over all workers; steps the schedules and notes the best.
+
+        Raises `NonFiniteLoss`, on all workers, where a stream's scores are not finite: its weights are spoilt.
+        """
+        self.parallel.eval()
+        self.seen = None
+        if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        labels = torch.tensor(plan.validation_labels, device=self.device)
+        scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
+        for _ in range(plan.validation_items):
+            batch = next(batches)
+            outputs = self.forward(self.model, batch, None)
+            self.seen = self.seen or (batch, outputs)
+            scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
+        mean_scores = scores.reduce(self.config.fusion_weight)
+        self._check_scores(mean_scores)
+        found = accuracies(mean_scores, labels)
+        main = found.get("fused", found[self.config.stream_names[0]])
+        metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
+        metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
+        metrics["val_loss"] = sum(cross_entropy(mean_scores[name], labels) for name in self.config.stream_names)
+        if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
+            self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
+        for modality, optimizer in self.optimizers.items():
+            optimizer.schedule.after_validation(found[modality]["mean_class_accuracy"])
+        return metrics
+
+    def memory(self) -> dict[str, int]:
+        """What this worker has had of its GPU's memory at most, bytes; nothing on a CPU."""
+        return {GPU_BYTES: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+
+    def _check_scores(self, scores: dict[str, Tensor]) -> None:
+        spoilt = [modality for modality in self.model if not scores[modality].isfinite().all()]
+        if spoilt:
+            streams = f"the validation scores of the {' and the '.join(spoilt)} stream are not finite"
+            raise NonFiniteLoss(f"iteration {self.iteration}: {streams}; a lower optimizer.lr may help")
+
+    def training_metrics(self, losses: Tensor) -> dict[str, float]:
+        """Lines of the log from mean losses [streams, (total, action, gaze)]: per stream, and their sums."""
+        metrics: dict[str, float] = {}
+        for modality, (_, action, gaze) in zip(self.model, losses.tolist()):
+            metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
+            metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
+            if modality in self.compiled:
+                metrics[f"compiled_{modality}"] = float(self.compiled[modality])
+        total, action, gaze = losses.sum(dim=0).tolist()
+        lowest = min(optimizer.learning_rate for optimizer in self.optimizers.values())
+        sums = {"train_loss": total, "action_loss": action, "gaze_loss": gaze, "learning_rate": lowest}
+        return {**sums, **metrics}
