@@ -54,33 +54,33 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ),
         ("prepare e --check", "dataset.check.check", ("e", Settings((320, 240), "dis", None, 0), None), {}),
         ("prepare e s --check --flow tvl1", "dataset.check.check", ("e", Settings((320, 240), "tvl1"), "s"), {}),
-        ("inspect s", "dataset.inspection.show_counts", ("s",), {}),
-        ("inspect s c", "dataset.inspection.draw_clip", ("s", "c", "c.png"), {}),
-        ("inspect s c --out p.png", "dataset.inspection.draw_clip", ("s", "c", "p.png"), {}),
-        ("tune demo PLACES", "tune.start_search", ("demo", "D", "/s/n", {}, 0, None, None), BOARD),
+        ("inspect s", "evaluation.inspection.show_counts", ("s",), {}),
+        ("inspect s c", "evaluation.inspection.draw_clip", ("s", "c", "c.png"), {}),
+        ("inspect s c --out p.png", "evaluation.inspection.draw_clip", ("s", "c", "p.png"), {}),
+        ("tune demo PLACES", "search.tune.start_search", ("demo", "D", "/s/n", {}, 0, None, None), BOARD),
         (
             "tune full PLACES --seed 3 --concurrent 2 --set a=1 --set b.c=x --address auto --track mlflow"
             " --track wandb",
-            "tune.start_search",
+            "search.tune.start_search",
             ("full", "D", "/s/n", {"a": 1, "b.c": "x"}, 3, 2, "auto"),
             {"track": ["mlflow", "wandb"]},
         ),
         (
             "tune demo PLACES --dry-run",
-            "plan.show_plan",
+            "search.plan.show_plan",
             ("demo", "D", "/s/n", {}, 0, None, None),
             {"probe": False, "price": None},
         ),
         (
             "tune demo PLACES --dry-run --probe --price 1.5 --seed 4 --concurrent 6",
-            "plan.show_plan",
+            "search.plan.show_plan",
             ("demo", "D", "/s/n", {}, 4, 6, None),
             {"probe": True, "price": 1.5},
         ),
-        ("resume /s/n", "tune.resume_search", ("/s/n", None), RESUME),
+        ("resume /s/n", "search.tune.resume_search", ("/s/n", None), RESUME),
         (
             "resume /s/n --samples 5 --iterations 60 --concurrent 7 --address auto",
-            "tune.resume_search",
+            "search.tune.resume_search",
             ("/s/n", "auto"),
             {"samples": 5, "iterations": 60, "concurrent": 7},
         ),
@@ -92,8 +92,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
             {},
         ),
         ("report e f --out o.html", "report.write.write_comparison", (("e", "f"), "o.html"), {}),
-        ("visualize c clip --data D", "visualize.visualize", ("c", "clip", "D", "clip"), {}),
-        ("visualize c clip --data D --out o", "visualize.visualize", ("c", "clip", "D", "o"), {}),
+        ("visualize c clip --data D", "evaluation.visualize.visualize", ("c", "clip", "D", "clip"), {}),
+        ("visualize c clip --data D --out o", "evaluation.visualize.visualize", ("c", "clip", "D", "o"), {}),
     ],
 )
 def test_a_command_s_options_reach_its_function(
@@ -101,7 +101,7 @@ def test_a_command_s_options_reach_its_function(
 ) -> None:
     calls: list[Call] = []
     module, _, name = function.rpartition(".")
-    for target in ("plan.show_plan", "tune.start_search", function):  # nothing is really started
+    for target in ("search.plan.show_plan", "search.tune.start_search", function):  # nothing is really started
         place, _, other = target.rpartition(".")
         monkeypatch.setattr(
             importlib.import_module(f"tune_ego.{place}"), other, lambda *_, **__: pytest.fail("another")
@@ -304,7 +304,7 @@ def test_a_size_is_width_x_height(text: str, size: tuple[int, int] | None) -> No
     [
         ("tune demo PLACES --probe", "--probe belongs to --dry-run"),
         ("tune demo PLACES --dry-run --price 1", "--price to --probe"),
-        ("prepare e", "say where the shards go, or --check"),
+        ("prepare e", "give a folder or URI for the shards, or --check"),
         ("report a b --data D", "belong to a report of one"),
         ("tune demo PLACES --seed -1", "--seed"),
         ("tune demo PLACES --concurrent 0", "--concurrent"),

@@ -1,4 +1,4 @@
-"""The commands. Torch and Ray are imported inside them, so that `--help` answers at once."""
+"""The commands. Torch and Ray are imported inside the functions, so that `--help` prints at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards t
 Storage = Annotated[str, typer.Option("--storage", help="Folder or URI under which results go.")]
 Name = Annotated[str, typer.Option("--name", help="Name of the result below --storage.")]
 Address = Annotated[
-    Optional[str], typer.Option("--address", help="Ray cluster to join, e.g. auto; else one is started here.")
+    Optional[str],
+    typer.Option("--address", help="Ray cluster to join, e.g. auto; without it one is started on this machine."),
 ]
 Set = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
@@ -35,7 +36,7 @@ Track = Annotated[
     list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
 ]
 _TRACKERS = ["tensorboard"]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
 
 
 class FlowChoice(str, enum.Enum):
@@ -46,12 +47,12 @@ class FlowChoice(str, enum.Enum):
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line. A mistake of the user is one line on stderr and exit code 2."""
     try:
         app(standalone_mode=True)
     except UserError as error:
         _fail(str(error))
-    except OSError as error:  # a full disk, no permission: nothing of ours to trace
+    except OSError as error:  # a full disk or a missing permission: no bug of this package
         _fail(f"{type(error).__name__}: {error}")
 
 
@@ -72,8 +73,8 @@ def _parse_changes(pairs: list[str] | None) -> dict[str, Any]:
 
     changes = {}
     for pair in pairs or []:
-        key, found, value = pair.partition("=")
-        if not found:
+        key, separator, value = pair.partition("=")
+        if not separator:
             raise UserError(f"--set {pair}: write KEY=VALUE")
         changes[key] = parse_yaml(value, f"--set {key}")
     return changes
@@ -93,10 +94,10 @@ def demo(
     ] = "tune-ego-demo",
     seed: Seed = 0,
 ) -> None:
-    """Run the whole path on synthetic clips.
+    """Run every step on synthetic clips: prepare, tune, export, train, evaluate and report.
 
     Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/, report.html and summary.json (80 MB).
-    Costs about 5 minutes and 4 GB of memory on two CPU cores.
+    Takes about 5 minutes and 4 GB of memory on two CPU cores.
     """
     from tune_ego.demo import run_demo
 
@@ -106,17 +107,17 @@ def demo(
 @app.command()
 def synthesize(
     out: Annotated[str, typer.Argument(help="Folder to write; must be empty or absent.")],
-    verbs: Annotated[int, typer.Option(help="Motions; an action is a verb and a noun.")] = 3,
-    nouns: Annotated[int, typer.Option(help="Objects.")] = 4,
-    clips: Annotated[int, typer.Option(help="Clips in all.")] = 480,
+    verbs: Annotated[int, typer.Option(help="Number of motions; an action is a verb and a noun.")] = 3,
+    nouns: Annotated[int, typer.Option(help="Number of objects.")] = 4,
+    clips: Annotated[int, typer.Option(help="Number of clips.")] = 480,
     seconds: Annotated[float, typer.Option(help="Mean length of a clip.")] = 1.5,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the videos, pixels.")] = "320x240",
-    distractors: Annotated[int, typer.Option(min=0, help="Objects beside the target.")] = 1,
+    distractors: Annotated[int, typer.Option(min=0, help="Objects in each clip that are not acted on.")] = 1,
     seed: Seed = 0,
 ) -> None:
-    """Make a synthetic EGTEA Gaze+ in the real one's layout.
+    """Make a synthetic data set in the file layout of EGTEA Gaze+.
 
-    Writes H.264 clips, split and index files, and gaze files in both BeGaze layouts. Costs about 10 ms a clip.
+    Writes H.264 clips, split and index files, and gaze files in both BeGaze layouts. Takes about 10 ms a clip.
     """
     from tune_ego.dataset.synthetic import synthesize as run
 
@@ -139,12 +140,13 @@ def prepare(
         Optional[str], typer.Argument(help="Folder or URI for the shards; not needed with --check.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Read everything, write nothing, say what is there, missing and odd.")
+        bool,
+        typer.Option("--check", help="Read everything, write nothing, and list what is present, missing or unusual."),
     ] = False,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
     flow: Annotated[
         FlowChoice,
-        typer.Option(help="Optical flow; tvl1 is what was published, dis takes a fiftieth of its time on a CPU."),
+        typer.Option(help="Optical flow. tvl1 is the published method; dis takes a fiftieth of its time on a CPU."),
     ] = FlowChoice.dis,
     flow_weights: Annotated[
         Optional[str], typer.Option("--flow-weights", help="State dict of torchvision's RAFT, for --flow raft.")
@@ -153,15 +155,17 @@ def prepare(
         int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")
     ] = 0,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Go on where over 5 % of the clips cannot be used.")
+        bool, typer.Option("--allow-missing", help="Continue although more than 5 % of the clips cannot be used.")
     ] = False,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Shards made at a time; else one a CPU.")] = None,
+    jobs: Annotated[
+        Optional[int], typer.Option(min=1, help="Shards made at a time; by default one for each CPU.")
+    ] = None,
     address: Address = None,
 ) -> None:
     """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, optical flow, gaze per frame, labels.
 
-    Reads the EGTEA folder, writes SHARDS; killed and started again it goes on. All of EGTEA takes about 20 GB and,
-    on two CPU cores at 320 x 240 with DIS flow, several hours: --check says how many.
+    Reads the EGTEA folder and writes SHARDS. If the command was killed, the same command continues. All of EGTEA takes
+    about 20 GB and several hours on two CPU cores at 320 x 240 with DIS flow; --check estimates the hours.
     """
     from tune_ego.dataset.prepare import Settings
 
@@ -171,7 +175,7 @@ def prepare(
 
         run_check(egtea, settings, shards)
     elif shards is None:
-        raise UserError("prepare EGTEA SHARDS: say where the shards go, or --check")
+        raise UserError("prepare EGTEA SHARDS: give a folder or URI for the shards, or --check")
     else:
         from tune_ego.dataset.prepare import prepare as run
 
@@ -181,13 +185,17 @@ def prepare(
 @app.command()
 def inspect(
     shards: Annotated[str, typer.Argument(help="Folder or URI of the shards that `prepare` wrote.")],
-    clip: Annotated[Optional[str], typer.Argument(help="A clip, to draw it; else counts are printed.")] = None,
-    out: Annotated[Optional[str], typer.Option("--out", help="PNG to write; else CLIP.png here.")] = None,
+    clip: Annotated[
+        Optional[str], typer.Argument(help="Name of a clip to draw; without it counts are printed.")
+    ] = None,
+    out: Annotated[
+        Optional[str], typer.Option("--out", help="PNG to write; by default CLIP.png in the working directory.")
+    ] = None,
 ) -> None:
-    """Show what is in shards: counts per split, fold, class and session, or one clip as a picture.
+    """Show the content of shards: counts per split, fold, class and session, or one clip as a picture.
 
-    Reads the shards. With CLIP, writes a PNG of frames with the gaze point, the flow as colour, and the gaze target
-    that the attention is trained towards. Takes a second.
+    Reads the shards. With CLIP, writes a PNG of frames with the gaze point, the flow as colour, and the gaze target of
+    the attention loss. Takes a second.
     """
     from tune_ego.evaluation.inspection import draw_clip, show_counts
 
@@ -207,15 +215,17 @@ def tune(
     name: Name,
     seed: Seed = 0,
     concurrent: Annotated[
-        Optional[int], typer.Option(min=1, help="Trials at a time; else as many as the cluster holds.")
+        Optional[int], typer.Option(min=1, help="Trials at a time; by default as many as the cluster has room for.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="With --dry-run: measure a few iterations, and tell the hours.")
+        bool, typer.Option("--probe", help="With --dry-run: measure a few iterations and estimate the hours.")
     ] = False,
     price: Annotated[
         Optional[float],
-        typer.Option(min=0, help="With --probe: of a GPU (else a worker) for an hour; tells what it costs."),
+        typer.Option(
+            min=0, help="With --probe: price of a GPU (without GPUs: of a worker) for an hour, to estimate the cost."
+        ),
     ] = None,
     changes: Set = None,
     track: Track = _TRACKERS,
@@ -224,7 +234,8 @@ def tune(
     """Search for the best configuration with Ray Tune on the validation mean class accuracy.
 
     Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json, and a run for each trial under
-    runs/. Costs what the header of the search space says. If it dies: `tune-ego resume STORAGE/NAME`.
+    runs/. The header of each shipped search space states its cost. After an interruption or a crash:
+    `tune-ego resume STORAGE/NAME`.
     """
     from tune_ego.storage import absolute, join
 
@@ -245,20 +256,23 @@ def tune(
 def resume(
     experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
     samples: Annotated[
-        Optional[int], typer.Option(min=1, help="Raise the search space's `samples`: more configurations are drawn.")
+        Optional[int], typer.Option(min=1, help="Raise `samples` of the search space: more configurations are drawn.")
     ] = None,
     iterations: Annotated[
-        Optional[int], typer.Option(min=1, help="Raise the budget: finished trials go on, stopped ones stay stopped.")
+        Optional[int],
+        typer.Option(
+            min=1, help="Raise the budget: finished trials continue, trials that were stopped early stay stopped."
+        ),
     ] = None,
     concurrent: Annotated[
-        Optional[int], typer.Option(min=1, help="Trials at a time from now on; else as before.")
+        Optional[int], typer.Option(min=1, help="Trials at a time from now on; by default as before.")
     ] = None,
     address: Address = None,
 ) -> None:
-    """Go on with a search that was killed or interrupted, or make it larger.
+    """Resume a search that was killed or interrupted, or extend it.
 
-    Reads and writes the experiment: unfinished and failed trials go on from their last checkpoint, finished and
-    stopped ones stay as they are. Costs what was left of the search.
+    Reads and writes the experiment. Unfinished and failed trials resume from their last checkpoints; finished trials
+    and trials that were stopped early stay as they are.
     """
     from tune_ego.search.tune import resume_search
 
@@ -267,9 +281,9 @@ def resume(
 
 @app.command()
 def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run.")]) -> None:
-    """Show where a search or run stands, whether it goes on or not; of a search its trials, best first.
+    """Show the state of a search or run, running or not, and the trials of a search, best first.
 
-    Reads the experiment's files alone, from any machine; writes nothing, takes a second.
+    Reads the experiment's files only, from any machine. Writes nothing and takes a second.
     """
     from tune_ego import storage
     from tune_ego.config import load_config
@@ -282,17 +296,17 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
     if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
         print_table("", ["", ""], run_facts(load_config(config), experiment, run_state(experiment)))
         return
-    known = read(experiment)
-    found = known.experiment
-    print_table("", ["", ""], [("search", search_state(found, known.alive)), *facts(found)])
-    print_table(f"{len(found.trials)} of {found.spec['trials']} trials of {found.root}", *status_table(found))
-    if found.space.repeats > 1:
-        print_table("Configurations, over their repeats", *configuration_table(found))
-    for trial in found.trials:
-        for told in (trial.reason, trial.warning):
-            if told:
-                say(f"{trial.id}: {told}")
-    for name, damage in known.damaged.items():
+    files = read(experiment)
+    search = files.experiment
+    print_table("", ["", ""], [("search", search_state(search, files.alive)), *facts(search)])
+    print_table(f"{len(search.trials)} of {search.spec['trials']} trials of {search.root}", *status_table(search))
+    if search.space.repeats > 1:
+        print_table("Configurations, over their repeats", *configuration_table(search))
+    for trial in search.trials:
+        for message in (trial.reason, trial.warning):
+            if message:
+                say(f"{trial.id}: {message}")
+    for name, damage in files.damaged.items():
         say(f"{name}: damaged, and left out: {damage}")
 
 
@@ -301,9 +315,9 @@ def export(
     experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
     out: Annotated[str, typer.Option("--out", help="YAML file to write.")] = "best.yaml",
 ) -> None:
-    """Write the best configuration of a search, complete, with its provenance, for a final run of 3,000 iterations.
+    """Write the complete best configuration of a search and its provenance, for a final run of 3,000 iterations.
 
-    Reads the experiment's files, writes one YAML file, takes a second.
+    Reads the experiment's files and writes one YAML file. Takes a second.
     """
     from tune_ego.console import percent, say
     from tune_ego.search.export import export_best
@@ -315,12 +329,14 @@ def export(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="Configuration: what `export` wrote, or a run's config.yaml.")],
+    config: Annotated[
+        str, typer.Argument(help="Configuration: the file that `export` wrote, or the config.yaml of a run.")
+    ],
     data: Data,
     storage: Storage,
     name: Name,
     iterations: Annotated[
-        Optional[int], typer.Option(min=1, help="Optimizer steps; else as the configuration says.")
+        Optional[int], typer.Option(min=1, help="Optimizer steps; by default those of the configuration.")
     ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Test the final weights, as `evaluate` does.")
@@ -329,11 +345,11 @@ def train(
     track: Track = _TRACKERS,
     address: Address = None,
 ) -> None:
-    """Train one configuration to its end and test it; started again with the same arguments it goes on.
+    """Train one configuration to its last iteration and test it. The same command resumes an interrupted run.
 
-    Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints and at the end
-    final/model.pt and evaluation.json. 3,000 iterations of 12 two-stream samples at 224 x 224 are hours on one
-    data-centre GPU.
+    Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints, and at the end
+    final/model.pt and evaluation.json. On an H200, 3,000 iterations of 12 two-stream samples at 224 x 224 take about 5
+    minutes, validations not counted.
     """
     from tune_ego.config import load_config, override_config
     from tune_ego.runs.final import train_final
@@ -349,28 +365,32 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="A run (its final weights, else its last checkpoint), a checkpoint's folder or file.")
+        str, typer.Argument(help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file.")
     ],
     data: Data,
     split: Annotated[
         Optional[int],
-        typer.Option(min=1, max=3, help="Official split whose test clips are used; else the one trained on."),
+        typer.Option(
+            min=1, max=3, help="Official split whose test clips are used; by default the split of the training."
+        ),
     ] = None,
     out: Annotated[
-        Optional[str], typer.Option("--out", help="JSON file to write; else evaluation.json in the run.")
+        Optional[str], typer.Option("--out", help="JSON file to write; by default evaluation.json in the run.")
     ] = None,
     fusion_weight: Annotated[
         Optional[float],
-        typer.Option(min=0, max=1, help="RGB's share of the fused scores; else as the configuration says."),
+        typer.Option(min=0, max=1, help="Weight of RGB in the fused scores; by default that of the configuration."),
     ] = None,
-    fusion_sweep: Annotated[bool, typer.Option("--fusion-sweep", help="Print the accuracy over all shares.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Print the published results beside.")] = False,
+    fusion_sweep: Annotated[
+        bool, typer.Option("--fusion-sweep", help="Print the accuracy for RGB weights from 0 to 1.")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Print the published results beside these.")] = False,
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
-    Reads a checkpoint and shards. Prints accuracies of action, verb and noun, the weakest classes, and how well the
-    attention agrees with the gaze; writes these, per-class recall and confusion matrices to evaluation.json. Costs a
-    forward pass of every 8th frame's window: 2,000 clips are minutes on a GPU.
+    Reads a checkpoint and shards. Prints accuracies of action, verb and noun, the weakest classes, and the agreement of
+    the attention with the gaze. Writes these, per-class recall and confusion matrices to evaluation.json. Takes a
+    forward pass for every 8th frame: minutes for 2,000 clips on a GPU.
     """
     from tune_ego.evaluation.evaluate import evaluate as run
     from tune_ego.evaluation.tables import show

@@ -2,7 +2,7 @@
 
 A `Config` is immutable and complete: every value a run depends on is in it, with a default from
 Lu, Liao, Li (ICCV Workshops 2019; "Lu") or Straminsky, Jacobo, Buemi ("the paper").
-Keys are addressed by dots everywhere: `--set optimizer.lr=1e-3`, `optimizer.lr:` in a search space.
+Keys are written with dots: `--set optimizer.lr=1e-3`, `optimizer.lr:` in a search space.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ class DataConfig(_Node):
     split: Literal[1, 2, 3] = 1
     """Official EGTEA split."""
     validation: Literal["stratified", "by_session"] = "stratified"
-    """How the validation clips are carved from the training split: at random per class (like the official
-    splits, whose train and test clips share sessions) or by whole sessions (the honest one)."""
+    """Choice of validation clips from the training split: at random per class (like the official splits, whose
+    train and test clips share sessions), or by whole sessions (which measures generalisation to new recordings)."""
     fold: int = Field(0, ge=0, le=9)
-    """Which tenth of the training clips validates."""
+    """Tenth of the training clips that is used for validation."""
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
     decode: Literal["auto", "cpu", "gpu"] = "cpu"
-    """Where a run decodes JPEG images, for training and validation: in the readers, or on the GPU (nvJPEG, whose pixels
-    may differ a little), which relieves machines with few CPUs for each GPU; `auto`: on the GPU where runs have one.
-    `evaluate` decodes on the CPU."""
+    """Device that decodes JPEG images in training and validation. `cpu`: in the readers. `gpu`: nvJPEG, for machines
+    with few CPUs for each GPU; its pixels differ a little. `auto`: on the GPU where a run has one. `evaluate` always
+    decodes on the CPU."""
     cache_dir: Union[Annotated[str, Field(pattern="^/")], None] = None
-    """A folder (an absolute path) on each machine, where shards of an object store stay once they have been read."""
+    """Folder (an absolute path) on each machine, in which shards of an object store are cached."""
     cache_gb: Positive = 50.0
-    """What it holds at most, GB; those that were not used for longest make room. All of EGTEA is about 20."""
+    """Largest size of the cache, GB; the least recently used shards are removed. All of EGTEA is about 20 GB."""
 
 
 class ModelConfig(_Node):
     stam_depth: int = Field(1, ge=0, le=8)
-    """Blocks in the attention module: 0 = no attention (Lu's "-o"), 1 = Lu's "-a", 3 = the paper's experiment 3."""
+    """Blocks in the attention module: 0 is no attention (Lu's "-o"), 1 is Lu's "-a", 3 the paper's experiment 3."""
     stam_block: Literal["inception", "attention"] = "inception"
-    """A block of STAM: Lu's inception block, or multi-head self-attention over the map's positions with relative
-    position terms (beyond the papers)."""
+    """Kind of STAM's blocks: Lu's inception block, or multi-head self-attention over the map's positions with relative
+    position terms (not in the papers)."""
     copy_init: bool = False
-    """STAM's blocks from the second on start as copies of the first, where a weights file does not hold them."""
+    """Initialise STAM's second and later blocks as copies of the first, where a weights file lacks them."""
     activation: Literal["relu", "swish", "mish", "gelu", "leaky_relu", "elu"] = "relu"
-    """Activation function, where `activation_scope` says (the paper's third axis)."""
+    """Activation function of the modules named by `activation_scope` (the paper's third axis)."""
     activation_scope: Literal["stam", "all"] = "stam"
-    """`stam`: in the attention module's blocks only; `all`: in the I3D trunk too."""
+    """`stam`: the attention module's blocks only; `all`: the I3D trunk too."""
     attention_scale: Literal["min_max", "subtract_min"] = "min_max"
-    """Scaling of the attention map per clip: as Lu writes it, or as the released code and weights have it."""
+    """Scaling of each clip's attention map: `min_max` as in Lu's text, `subtract_min` as in the released code."""
     width: float = Field(1.0, gt=0, le=1)
-    """Factor on every channel count, rounded to whole channels; 1 is I3D. Small machines train 0.25."""
+    """Factor on every channel count, rounded to whole channels; 1 is I3D. CPUs can train 0.25."""
     dropout: float = Field(0.5, ge=0, lt=1)
-    """Before the classifier (Lu)."""
+    """Dropout rate before the classifier (Lu)."""
     bn_momentum: float = Field(0.01, gt=0, le=1)
     """Weight of a new batch in BatchNorm's running statistics (I3D); runs of a few hundred iterations need 0.1."""
 
@@ -95,13 +95,13 @@ class RangerConfig(_Node):
     k: int = Field(6, ge=1)
     """Optimizer steps between two updates of LookAhead's slow weights."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """How far the slow weights move towards the fast ones."""
+    """Step of the slow weights towards the fast weights, as a fraction of their distance."""
 
 
 class _ScheduleNode(_Node):
     warmup: int = Field(0, ge=0)
-    """Iterations over which the learning rate rises linearly to `optimizer.lr` before anything else is done to it;
-    validations in between do not count for `plateau`."""
+    """Iterations over which the learning rate first rises linearly to `optimizer.lr`. Validations in this time do not
+    count for `plateau`."""
 
 
 class PlateauConfig(_ScheduleNode):
@@ -121,10 +121,10 @@ class MultiStepConfig(_ScheduleNode):
 class CosineConfig(_ScheduleNode):
     name: Literal["cosine"] = "cosine"
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
+    """Learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
     horizon: Union[Annotated[int, Field(ge=1)], None] = None
-    """The iteration at which the floor is reached; null: `train.iterations`. A search whose trials are shorter than the
-    final run, or may be made longer when it is resumed, sets the final run's."""
+    """Iteration at which the floor is reached; null: `train.iterations`. A search whose trials are shorter than the
+    final run, or may be extended later, sets the final run's iterations here."""
 
 
 class ConstantConfig(_ScheduleNode):
@@ -133,7 +133,7 @@ class ConstantConfig(_ScheduleNode):
 
 class LossConfig(_Node):
     gaze_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the gaze loss beside the action loss (Lu); 0 leaves the gaze out (Lu's "-v")."""
+    """Weight of the gaze loss in the total loss (Lu); with 0 gaze is not used (Lu's "-v")."""
     gaze_sigma: Positive = 3.0
     """Standard deviation of the gaze target, cells of the attention map (Lu: 3 on 7 x 7)."""
 
@@ -142,25 +142,26 @@ class TrainConfig(_Node):
     iterations: int = Field(3000, ge=1)
     """Optimizer steps of the run (the paper)."""
     batch_size: int = Field(12, ge=1)
-    """Samples per iteration, over all workers and accumulation steps. 12 are one forward pass of Lu's code, of which 4
-    make a step: its iteration is `batch_size: 48, accumulate: 4`."""
+    """Samples per iteration, over all workers and accumulation steps. Lu's code accumulates 4 forward passes of 12
+    samples: `batch_size: 48, accumulate: 4`."""
     accumulate: int = Field(1, ge=1)
-    """Forward-backward passes per iteration and worker; each one's share of the batch is cut into so many."""
+    """Forward-backward passes per iteration and worker: the parts into which a worker's share of a batch is cut."""
     deterministic: bool = False
-    """Kernels that give the same bits at each run, on GPUs too, where they are slower. On a CPU all are."""
+    """Use kernels that give the same bits at each run on the same machine. On GPUs they are slower; on CPUs all
+    kernels are deterministic."""
     precision: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """Mixed precision. auto: bf16 where the GPU has it, else fp16 with loss scaling; off on a CPU, where 16
-    bits are slow."""
+    """Mixed precision. auto: bf16 where the GPU supports it, else fp16 with loss scaling; off on a CPU, where 16-bit
+    arithmetic is slow."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, on GPUs only, as it costs minutes at each start. auto: for runs of 10,000 iterations and more.
     Never with `deterministic` or `activation_checkpointing`."""
     activation_checkpointing: bool = False
-    """Keep what goes from layer to layer only, and compute the rest again on the way back: less memory for more time
-    (measured: 1.4 times on a CPU, 1.7 times for half of the memory on an H200), and the same numbers."""
+    """Recompute activations inside layers during the backward pass. The results are the same. Measured: 1.4 times the
+    time on a CPU; on an H200 1.7 times the time and half of the memory."""
     validate_every: int = Field(100, ge=1)
-    """Iterations between validations (and checkpoints); the last iteration always validates."""
+    """Iterations between validations (and checkpoints); a validation follows the last iteration, too."""
     average_checkpoints: int = Field(1, ge=1)
-    """The weights of a final run are the mean of those at its last so many validations."""
+    """Number of last validations whose weights are averaged into a final run's weights."""
     validation_windows: int = Field(1, ge=1)
     """Windows per validation clip, evenly spaced."""
     log_every: int = Field(10, ge=1)
@@ -169,16 +170,16 @@ class TrainConfig(_Node):
 
 class ComputeConfig(_Node):
     workers: Union[Annotated[int, Field(ge=1)], Workers] = 1
-    """Training processes (DDP). [least, most]: as many as the cluster has room for, while it has; the batch, and what
-    it is cut into, stay those of the most. For final runs only."""
+    """Training processes (DDP). [least, most]: elastic, as many as the cluster has room for at the time; the batch and
+    its micro-batches stay those of `most`. Elastic workers are for final runs only."""
     gpus_per_worker: Union[Literal["auto"], Annotated[float, Field(ge=0)]] = "auto"
-    """auto: one where the cluster has GPUs, else none."""
+    """GPUs of a training process. auto: one where the cluster has GPUs, else none."""
     cpus_per_worker: Positive = 1.0
-    """CPUs that Ray reserves for a training process; on a CPU it computes with that many threads, rounded up."""
+    """CPUs that Ray reserves for a training process. Without GPUs this is also its number of threads, rounded up."""
     readers: int = Field(1, ge=1)
-    """Reader tasks at a time per worker, a quarter of a CPU reserved for each."""
+    """Concurrent reader tasks per worker; a quarter of a CPU is reserved for each."""
     max_failures: int = Field(3, ge=-1)
-    """Restarts from the last checkpoint after a worker died; -1: without end. A spot machine's end counts for none."""
+    """Restarts from the last checkpoint after a worker failed; -1: unlimited. Preemptions are not counted."""
 
     @property
     def least_workers(self) -> int:
@@ -191,7 +192,7 @@ class ComputeConfig(_Node):
 
 class InitConfig(_Node):
     rgb: str | None = None
-    """What the RGB stream starts from: a published file of weights, or a run, checkpoint or `model.pt` of ours."""
+    """Initial weights of the RGB stream: a published weights file, or a run, a checkpoint or a `model.pt`."""
     flow: str | None = None
 
 
@@ -201,11 +202,11 @@ Schedule = Annotated[Union[PlateauConfig, MultiStepConfig, CosineConfig, Constan
 
 class Config(_Node):
     label: str = ""
-    """A name for this configuration in tables."""
+    """Name of this configuration in tables."""
     seed: int = Field(0, ge=0)
     streams: Literal["rgb", "flow", "both"] = "both"
     fusion_weight: Fraction = 0.5
-    """Weight of RGB's softmax scores in the fused ones; flow's is the rest (Lu: their mean)."""
+    """Weight of RGB's softmax scores in the fused scores; flow has the rest (Lu: their mean)."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: Optimizer = RangerConfig()
@@ -221,7 +222,7 @@ class Config(_Node):
 
     @property
     def passes(self) -> int:
-        """Forward passes of an iteration, over all workers, however many there are."""
+        """Forward passes of an iteration, over all workers."""
         return self.compute.most_workers * self.train.accumulate
 
     @property
@@ -231,7 +232,7 @@ class Config(_Node):
 
     @property
     def horizon(self) -> int:
-        """The iteration that the schedule is laid out for."""
+        """Iteration at which the learning-rate schedule ends."""
         horizon = self.schedule.horizon if isinstance(self.schedule, CosineConfig) else None
         return self.train.iterations if horizon is None else horizon
 
@@ -266,23 +267,24 @@ class Config(_Node):
 
 
 def load_config(path: str | Path) -> Config:
-    """The configuration in a YAML file (`config.yaml` of a run, or what `export` wrote).
+    """Read a configuration from a YAML file (`config.yaml` of a run, or the file that `export` wrote).
 
-    Raises `UserError` naming file, key and what is allowed.
+    Raises `UserError` that names the file, the key and what is allowed.
     """
     tree = read_yaml(path)
-    tree.pop("provenance", None)  # where an exported configuration came from: for people, not for the run
+    tree.pop("provenance", None)  # the origin of an exported configuration: information for people only
     return build_config(tree, str(path))
 
 
 def dump_config(config: Config) -> str:
-    """Every key of the resolved configuration, as YAML that `load_config` reads back."""
+    """Return every key of the configuration as YAML that `load_config` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def build_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Validate a nested mapping. Raises `UserError` that begins with `source`."""
     tree = dict(tree)
-    for part in ("optimizer", "schedule"):  # settings without a name belong to the default one
+    for part in ("optimizer", "schedule"):  # settings without a name belong to the default optimizer or schedule
         if isinstance(tree.get(part), dict):
             tree[part] = {"name": _default_name(part), **tree[part]}
     try:
@@ -292,12 +294,14 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping with dotted keys set.
+    """Return a copy of a nested mapping with dotted keys set.
 
-    Another `optimizer.name` or `schedule.name` starts that part anew: settings of SGD mean nothing to Ranger.
+    A change of `optimizer.name` or `schedule.name` resets that part: settings of SGD are not settings of Ranger.
     """
     result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for key in sorted(changes, key=lambda key: not key.endswith(".name")):  # names first: they clear
+    for key in sorted(
+        changes, key=lambda key: not key.endswith(".name")
+    ):  # names first: a change of name clears its part
         part, _, leaf = key.rpartition(".")
         if not part:
             result[leaf] = changes[key]
@@ -312,6 +316,7 @@ def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def override_config(config: Config, changes: Mapping[str, Any], source: str) -> Config:
+    """Return a configuration with dotted keys changed. Raises `UserError` that begins with `source`."""
     for key in changes:
         check_key(key, source)
     return build_config(override(config.model_dump(), changes), source)
@@ -323,7 +328,7 @@ def _default_name(part: str) -> str | None:
 
 
 def config_keys() -> list[str]:
-    """Every dotted key that a configuration can have."""
+    """Return every dotted key that a configuration can have."""
     keys: dict[str, None] = {}
     for name, field in Config.model_fields.items():
         for node in _nodes(field.annotation):
@@ -337,7 +342,7 @@ def check_key(key: str, source: str) -> None:
     keys = config_keys()
     if key not in keys:
         part = str(key).rpartition(".")[0]
-        near = [known for known in keys if known.rpartition(".")[0] == part] or keys
+        near = [name for name in keys if name.rpartition(".")[0] == part] or keys
         raise UserError(f"{source}: unknown key {key!r}; allowed: {', '.join(near)}")
 
 
@@ -350,7 +355,7 @@ def _nodes(annotation: Any) -> list[type[_Node]]:
 
 
 def _explain(error: ValidationError) -> str:
-    """pydantic's first complaint as `key: what is wrong`."""
+    """Return the first complaint of pydantic as `key: message, found value`."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if len(place) > 2 and place[0] in ("optimizer", "schedule"):
@@ -359,7 +364,7 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         part = key.rpartition(".")[0]
-        allowed = [known for known in config_keys() if known.rpartition(".")[0] == part]
+        allowed = [name for name in config_keys() if name.rpartition(".")[0] == part]
         if key in allowed:
             return f"key {key!r} does not belong to the {part} that {part}.name chooses{more}"
         return f"unknown key {key!r}; allowed: {', '.join(allowed)}{more}"

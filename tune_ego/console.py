@@ -1,4 +1,4 @@
-"""What a user sees: lines, tables and progress, all through one rich console."""
+"""Output on the screen: lines, tables and progress, all through one rich console."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_WIDTH = None if sys.stdout.isatty() else 140  # of a file or pipe
+_WIDTH = None if sys.stdout.isatty() else 140  # columns of a file or pipe
 console = Console(highlight=False, width=_WIDTH)
 
-_SPEED_OVER = 600  # seconds: clips are done by the shard
-_LINE_EVERY = 60  # seconds
+_SPEED_PERIOD = 600  # seconds over which the speed is averaged: clips advance by whole shards
+_LINE_EVERY = 60  # seconds between two lines where there is no terminal
 
 
 def say(text: str) -> None:
@@ -28,8 +28,8 @@ def heading(text: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns without names print no header row; cells that read as numbers are set to the right."""
-    if title:  # not the table's own, which wraps at the table's width
+    """Print a table. Without column names there is no header row; columns of numbers are aligned to the right."""
+    if title:  # printed apart: rich wraps a table's own title at the width of the table
         console.print(title, style="bold", markup=False, soft_wrap=True)
     table = Table(show_header=any(columns), box=None, pad_edge=False)
     for index, name in enumerate(columns):
@@ -50,9 +50,14 @@ def percent(fraction: float | None) -> str:
 
 @contextmanager
 def clip_progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Clips done, clips/s and time left: a bar, or a line now and then where there is no terminal.
+    """Show progress over clips: a bar on a terminal, else a line every minute.
 
-    The body calls what it gets with the number of clips just done; `done` were done before.
+    Args:
+        total: Number of clips.
+        done: Clips that were finished before.
+
+    Yields:
+        A function that takes the number of clips just finished.
     """
     columns = (
         TextColumn("clips"),
@@ -62,7 +67,7 @@ def clip_progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_PERIOD) as progress:
         task = progress.add_task("clips", total=total, completed=done, speed="")
         last_line = time.monotonic()
 

@@ -1,26 +1,26 @@
-"""What a user can put right, or asked for."""
+"""Errors that a user can put right, and the interruption of a run."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: it says what is wrong, where, and what to do.
+    """A mistake in the user's input. The message names what is wrong, where, and the remedy.
 
-    The command line prints it as one line and exits with 2. Any other exception is a bug of ours
-    and keeps its traceback.
+    The command line prints the message as one line and exits with code 2. Any other exception is a bug in this
+    package and keeps its traceback.
     """
 
 
 class StorageError(UserError):
-    """A file that cannot be written: the disk is full, or an object store did not answer; the next try may work."""
+    """A file that cannot be written: a full disk, or an object store that did not answer. A retry may succeed."""
 
 
 class Interrupted(Exception):
-    """A run was asked to stop before its end, and has written a checkpoint."""
+    """A run that was stopped before its last iteration, after its checkpoint was written."""
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an exception that Ray wrapped, if there is one."""
+    """Return the `UserError` that caused an exception, also where Ray wrapped it; None where there is none."""
     while error is not None:
         cause = getattr(error, "cause", None) or error.__cause__
         if isinstance(error, UserError) and not isinstance(cause, UserError):

@@ -1,4 +1,4 @@
-"""Files at a local path or an object-store URI (`s3://`, `gs://`), through pyarrow's file systems."""
+"""Files at a local path or an object-store URI (`s3://`, `gs://`), through PyArrow's file systems."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _PARTIAL = ".partial"
 
 
 class SourceFile(NamedTuple):
+    """A file with the properties that tell whether it has changed."""
+
     uri: str
     bytes: int
     modified_ns: int
-    """Since 1970; 0 where the file system does not say."""
+    """Nanoseconds since 1970; 0 where the file system has no time."""
 
 
 def is_local(uri: str | Path) -> bool:
@@ -28,7 +30,7 @@ def is_local(uri: str | Path) -> bool:
 
 
 def absolute(uri: str | Path) -> str:
-    """The same place, independent of the working directory; URIs are returned without a trailing slash."""
+    """Return a path that does not depend on the working directory, or a URI without a trailing slash."""
     text = str(uri)
     if not is_local(text):
         return text.rstrip("/")
@@ -40,7 +42,7 @@ def join(uri: str | Path, *parts: str) -> str:
 
 
 def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """(file system, path on it) of a local path or URI."""
+    """Return (file system, path on it) of a local path or URI. Raises `UserError` where there is none."""
     try:
         filesystem, path = pafs.FileSystem.from_uri(absolute(uri))
     except (pa.ArrowInvalid, OSError) as error:
@@ -59,31 +61,34 @@ def is_file(uri: str | Path) -> bool:
 
 
 def remove(uri: str | Path) -> None:
-    """Delete a file, where it is there."""
+    """Delete a file, if it exists."""
     if is_file(uri):
         filesystem, path = resolve(uri)
         filesystem.delete_file(path)
 
 
 def remove_folder(uri: str | Path) -> None:
-    """Delete a folder with all that is in it, where it is there."""
+    """Delete a folder and its content, if it exists."""
     filesystem, path = resolve(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         filesystem.delete_dir(path)
 
 
 def list_names(uri: str | Path) -> list[str]:
-    """Names directly below a folder, sorted; an absent folder has none."""
+    """Return the names directly below a folder, sorted; an absent folder has none."""
     filesystem, path = resolve(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
 def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
-    """Every file below a folder whose name ends in `suffix`, in any case, sorted; an absent folder has none."""
+    """Return the files below a folder whose names end in `suffix`, in any case, sorted by path.
+
+    An absent folder has none.
+    """
     filesystem, path = resolve(uri)
-    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    files = [info for info in found if info.is_file and info.base_name.lower().endswith(suffix)]
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    files = [info for info in infos if info.is_file and info.base_name.lower().endswith(suffix)]
     return [
         SourceFile(join(absolute(uri), os.path.relpath(info.path, path)), info.size, info.mtime_ns or 0)
         for info in sorted(files, key=lambda info: info.path)
@@ -91,7 +96,7 @@ def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
 
 
 def read_bytes(uri: str | Path, size: int | None = None) -> bytes:
-    """A whole file, or its first `size` bytes."""
+    """Read a whole file, or its first `size` bytes."""
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read(size))
@@ -102,7 +107,7 @@ def read_text(uri: str | Path) -> str:
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Write a whole file so that no reader ever sees half of it; raises `StorageError` where it cannot be."""
+    """Write a whole file atomically: no reader sees a part of it. Raises `StorageError` where writing fails."""
     try:
         _write_bytes(uri, data)
     except OSError as error:
@@ -112,9 +117,9 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 def _write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        # An object appears when its stream is closed, and pyarrow's streams cannot be abandoned: each way out of here
-        # closes it. So all bytes go in one call, which no signal's exception can cut in two; and where the store did
-        # not take a part of them, closing fails as well.
+        # An object appears when its stream is closed, and leaving this block closes the stream on every path. All
+        # bytes are written in one call, which the exception of a signal cannot split. If the store rejected a part of
+        # them, closing fails as well.
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
@@ -128,12 +133,12 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether this is what a writer left that was killed while it wrote."""
+    """Whether a file was left by a process that was killed while it wrote."""
     return name.endswith(_PARTIAL)
 
 
 def remove_partial(folder: str | Path) -> None:
-    """Delete what writers left below a folder that were killed while they wrote; object stores have no such files."""
+    """Delete the partial files of killed processes below a folder; object stores have none."""
     for file in find_files(folder, _PARTIAL) if is_local(folder) else ():
         remove(file.uri)
 

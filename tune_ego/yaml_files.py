@@ -1,4 +1,4 @@
-"""Reading YAML as people write it: YAML 1.2's scalars, and mistakes named."""
+"""YAML files with the scalars of YAML 1.2, and errors that name the mistake."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tune_ego.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `off` and `no` stay words, `1e-3` is a number, a key given twice is an error."""
+    """Loader of YAML 1.2 scalars: `off` and `no` are words, `1e-3` is a number. A key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -36,6 +36,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML text. Raises `UserError` that begins with `source`."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -43,7 +44,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an absent or unreadable file is a `UserError` naming it."""
+    """Read the mapping in a YAML file. Raises `UserError` for an absent or unreadable file."""
     try:
         text = storage.read_text(path)
     except (OSError, UnicodeDecodeError) as error:

@@ -10,7 +10,8 @@ import pytest
 
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.search_space import Branch, Domain, SchedulerSettings, SearchSpace, find_space, load_space, parse_space
+from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace, find_space, load_space, parse_space
+from tune_ego.space_schema import Domain
 
 SHIPPED = {
     "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
@@ -313,7 +314,7 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
     assert str(caught.value) == (
         "nosuch: no such file, nor a shipped search space (activation, demo, full, optimizer, stam_depth, table1)"
     )
-    for text, message in (("samples: 0", "samples: expected a whole"), ("a: [", "not valid YAML: while parsing")):
+    for text, message in (("samples: 0", "samples: Input should be"), ("a: [", "not valid YAML: while parsing")):
         Path("wrong.yaml").write_text(text)
         with pytest.raises(UserError, match=f"^wrong.yaml: {message}"):
             load_space("wrong.yaml")

@@ -29,10 +29,9 @@ from tune_ego.feed.sampling import Window, centre_window, dense_starts
 from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
-from tune_ego.model.weights import load_tensors
 from tune_ego.results import experiment
-from tune_ego.results.checkpoint_files import find_checkpoint, is_final, run_of
-from tune_ego.training.checkpoint import Origin, last_checkpoint, load_model_state, read_checkpoint, rebuild
+from tune_ego.results.checkpoint_files import find_checkpoint, run_of
+from tune_ego.training.checkpoint import Origin, load_trained
 from tune_ego.training.hardware import autocast_dtype, memory_format
 from tune_ego.training.metrics import (
     ClipScores,
@@ -70,7 +69,7 @@ def open_model(checkpoint: str, data: str) -> OpenedModel:
     Raises `UserError` where they do not.
     """
     source = find_checkpoint(checkpoint)
-    config, origin, model, iteration = _load(source)
+    config, origin, model, iteration = load_trained(source)
     shards = open_shards(storage.absolute(data))
     _check_same_kind(origin, config, shards, source)
     return OpenedModel(source, config, origin, model, shards, iteration)
@@ -111,22 +110,6 @@ def evaluate(
         result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(found, label_N)}
     storage.write_json(out or storage.join(run_of(source), experiment.EVALUATION_FILE), result)
     return result
-
-
-def _load(source: str) -> tuple[Config, Origin, TwoStream, int]:
-    """(configuration, data set, model, iteration) of a checkpoint's file or of a run's final weights.
-
-    Weights alone do not say what they are: the run's last whole checkpoint does.
-    """
-    if not (is_final(source) and storage.is_file(source)):
-        content = read_checkpoint(source)
-        return *rebuild(content, source), content["iteration"]
-    last = last_checkpoint(run_of(source))
-    if last is None:
-        raise UserError(f"{source}: its run has no whole checkpoint, which would say what model these weights are of")
-    config, origin, model = rebuild(*last)
-    load_model_state(model, load_tensors(source), source)  # they may be the mean of several checkpoints'
-    return config, origin, model, config.train.iterations
 
 
 def score_clips(

@@ -45,13 +45,18 @@ class ClipBatch(NamedTuple):
     """False for the padding of the last validation batch."""
 
     def clips(self) -> dict[str, Tensor]:
-        """The model's input: [B, C, T, H, W] float32 in [-1, 1] for each stream."""
-        images: dict[str, Tensor] = {}
-        if self.rgb_BTHWC is not None:
-            images["rgb"] = self.rgb_BTHWC.permute(0, 4, 1, 2, 3)
-        if self.flow_BT2HW is not None:
-            images["flow"] = self.flow_BT2HW.permute(0, 2, 1, 3, 4)
-        return {name: image.float() / 127.5 - 1 for name, image in images.items()}
+        """Return the model's input: stream -> [B, C, T, H, W] float32 in [-1, 1]."""
+        return model_input(self.rgb_BTHWC, self.flow_BT2HW)
+
+
+def model_input(rgb_BTHWC: Tensor | None, flow_BT2HW: Tensor | None) -> dict[str, Tensor]:
+    """Return stream -> [B, C, T, H, W] float32 in [-1, 1], for each stream that is given; the images are uint8."""
+    images: dict[str, Tensor] = {}
+    if rgb_BTHWC is not None:
+        images["rgb"] = rgb_BTHWC.permute(0, 4, 1, 2, 3)
+    if flow_BT2HW is not None:
+        images["flow"] = flow_BT2HW.permute(0, 2, 1, 3, 4)
+    return {name: image.float() / 127.5 - 1 for name, image in images.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> ClipBatch:

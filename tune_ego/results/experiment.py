@@ -14,13 +14,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mean, stdev
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import driver
 from tune_ego.search_space import SearchSpace, parse_space
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _READERS = 16
 """Threads that read files."""
@@ -169,6 +172,17 @@ class Experiment:
             raise UserError(f"{self.root}: no trial has been validated yet")
         whole = self.space.repeats
         return max(scored, key=lambda found: (len(found.accuracies) == whole, found.accuracy))
+
+
+    def to_arrow(self) -> pa.Table:
+        """Return one row for each trial (`arrow_table.trials_table` lists the columns)."""
+        from tune_ego.results.arrow_table import trials_table
+
+        return trials_table(self)
+
+    def to_pandas(self) -> Any:
+        """Return the rows of `to_arrow` as a pandas DataFrame."""
+        return self.to_arrow().to_pandas()
 
 
 @dataclass

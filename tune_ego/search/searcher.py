@@ -17,7 +17,8 @@ from ray.tune.search import Searcher
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
 from tune_ego.results.experiment import Configuration, Trial, TrialRecords
-from tune_ego.search_space import Domain, SearchSpace
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_schema import Domain
 
 if TYPE_CHECKING:
     import optuna

@@ -13,16 +13,18 @@ from tune_ego import __version__, storage
 from tune_ego.config import Config, build_config
 from tune_ego.errors import UserError
 from tune_ego.model import TwoStream
-from tune_ego.model.weights import unpack, unusable
+from tune_ego.model.weights import load_tensors, unpack, unusable
 from tune_ego.results.checkpoint_files import (
     CHECKPOINT_FILE,
     CHECKSUM_FILE,
     checkpoint_iterations,
     checkpoint_uri,
     checksum,
+    is_final,
     read_last_whole,
     read_whole,
     remove_checkpoints,
+    run_of,
 )
 from tune_ego.results.checkpoint_files import DamagedCheckpoint as DamagedCheckpoint
 
@@ -209,3 +211,20 @@ def load_model_state(model: TwoStream, state: Any, source: str) -> None:
                 f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one"
             )
     model.load_state_dict(state)
+
+
+def load_trained(source: str) -> tuple[Config, Origin, TwoStream, int]:
+    """Return (configuration, data set, model, iteration) of a checkpoint's file or of a run's final weights.
+
+    Final weights are a state dict alone: the configuration comes from the last whole checkpoint of their run. Raises
+    `UserError` where there is none.
+    """
+    if not (is_final(source) and storage.is_file(source)):
+        content = read_checkpoint(source)
+        return *rebuild(content, source), content["iteration"]
+    last = last_checkpoint(run_of(source))
+    if last is None:
+        raise UserError(f"{source}: its run has no whole checkpoint, so the configuration of these weights is unknown")
+    config, origin, model = rebuild(*last)
+    load_model_state(model, load_tensors(source), source)  # possibly the mean of several checkpoints
+    return config, origin, model, config.train.iterations
