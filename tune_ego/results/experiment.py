@@ -173,7 +173,6 @@ class Experiment:
         whole = self.space.repeats
         return max(scored, key=lambda found: (len(found.accuracies) == whole, found.accuracy))
 
-
     def to_arrow(self) -> pa.Table:
         """Return one row for each trial (`arrow_table.trials_table` lists the columns)."""
         from tune_ego.results.arrow_table import trials_table
