@@ -28,7 +28,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 TABLES = Path(__file__).parent / "planted"
-_COPIED = ("tune_ego", "tests", "search_spaces", "docs", ".ci", "pyproject.toml", "cluster.yaml")
+_COPIED: tuple[str, ...] = ("tune_ego", "tests", "search_spaces", "docs", ".ci", "pyproject.toml", "cluster.yaml")
 _COPIED += ("README.md", "CHANGELOG.md", "LICENSE")
 _IMPORTED = ["torch", "torchvision.io", "cv2", "av", "pyarrow.parquet", "pyarrow.fs", "pydantic", "rich.console"]
 _IMPORTED += ["simplejpeg", "typer", "matplotlib.pyplot", "optuna", "ray.tune", "ray.train", "pytest"]

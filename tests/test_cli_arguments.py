@@ -218,11 +218,11 @@ def test_a_benchmark_s_options_reach_it_and_its_record_is_written(
     written: list[tuple[str, str]] = []
 
     def bench(name: str, *args: Any, **named: Any) -> Benchmark:
-        keep = named.pop("keep", None)
+        save = named.pop("save", None)
         made.append((name, *args, *named.values()))
         benchmark = Benchmark(name, {})
-        if keep is not None:
-            keep(benchmark)
+        if save is not None:
+            save(benchmark)
         return benchmark
 
     for place, name in BENCHES.items():
@@ -261,7 +261,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr("tune_ego.demo.run_demo", lambda *_: end_interrupted("tune-ego resume /s/n"))
     assert run(monkeypatch, "demo") == 130
-    assert capsys.readouterr().out == "Interrupted; to go on from the last checkpoint: tune-ego resume /s/n\n"
+    assert capsys.readouterr().out == "Interrupted. To resume from the last checkpoint, run: tune-ego resume /s/n\n"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_size_is_width_x_height(text: str, size: tuple[int, int] | None) -> No
         ("tune demo PLACES --probe", "--probe belongs to --dry-run"),
         ("tune demo PLACES --dry-run --price 1", "--price to --probe"),
         ("prepare e", "give a folder or URI for the shards, or --check"),
-        ("report a b --data D", "belong to a report of one"),
+        ("report a b --data D", "are for a report of one"),
         ("tune demo PLACES --seed -1", "--seed"),
         ("tune demo PLACES --concurrent 0", "--concurrent"),
         ("resume e --samples 0", "--samples"),

@@ -35,24 +35,24 @@ def boolean(node: ast.AST) -> bool:
     return "bool" in names or (isinstance(value, ast.Constant) and isinstance(value.value, bool))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_docstring_begins_with_a_noun_phrase_or_an_imperative(path: Path) -> None:
-    faults = []
-    for line, text, is_boolean in docstrings(ast.parse(path.read_text())):
+def faults(path: Path) -> list[str]:
+    """The docstrings and names of a file that break the rules."""
+    tree = ast.parse(path.read_text())
+    place = path.relative_to(PACKAGE)
+    result = []
+    for line, text, is_boolean in docstrings(tree):
         first = text.split(maxsplit=1)[0].rstrip(",:;.") if text else ""
         if first in FIRST_WORDS or (first == "Whether" and not is_boolean):
-            faults.append(f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}")
-    assert not faults, "\n".join(faults)
+            result.append(f"{place}:{line}: {text.splitlines()[0]}")
+    for node in ast.walk(tree):
+        names = (getattr(node, attribute, None) for attribute in ("id", "arg", "attr", "name"))
+        result += [f"{place}:{getattr(node, 'lineno', 0)}: the name {name}" for name in names if name in NAMES]
+    return result
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_names_say_what_a_thing_is(path: Path) -> None:
-    faults = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "attr", None)
-        if name in NAMES or getattr(node, "name", None) in NAMES:
-            faults.append(f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}: {name}")
-    assert not faults, "\n".join(faults)
+def test_docstrings_and_names_are_plain(path: Path) -> None:
+    assert not faults(path), "\n".join(faults(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -97,7 +97,7 @@ def demo(
     """Run every step on synthetic clips: prepare, tune, export, train, evaluate and report.
 
     Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/, report.html and summary.json (80 MB).
-    Takes about 5 minutes and 4 GB of memory on two CPU cores.
+    Costs about 5 minutes and 4 GB of memory on two CPU cores.
     """
     from tune_ego.demo import run_demo
 
@@ -233,9 +233,8 @@ def tune(
 ) -> None:
     """Search for the best configuration with Ray Tune on the validation mean class accuracy.
 
-    Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json, and a run for each trial under
-    runs/. The header of each shipped search space states its cost. After an interruption or a crash:
-    `tune-ego resume STORAGE/NAME`.
+    Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json and runs/.
+    Shipped search spaces state their cost in their headers. After a crash: `tune-ego resume STORAGE/NAME`.
     """
     from tune_ego.storage import absolute, join
 
@@ -271,8 +270,8 @@ def resume(
 ) -> None:
     """Resume a search that was killed or interrupted, or extend it.
 
-    Reads and writes the experiment. Unfinished and failed trials resume from their last checkpoints; finished trials
-    and trials that were stopped early stay as they are.
+    Reads and writes the experiment: unfinished and failed trials resume from their last checkpoints, others stay as
+    they are. Costs the rest of the search.
     """
     from tune_ego.search.tune import resume_search
 
@@ -281,16 +280,14 @@ def resume(
 
 @app.command()
 def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run.")]) -> None:
-    """Show the state of a search or run, running or not, and the trials of a search, best first.
-
-    Reads the experiment's files only, from any machine. Writes nothing and takes a second.
-    """
+    """Show the state of a search or run, and its trials, best first. Reads files, writes nothing, takes a second."""
     from tune_ego import storage
     from tune_ego.config import load_config
     from tune_ego.console import print_table, say
     from tune_ego.report.reading import read
-    from tune_ego.results.experiment import CONFIG_FILE, configuration_table
+    from tune_ego.results.experiment import CONFIG_FILE
     from tune_ego.results.progress import facts, run_facts, run_state, search_state, status_table
+    from tune_ego.results.tables import configuration_table
 
     experiment = storage.absolute(experiment)
     if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
@@ -347,9 +344,8 @@ def train(
 ) -> None:
     """Train one configuration to its last iteration and test it. The same command resumes an interrupted run.
 
-    Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints, and at the end
-    final/model.pt and evaluation.json. On an H200, 3,000 iterations of 12 two-stream samples at 224 x 224 take about 5
-    minutes, validations not counted.
+    Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints, final/model.pt and
+    evaluation.json. Cost: on an H200 about 5 minutes for 3,000 iterations of 12 two-stream samples.
     """
     from tune_ego.config import load_config, override_config
     from tune_ego.runs.final import train_final
@@ -389,8 +385,8 @@ def evaluate(
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
     Reads a checkpoint and shards. Prints accuracies of action, verb and noun, the weakest classes, and the agreement of
-    the attention with the gaze. Writes these, per-class recall and confusion matrices to evaluation.json. Takes a
-    forward pass for every 8th frame: minutes for 2,000 clips on a GPU.
+    attention with gaze. Writes these, recalls and confusion matrices to evaluation.json. Costs a forward pass for
+    every 8th frame.
     """
     from tune_ego.evaluation.evaluate import evaluate as run
     from tune_ego.evaluation.tables import show

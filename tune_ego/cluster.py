@@ -80,7 +80,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_sigint() -> Iterator[None]:
-    """What schedulers and clouds send does what Ctrl+C does."""
+    """Handle SIGTERM, which schedulers and clouds send, as Ctrl+C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -102,6 +102,7 @@ INTERRUPTED = 130
 """Exit code of a command that was interrupted, as shells have it."""
 
 
-def end_interrupted(to_go_on: str) -> NoReturn:
-    say(f"Interrupted; to go on from the last checkpoint: {to_go_on}")
+def end_interrupted(resume_command: str) -> NoReturn:
+    """Print how to resume, and end this process with the exit code of an interrupted command."""
+    say(f"Interrupted. To resume from the last checkpoint, run: {resume_command}")
     raise SystemExit(INTERRUPTED)

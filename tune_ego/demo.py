@@ -1,4 +1,4 @@
-"""`demo`: the whole path on synthetic clips, in one folder, on one machine."""
+"""The `demo` command: all steps from clips to report on synthetic data, in one folder, on one machine."""
 
 from __future__ import annotations
 
@@ -18,24 +18,38 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.evaluate import evaluate
 from tune_ego.evaluation.tables import show
 from tune_ego.report.write import write_report
-from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, config_value, trial_table
+from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial
+from tune_ego.results.tables import config_value, trial_table
 from tune_ego.runs.final import train_final
 from tune_ego.search import export
 from tune_ego.search.tune import start_search
 
 IMAGE_SIZE = (96, 72)
+"""Width and height of the images in the shards, pixels."""
 CLIPS = 420
 FINAL_ITERATIONS = 260
 FINAL_CHANGES = {
     "train.iterations": FINAL_ITERATIONS,
     "train.validate_every": 65,
-    "schedule.name": "multistep",  # so short a run ends better with smaller steps
+    "schedule.name": "multistep",  # a run this short needs a lower learning rate at its end
     "schedule.milestones": [195],
 }
+"""Keys of the best configuration that the final run changes."""
 
 
 def run_demo(folder: str, seed: int) -> dict[str, Any]:
-    """Synthesize, prepare, tune, export, train, evaluate and report; returns what `summary.json` in `folder` holds."""
+    """Synthesize, prepare, tune, export, train, evaluate and report.
+
+    Args:
+        folder: Folder for all files; empty or absent.
+        seed: Seed of the clips, the search and the training.
+
+    Returns:
+        Content of `summary.json` in the folder.
+
+    Raises:
+        UserError: The folder is not empty.
+    """
     root = Path(storage.absolute(folder))
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another with --out")
@@ -44,6 +58,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
 
     @contextmanager
     def step(name: str, title: str) -> Iterator[None]:
+        """Print a heading and time a step of the demo."""
         heading(f"{len(seconds) + 1}. {title}")
         start = time.monotonic()
         yield
@@ -64,9 +79,19 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
             train_final(config, shards, str(root / "final"), None)
     with step("evaluate", "evaluate: the test clips of split 1"):
         evaluation = evaluate(str(root / "final"), shards, 1)
-    with step("report", "report: all of this as one page"):
+    with step("report", "report: the results as one page"):
         write_report(search.root, str(root / "report.html"), str(root / "final"), data=shards)
-    summary = {
+    summary = _summarize(search, best, evaluation, seconds, seed)
+    storage.write_json(str(root / "summary.json"), summary)
+    _print_summary(root, summary, search)
+    return summary
+
+
+def _summarize(
+    search: Experiment, best: Configuration, evaluation: dict[str, Any], seconds: dict[str, float], seed: int
+) -> dict[str, Any]:
+    """Return the content of `summary.json`; `seconds` maps the name of a step to its duration."""
+    return {
         "chance": evaluation["chance"],
         "evaluation": evaluation,
         "trials": [
@@ -75,32 +100,30 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
                 "state": t.state,
                 "iteration": t.iteration,
                 METRIC: t.accuracy,
-                "configuration": _searched(search, t),
+                "configuration": _searched_values(search, t),
             }
             for t in search.trials
         ],
-        "best": {"trial": best.id, METRIC: best.accuracy, "configuration": _searched(search, best)},
+        "best": {"trial": best.id, METRIC: best.accuracy, "configuration": _searched_values(search, best)},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "seed": seed,
     }
-    storage.write_json(str(root / "summary.json"), summary)
-    _show(root, summary, search)
-    return summary
 
 
-def _searched(search: Experiment, trial: Trial | Configuration) -> dict[str, str]:
+def _searched_values(search: Experiment, trial: Trial | Configuration) -> dict[str, str]:
+    """Return the value of each searched parameter."""
     return {key: config_value(trial.config, key) for key in search.space.searched_keys}
 
 
-def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
+def _print_summary(root: Path, summary: dict[str, Any], search: Experiment) -> None:
     best, fused = summary["best"], summary["evaluation"]["fused"]["mean_class_accuracy"]
     chosen = ", ".join(f"{key} {value}" for key, value in best["configuration"].items())
     heading("Summary")
     print_table("Trials", *trial_table(search))
     show(summary["evaluation"])
     rows = [
-        ["chosen", chosen],
-        ["its validation mean class accuracy", percent(best[METRIC])],
+        ["best values", chosen],
+        ["validation mean class accuracy", percent(best[METRIC])],
         [
             "test mean class accuracy, fused",
             f"{percent(fused)}, {fused / summary['chance']:.1f} times chance ({percent(summary['chance'])})",
@@ -110,7 +133,7 @@ def _show(root: Path, summary: dict[str, Any], search: Experiment) -> None:
         ["search", search.root],
         ["best configuration", str(root / "best.yaml")],
         ["weights", str(root / "final" / "final" / "model.pt")],
-        ["all of this as JSON", str(root / "summary.json")],
-        ["and as a page", str(root / "report.html")],
+        ["summary as JSON", str(root / "summary.json")],
+        ["report as HTML", str(root / "report.html")],
     ]
     print_table("", ["", ""], rows)

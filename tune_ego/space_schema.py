@@ -67,11 +67,11 @@ PositiveRange = Annotated[
 WholeRange = Annotated[tuple[int, int], Field(strict=False), BeforeValidator(_check_pair), AfterValidator(_check_range)]
 
 
-class _Node(BaseModel):
+class _SpaceNode(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class Entry(_Node):
+class Entry(_SpaceNode):
     """One form with its values, and the conditions under which it holds."""
 
     when: dict[Any, Any] = {}
@@ -97,7 +97,7 @@ class Entry(_Node):
         return Domain(form, (values,) if form == "value" else tuple(values))
 
 
-class SchedulerEntry(_Node):
+class SchedulerEntry(_SpaceNode):
     """The settings of `search_space.SchedulerSettings`, as a file has them."""
 
     name: Literal["asha", "median", "fifo"] = "asha"
@@ -118,7 +118,7 @@ class SchedulerEntry(_Node):
         return content
 
 
-class SpaceFile(_Node):
+class SpaceFile(_SpaceNode):
     """A search-space file: its top-level keys."""
 
     base: dict[Any, Any] = {}

@@ -9,7 +9,7 @@ from tune_ego.dataset.annotations import (
     FOLDS,
     ClipName,
     find_clips,
-    find_doubled_clips,
+    find_duplicate_clips,
     find_gaze,
     parse_clip_name,
     read_annotations,
@@ -135,7 +135,7 @@ def test_of_files_of_one_name_the_first_that_holds_something_counts(tmp_path: Pa
             path.parent.mkdir(parents=True)
             path.write_bytes(content)
     assert Path(find_clips(tmp_path)["x"].uri).read_bytes() == Path(find_gaze(tmp_path)["x"].uri).read_bytes() == b"1"
-    assert [Path(file.uri).parent.name for file in find_doubled_clips(tmp_path)["x"]] == ["a", "b", "c", "d"]
+    assert [Path(file.uri).parent.name for file in find_duplicate_clips(tmp_path)["x"]] == ["a", "b", "c", "d"]
 
 
 def test_flat_and_nested_layouts_are_found(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_flat_and_nested_layouts_are_found(tmp_path: Path) -> None:
         "y": f"{tmp_path}/cropped_clips/s/t/y.mp4",
     }
     assert find_gaze(tmp_path).keys() == {"s", "t"}
-    assert find_doubled_clips(tmp_path) == {}
+    assert find_duplicate_clips(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

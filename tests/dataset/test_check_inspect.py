@@ -17,9 +17,9 @@ import torch
 
 from tests.dataset.test_write_task import MOVING, SESSION, SHORT, STILL, rows_of, task_of, write_folder, write_shards
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
-from tune_ego.dataset.check import Estimate, _show_estimate, _size, check
+from tune_ego.dataset.check import Estimate, _print_estimate, _size, check
 from tune_ego.dataset.flow import FlowMethod, FlowName
-from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings, plan, write_task
+from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings, plan_shards, write_task
 from tune_ego.dataset.shards import Problem, open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluation.inspection import contact_sheet, draw_clip, draw_gaze, flow_colours, overlay, show_counts
@@ -52,12 +52,12 @@ def folder(egtea: Path, tmp_path: Path) -> Path:
 
 def test_a_whole_folder_is_ready(egtea: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_of(egtea)
-    verdict = check(str(egtea), SETTINGS, str(tmp_path / "shards"))
+    result = check(str(egtea), SETTINGS, str(tmp_path / "shards"))
     assert files_of(egtea) == before and not any(tmp_path.iterdir())
     named = [clip.name for clip in read_annotations(str(egtea)).clips]
-    assert verdict.facts["frames"] == sum(name.last_frame - name.first_frame for name in named)
-    assert (verdict.facts["clips usable"], verdict.facts["sizes"]) == (40, {"96x72": 40})
-    assert verdict.problems == []
+    assert result.facts["frames"] == sum(name.last_frame - name.first_frame for name in named)
+    assert (result.facts["clips usable"], result.facts["sizes"]) == (40, {"96x72": 40})
+    assert result.problems == []
     assert "prepare would keep 40 clips and leave out 0" in capsys.readouterr().out
 
 
@@ -99,31 +99,31 @@ LENGTH = Problem(SHORT, "length", "3 frames, its name says 2", kept=True)
     ],
 )
 def test_facts_of_a_small_folder(small: Path, offset: int, with_gaze: int, problems: list[Problem]) -> None:
-    verdict = check(str(small), Settings((64, 48), frame_offset=offset))
+    result = check(str(small), Settings((64, 48), frame_offset=offset))
     videos = (small / "cropped_clips").glob("*.mp4")
     without = sum(problem.reason == NO_USABLE_GAZE for problem in problems)
-    assert verdict.facts == {
+    assert result.facts == {
         **FACTS,
         "bytes of video": sum(path.stat().st_size for path in videos),
         "clips without gaze": without,
         "frames with gaze": with_gaze / 33,
     }
-    assert sorted(verdict.problems) == sorted([LENGTH, *problems])
+    assert sorted(result.problems) == sorted([LENGTH, *problems])
 
 
 def test_a_session_without_a_gaze_file_is_named_once(small: Path) -> None:
     (small / "gaze_data" / f"{SESSION}.txt").unlink()
-    verdict = check(str(small), Settings((64, 48)))
-    assert verdict.problems == [LENGTH, Problem(SESSION, "gaze", "no gaze file of this session", kept=True)]
+    result = check(str(small), Settings((64, 48)))
+    assert result.problems == [LENGTH, Problem(SESSION, "gaze", "no gaze file of this session", kept=True)]
     names = ("sessions", "sessions with gaze", "clips without gaze", "frames with gaze")
-    assert [verdict.facts[name] for name in names] == [1, 0, 3, 0]
+    assert [result.facts[name] for name in names] == [1, 0, 3, 0]
 
 
 def test_lost_gaze_samples_are_counted(small: Path) -> None:
     file = small / "gaze_data" / f"{SESSION}.txt"
     file.write_text(file.read_text().replace("\t10\tFix", "\t10x\tFix").replace("\t11\tFix", "\t11x\tFix"))
-    verdict = check(str(small), Settings((64, 48)))
-    assert verdict.problems == [LENGTH, Problem(SESSION, "gaze", "2 of its samples cannot be read", kept=True)]
+    result = check(str(small), Settings((64, 48)))
+    assert result.problems == [LENGTH, Problem(SESSION, "gaze", "2 of its samples cannot be read", kept=True)]
 
 
 def test_the_size_of_the_shards_is_estimated_from_clips_of_usual_length(small: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_time_is_that_of_all_cores_or_of_one_gpu(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 3, 5, 7})
     monkeypatch.setattr("tune_ego.dataset.flow.runs_on_gpu", lambda name: gpu)
-    _show_estimate(Estimate(7200.0, 2.5e9), Settings(flow=flow_name), None)
+    _print_estimate(Estimate(7200.0, 2.5e9), Settings(flow=flow_name), None)
     printed = capsys.readouterr().out
     assert all(text in printed for text in shown)
 
@@ -179,10 +179,10 @@ def test_what_is_missing_and_odd_is_named(folder: Path, capsys: pytest.CaptureFi
         (folder / "cropped_clips" / f"OP09-R09-Other-1-2-{frames}.mp4").write_bytes(b"")
     session, gaze = next((name, Path(file.uri)) for name, file in find_gaze(str(folder)).items() if name in poor)
     gaze.write_text("".join(gaze.read_text().splitlines(keepends=True)[:60]))
-    verdict = check(str(folder), SETTINGS)
-    assert verdict.facts["videos without annotation"] == 2
-    assert Problem(absent, "video", "no mp4 of this name", kept=False) in verdict.problems
-    kinds = {(problem.clip, problem.stage) for problem in verdict.problems if problem.reason != NO_USABLE_GAZE}
+    result = check(str(folder), SETTINGS)
+    assert result.facts["videos without annotation"] == 2
+    assert Problem(absent, "video", "no mp4 of this name", kept=False) in result.problems
+    kinds = {(problem.clip, problem.stage) for problem in result.problems if problem.reason != NO_USABLE_GAZE}
     assert kinds == {(absent, "video"), (other, "length"), (session, "gaze")}
     assert "leave out 1" in (printed := capsys.readouterr().out) and absent in printed
 
@@ -205,7 +205,7 @@ def test_doubled_clips_are_named(folder: Path) -> None:
     (folder / "cropped_clips" / "0").mkdir()
     (folder / "cropped_clips" / "0" / f"{name}.mp4").write_bytes(b"")
     (problem,) = check(str(folder), SETTINGS).problems
-    assert problem == Problem(name, "annotation", f"2 mp4 have this name; {file.uri} counts", kept=True)
+    assert problem == Problem(name, "annotation", f"2 mp4 have this name; {file.uri} is used", kept=True)
 
 
 def test_the_estimate_takes_one_thread_and_a_limited_time(
@@ -222,7 +222,7 @@ def test_the_estimate_takes_one_thread_and_a_limited_time(
         return np.zeros((len(frames) - 1, 36, 48, 2), np.float32)
 
     monkeypatch.setattr("tune_ego.dataset.flow.flow_method", lambda *_: FlowMethod(lambda frame: frame, slow, 1))
-    monkeypatch.setattr("tune_ego.dataset.check._TRIED_SECONDS", 0.2)
+    monkeypatch.setattr("tune_ego.dataset.check._SAMPLED_SECONDS", 0.2)
     monkeypatch.setattr("tune_ego.dataset.flow.runs_on_gpu", lambda name: True)
     estimate = check(str(egtea), Settings((48, 36), "tvl1")).estimate
     assert set(threads) == {1} and torch.get_num_threads() == 2
@@ -247,7 +247,7 @@ def test_check_and_prepare_find_the_same(folder: Path, tmp_path: Path) -> None:
     empty.write_bytes(b"")
     cut_in_the_middle(cut)
     found = [problem for problem in check(str(folder), SETTINGS).problems if not problem.kept]
-    tasks = plan(annotations, find_clips(str(folder)), find_gaze(str(folder)))
+    tasks = plan_shards(annotations, find_clips(str(folder)), find_gaze(str(folder)))
     mine = [task for task in tasks if {empty.stem, cut.stem} & {clip.name.name for clip in task.clips}]
     results = [write_task(task, str(tmp_path / "out"), SETTINGS) for task in mine]
     lost = {problem.clip: problem.reason for result in results for problem in result.problems if not problem.kept}

@@ -36,7 +36,7 @@ def moving(shifts: list[tuple[int, int]], size: tuple[int, int] = (128, 160)) ->
 def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> None:
     shifts = [(3, 1), (-2, 4), (0, -3)]
     method = flow.flow_method(name)
-    fields = method.fields([method.view(frame) for frame in moving(shifts)])
+    fields = method.fields([method.preprocess(frame) for frame in moving(shifts)])
     assert fields.shape == (3, 128, 160, 2)
     assert fields.dtype == np.float32
     for field, shift in zip(fields, shifts):
@@ -47,7 +47,7 @@ def test_a_method_finds_the_motion_to_the_next_frame(name: flow.FlowName) -> Non
 def test_a_pair_does_not_depend_on_the_others(name: flow.FlowName) -> None:
     method = flow.flow_method(name)
     size = (48, 64) if name == "tvl1" else (128, 160)
-    frames = [method.view(frame) for frame in moving([(3, 1), (-2, 4), (0, 0)], size)]
+    frames = [method.preprocess(frame) for frame in moving([(3, 1), (-2, 4), (0, 0)], size)]
     together = method.fields(frames)
     for index, field in enumerate(together):
         np.testing.assert_array_equal(method.fields(frames[index : index + 2])[0], field)
@@ -148,7 +148,7 @@ def test_raft_is_torchvisions(raft_file: str) -> None:
 
     frames = [frame // [3, 2, 1] for frame in moving([(3, 1)], (132, 164))]  # no multiples of 8; blue, green, red
     method = flow.flow_method("raft", raft_file)
-    found = method.fields([method.view(frame.astype(np.uint8)) for frame in frames])
+    found = method.fields([method.preprocess(frame.astype(np.uint8)) for frame in frames])
     model = raft_small(weights=None).eval()
     model.load_state_dict(torch.load(raft_file, weights_only=True))
     images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).flip(1) / 127.5 - 1
@@ -190,7 +190,7 @@ def test_levels_of_the_stored_flow() -> None:
 
 def test_pixels_of_the_stored_levels() -> None:
     levels = np.array([[0, 51, 102, 128, 255]], np.uint8)
-    pixels = flow.pixels(levels)
+    pixels = flow.dequantise(levels)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, [[-20, -12, -4, 20 / 255, 20]], atol=1e-5)
 

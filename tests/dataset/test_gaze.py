@@ -191,7 +191,7 @@ def test_a_tenth_of_the_samples_may_be_lost(tmp_path: Path, bad: int, readable: 
     if readable:
         assert read_gaze(path).skipped == 1 and len(read_gaze(path)) == 9
     else:
-        with pytest.raises(UserError, match="of 10 samples 2 cannot be read: 2 with frames that are none"):
+        with pytest.raises(UserError, match="of 10 samples 2 cannot be read: 2 with frames that are no frame numbers"):
             read_gaze(path)
 
 
@@ -286,7 +286,7 @@ def test_variants_of_a_file_say_the_same(tmp_path: Path, change: Callable[[bytes
         (lambda line: line.replace("SMP\t", "SMP\t\t") if "Saccade" in line else line, "number of fields"),
         (lambda line: line.replace("640.25", "640,251"), "40 with coordinates that are no numbers"),
         (lambda line: line.replace("Fix", "Visual Fix"), "10 with events other than Fixation"),
-        (lambda line: line.replace("\t\tBlink", "x\t\tBlink"), "10 with frames that are none"),
+        (lambda line: line.replace("\t\tBlink", "x\t\tBlink"), "10 with frames that are no frame numbers"),
         (lambda line: line.replace("640", "6\0"), "NUL bytes"),
         (lambda line: line + "\0" * (2 << 20) if "\t39\t" in line else line, "NUL bytes"),
     ],

@@ -17,7 +17,7 @@ from tests.conftest import COMMAND
 from tests.dataset.test_check_inspect import cut_in_the_middle
 from tests.dataset.test_write_task import MOVING, SHORT, STILL, write_folder
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
-from tune_ego.dataset.prepare import Settings, plan, prepare, write_task
+from tune_ego.dataset.prepare import Settings, plan_shards, prepare, write_task
 from tune_ego.dataset.shards import open_shards, read_clip
 from tune_ego.errors import UserError
 
@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_written_is_named(egtea: Path, tmp_path: Path, 
 
 def test_a_full_disk_leaves_no_half_shard(egtea: Path, tmp_path: Path) -> None:
     annotations = read_annotations(str(egtea))
-    task = plan(annotations, find_clips(str(egtea)), find_gaze(str(egtea)))[0]
+    task = plan_shards(annotations, find_clips(str(egtea)), find_gaze(str(egtea)))[0]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:

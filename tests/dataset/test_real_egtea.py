@@ -76,7 +76,7 @@ def test_real_annotations_from_clips_to_test_result(shared: Path, tmp_path: Path
     without = check_every_clip(data, shared / "egtea")
     assert info["clips_without_gaze"] == len(without)
     assert {(problem["clip"], problem["stage"]) for problem in info["problems"]} == {(clip, "gaze") for clip in without}
-    assert FeedPlan.of(data.root, tiny_config(), 1, 0).read(0)["gaze_valid"].any()
+    assert FeedPlan.from_config(data.root, tiny_config(), 1, 0).read(0)["gaze_valid"].any()
 
     found = start_search(write_space(tmp_path), data.root, str(tmp_path / "search"), {}, 0, None, None)
     assert found.trials[0].state == "finished"

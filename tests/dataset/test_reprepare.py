@@ -13,9 +13,9 @@ import pytest
 from tests.dataset.test_check_inspect import cut_in_the_middle
 from tests.dataset.test_write_task import MOVING, SESSION, SHORT, STILL, write_folder
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
-from tune_ego.dataset.prepare import Settings, plan, prepare
+from tune_ego.dataset.prepare import Settings, plan_shards, prepare
 from tune_ego.dataset.shards import Clip, open_shards, read_clip
-from tune_ego.dataset.sources import find_unusable, identities
+from tune_ego.dataset.sources import file_identities, find_unusable_clips
 from tune_ego.errors import UserError
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window
@@ -38,7 +38,7 @@ def test_a_rerun_that_is_killed_leaves_nothing_readable(
 ) -> None:
     """A clip that was left out comes back: the rows of those behind it in its shard move."""
     out = tmp_path / "out"
-    tasks = plan(read_annotations(folder), find_clips(folder), find_gaze(folder))
+    tasks = plan_shards(read_annotations(folder), find_clips(folder), find_gaze(folder))
     task = max(tasks, key=lambda task: len(task.clips))
     names = [clip.name.name for clip in task.clips]
     assert len(names) > 1
@@ -55,7 +55,7 @@ def test_a_rerun_that_is_killed_leaves_nothing_readable(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tune_ego.dataset.closing.close", killed)
+        patch.setattr("tune_ego.dataset.closing.write_dataset", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(folder), str(out), SETTINGS)
     assert made == [task.shard]
@@ -194,7 +194,7 @@ def test_only_clips_of_unfinished_shards_are_opened(
     monkeypatch.setattr("tune_ego.dataset.video.check_opens", opened.append)
     prepare(str(egtea), str(out), SETTINGS)
     assert opened == []
-    tasks = plan(read_annotations(egtea), find_clips(egtea), find_gaze(egtea))
+    tasks = plan_shards(read_annotations(egtea), find_clips(egtea), find_gaze(egtea))
     (out / tasks[0].shard).unlink()
     prepare(str(egtea), str(out), SETTINGS)
     assert sorted(opened) == sorted(uri for uri in tasks[0].videos if uri is not None)
@@ -212,12 +212,12 @@ def test_on_an_object_store_nothing_is_fetched_before_the_job(egtea: Path, monke
         raise AssertionError
 
     monkeypatch.setattr("tune_ego.storage.read_bytes", fetch)
-    assert [(problem.clip, problem.reason) for problem in find_unusable(clips, remote)] == [
+    assert [(problem.clip, problem.reason) for problem in find_unusable_clips(clips, remote)] == [
         (first, "the file is empty"),
         (second, "no mp4 of this name"),
     ]
-    found = identities(list(remote.values()))
-    later = identities([file._replace(modified_ns=file.modified_ns + 1) for file in remote.values()])
+    found = file_identities(list(remote.values()))
+    later = file_identities([file._replace(modified_ns=file.modified_ns + 1) for file in remote.values()])
     assert found.keys() == later.keys() and not set(found.values()) & set(later.values())
 
 

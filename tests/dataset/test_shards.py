@@ -21,13 +21,13 @@ from tune_ego.dataset.shards import (
     Problem,
     Shards,
     clip_record,
+    describe_stray_rows,
     frame_table,
     open_shards,
     read_clip,
     read_shard_records,
     row_groups,
     shard_folder,
-    stray_rows,
     write_shard,
 )
 from tune_ego.errors import UserError
@@ -63,14 +63,14 @@ def test_validation_clips_are_left_out_of_training(
 @pytest.mark.parametrize(("split", "testing"), [(1, [6, 7]), (2, [5]), (3, [0, 1, 2, 3, 4, 8, 9])])
 def test_test_clips_are_those_of_the_split(shards: Shards, split: int, testing: list[int]) -> None:
     assert [clip.name for clip in shards.test(split)] == [NAMES[index] for index in testing]
-    assert shards.names("test", split) == [NAMES[index] for index in testing]
+    assert shards.clip_names("test", split) == [NAMES[index] for index in testing]
 
 
 @pytest.mark.parametrize(
     ("split", "training"), [(1, [0, 1, 2, 3, 4, 5, 8, 9]), (2, [0, 1, 2, 3, 4, 6, 8, 9]), (3, [5, 6, 7])]
 )
 def test_names_of_a_role_include_both_folds(shards: Shards, split: int, training: list[int]) -> None:
-    assert shards.names("train", split) == [NAMES[index] for index in training]
+    assert shards.clip_names("train", split) == [NAMES[index] for index in training]
 
 
 def test_roles_without_clips_are_named(shards: Shards, handmade_shards: str) -> None:
@@ -187,7 +187,7 @@ def test_stray_rows_are_those_of_another_clip_or_frame(
     handmade_shards: str, row_group: int, clip: int, first_frame: int, stray: str | None
 ) -> None:
     with pq.ParquetFile(f"{handmade_shards}/{handmade.SHARDS[0]}") as file:
-        assert stray_rows(file, row_group, NAMES[clip], first_frame) == stray
+        assert describe_stray_rows(file, row_group, NAMES[clip], first_frame) == stray
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["b", "c"], ["a", "a"]])
@@ -196,7 +196,7 @@ def test_a_row_group_of_two_clips_is_stray(tmp_path: Path, names: list[str]) -> 
     table = pa.concat_tables([tiny_table(name, 2) for name in names]).unify_dictionaries()
     pq.write_table(table, path)
     with pq.ParquetFile(path) as file:
-        stray = stray_rows(file, 0, "b", 0)
+        stray = describe_stray_rows(file, 0, "b", 0)
         assert stray == f"row group 0 holds frames of {names[0]} from 0 on"
 
 
@@ -270,7 +270,7 @@ def test_clips_parquet_has_to_be_the_one_that_the_data_set_was_closed_with(
     root = Path(shutil.copytree(handmade_shards, tmp_path / "copy"))
     clips, info = root / "clips.parquet", json.loads((root / "dataset.json").read_text())
     pq.write_table(pq.read_table(clips).slice(0, 4), clips)
-    with pytest.raises(UserError, match=r"/clips\.parquet: damaged, or not the one that dataset\.json was written"):
+    with pytest.raises(UserError, match=r"/clips\.parquet: damaged, or written with another dataset\.json"):
         open_shards(str(root))
     del info["sha256"]
     (root / "dataset.json").write_text(json.dumps(info))

@@ -13,9 +13,9 @@ import pytest
 from tests.dataset.test_write_task import MOVING, SHORT, STILL, annotated
 from tune_ego import __version__
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, parse_clip_name
-from tune_ego.dataset.closing import close, reopen
+from tune_ego.dataset.closing import mark_unfinished, write_dataset
 from tune_ego.dataset.shards import Problem, open_shards
-from tune_ego.dataset.sources import check_threshold, find_unusable, identities, length_oddity
+from tune_ego.dataset.sources import check_missing_limit, file_identities, find_unusable_clips, length_mismatch
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -29,7 +29,7 @@ def source(path: Path, content: bytes) -> SourceFile:
     ("frames", "oddity"), [(19, "19 frames, its name says 20"), (20, None), (21, "21 frames, its name says 20")]
 )
 def test_a_clip_has_as_many_frames_as_lie_between_those_of_its_name(frames: int, oddity: str | None) -> None:
-    assert length_oddity(annotated(STILL), frames) == oddity  # F000010 to F000030
+    assert length_mismatch(annotated(STILL), frames) == oddity  # F000010 to F000030
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_five_of_a_hundred_clips_may_be_lost(unusable: int, clips: int, over: bo
     if over:
         message = f"here: {unusable} of {clips} clips cannot be used, first clip0: is gone. That is over 5%"
         with pytest.raises(UserError, match=message):
-            check_threshold(problems, clips, "here")
+            check_missing_limit(problems, clips, "here")
     else:
-        check_threshold(problems, clips, "here")
+        check_missing_limit(problems, clips, "here")
 
 
 def test_a_video_is_known_by_its_size_and_its_first_and_last_8_kib(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_video_is_known_by_its_size_and_its_first_and_last_8_kib(tmp_path: Pat
     for place in (0, 8191, len(content) - 8192, len(content) - 1):
         files[f"{place}"] = content[:place] + b"\xaa" + content[place + 1 :]
     files["middle"] = content[:8192] + b"\xab" + content[8193:]
-    identity_of = identities([source(tmp_path / f"{name}.mp4", data) for name, data in files.items()])
+    identity_of = file_identities([source(tmp_path / f"{name}.mp4", data) for name, data in files.items()])
     identity = {Path(uri).stem: value for uri, value in identity_of.items()}
     ends = hashlib.sha256(content[:8192] + content[-8192:]).hexdigest()[:16]
     assert identity["same"] == identity["middle"] == f"20480 {ends}"
@@ -62,16 +62,16 @@ def test_a_video_is_known_by_its_size_and_its_first_and_last_8_kib(tmp_path: Pat
 def test_a_gaze_file_is_known_by_all_of_it(tmp_path: Path) -> None:
     content = b"x" * 30000
     files = [source(tmp_path / "a.txt", content), source(tmp_path / "b.TXT", content[:15000] + b"y" + content[15001:])]
-    assert list(identities(files).items()) == [
+    assert list(file_identities(files).items()) == [
         (file.uri, hashlib.sha256(Path(file.uri).read_bytes()).hexdigest()[:16]) for file in files
     ]
     with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
-        identities([SourceFile(str(tmp_path / "gone.txt"), 1, 0)])
+        file_identities([SourceFile(str(tmp_path / "gone.txt"), 1, 0)])
 
 
 def test_on_an_object_store_size_and_time_tell_files_apart() -> None:
     files = [SourceFile("s3://b/x.mp4", 12, 34), SourceFile("s3://b/y.txt", 5, 6)]
-    assert identities(files) == {"s3://b/x.mp4": "12 34", "s3://b/y.txt": "5 6"}
+    assert file_identities(files) == {"s3://b/x.mp4": "12 34", "s3://b/y.txt": "5 6"}
 
 
 def test_unusable_videos_are_named_in_the_order_of_the_clips(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_unusable_videos_are_named_in_the_order_of_the_clips(tmp_path: Path) -> 
         STILL: source(tmp_path / "a.mp4", b""),
         MOVING: source(tmp_path / "b.mp4", b"nonsense" * 99),
     }
-    problems = find_unusable([annotated(name) for name in (STILL, MOVING, SHORT)], files)
+    problems = find_unusable_clips([annotated(name) for name in (STILL, MOVING, SHORT)], files)
     assert [(problem.clip, problem.stage, problem.kept) for problem in problems] == [
         (name, "video", False) for name in (STILL, MOVING, SHORT)
     ]
@@ -114,7 +114,7 @@ PROBLEMS = [
 
 def test_what_closes_a_data_set(tmp_path: Path) -> None:
     out = str(tmp_path)
-    info = close(ANNOTATIONS, RECORDS, PROBLEMS, {"image_size": [64, 48]}, out, True)
+    info = write_dataset(ANNOTATIONS, RECORDS, PROBLEMS, {"image_size": [64, 48]}, out, True)
     files = {name: (tmp_path / name).read_bytes() for name in ("clips.parquet", "problems.parquet")}
     ordered = sorted(PROBLEMS, key=lambda problem: problem.clip)
     rows = [{"clip": clip, "stage": stage, "reason": reason, "kept": kept} for clip, stage, reason, kept in ordered]
@@ -154,23 +154,23 @@ def test_only_clips_left_out_count_towards_the_threshold(
     problems = [Problem(f"clip{place}", "gaze", "none", True) for place in range(9)]
     problems += [Problem(f"lost{place}", "video", "is gone", False) for place in range(lost)]
     if not refused:
-        assert close(annotations, records, problems, {}, str(tmp_path), False)["clips_left_out"] == 1
+        assert write_dataset(annotations, records, problems, {}, str(tmp_path), False)["clips_left_out"] == 1
         return
-    with pytest.raises(UserError, match=rf"2 of 20 clips.*first lost0.*all of them: {tmp_path}/problems\.parquet"):
-        close(annotations, records, problems, {}, str(tmp_path), False)
+    with pytest.raises(UserError, match=rf"2 of 20 clips.*first lost0.*full list: {tmp_path}/problems\.parquet"):
+        write_dataset(annotations, records, problems, {}, str(tmp_path), False)
     assert "Cannot be used (2)" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["problems.parquet"]
     assert len(pq.read_table(tmp_path / "problems.parquet")) == 11
-    assert close(annotations, records, problems, {}, str(tmp_path), True)["clips_left_out"] == 2
+    assert write_dataset(annotations, records, problems, {}, str(tmp_path), True)["clips_left_out"] == 2
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="2 of 20 clips"):
-        close(annotations, records, problems[1:], {}, str(tmp_path), False)
+        write_dataset(annotations, records, problems[1:], {}, str(tmp_path), False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_data_set_without_a_clip_is_refused_even_where_clips_may_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not one clip could be read; all of them"):
-        close(ANNOTATIONS, [], PROBLEMS[2:], {}, str(tmp_path), True)
+    with pytest.raises(UserError, match="not one clip could be read; full list"):
+        write_dataset(ANNOTATIONS, [], PROBLEMS[2:], {}, str(tmp_path), True)
     assert [path.name for path in tmp_path.iterdir()] == ["problems.parquet"]
 
 
@@ -178,11 +178,11 @@ def test_what_is_closed_already_is_not_written_again(tmp_path: Path) -> None:
     def times() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
 
-    close(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
+    write_dataset(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
     before = times()
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames" / "x.parquet.0123.partial").touch()
-    close(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
+    write_dataset(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
     assert not (tmp_path / "frames" / "x.parquet.0123.partial").exists()
     (tmp_path / "frames").rmdir()
     assert times() == before
@@ -190,11 +190,11 @@ def test_what_is_closed_already_is_not_written_again(tmp_path: Path) -> None:
     for name in ("clips.parquet", "problems.parquet"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:-9] + b"x" + content[-8:])
-        close(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
+        write_dataset(ANNOTATIONS, RECORDS, PROBLEMS, {}, str(tmp_path), True)
         assert (tmp_path / name).read_bytes() == content
-    close(ANNOTATIONS, RECORDS[1:], PROBLEMS, {}, str(tmp_path), True)
+    write_dataset(ANNOTATIONS, RECORDS[1:], PROBLEMS, {}, str(tmp_path), True)
     assert len(open_shards(str(tmp_path)).table) == 3
-    reopen(str(tmp_path))
+    mark_unfinished(str(tmp_path))
     assert sorted(times()) == ["clips.parquet", "problems.parquet"]
     with pytest.raises(UserError, match="no finished data set"):
         open_shards(str(tmp_path))

@@ -22,8 +22,8 @@ from tune_ego.dataset.annotations import (
     parse_clip_name,
     read_annotations,
 )
-from tune_ego.dataset.closing import close
-from tune_ego.dataset.prepare import Settings, ShardTask, plan, prepare, write_task
+from tune_ego.dataset.closing import write_dataset
+from tune_ego.dataset.prepare import Settings, ShardTask, plan_shards, prepare, write_task
 from tune_ego.dataset.shards import Problem, read_shard_records
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
@@ -116,9 +116,11 @@ def task_of(root: Path, names: list[str], gaze: bool = True) -> ShardTask:
 def write_shards(root: Path, out: Path, settings: Settings = SETTINGS) -> str:
     """The finished data set of a folder."""
     annotations = read_annotations(root)
-    results = [write_task(task, str(out), settings) for task in plan(annotations, find_clips(root), find_gaze(root))]
+    results = [
+        write_task(task, str(out), settings) for task in plan_shards(annotations, find_clips(root), find_gaze(root))
+    ]
     records, problems = ([entry for result in results for entry in result[part]] for part in (0, 1))
-    close(annotations, records, problems, settings.record(), str(out), False)  # type: ignore[arg-type]
+    write_dataset(annotations, records, problems, settings.record(), str(out), False)  # type: ignore[arg-type]
     return str(out)
 
 
@@ -250,7 +252,7 @@ def planned(
     for place, (frames, roles, stratified, session) in enumerate(clips):
         name = parse_clip_name(f"OP01-R01-Tea-{place:03d}-0-F000100-F{100 + frames:06d}")
         made.append(AnnotatedClip(name, 1, 1, (1,), roles, stratified, session))
-    return plan(Annotations(["a"], ["v"], ["n"], made), files or {}, {})
+    return plan_shards(Annotations(["a"], ["v"], ["n"], made), files or {}, {})
 
 
 TRAIN, TEST = ("train", "train", "train"), ("test", "", "train")
@@ -283,14 +285,14 @@ def test_each_set_of_roles_and_folds_has_shards_of_its_own() -> None:
 def test_a_task_names_its_files_and_their_identities(root: Path) -> None:
     clips = [annotated(MOVING), annotated(STILL), annotated(f"{SESSION}-9-9-F000099-F000100")]
     videos, gaze = find_clips(root), find_gaze(root)
-    (task,) = plan(Annotations(["a"], ["v"], ["n"], clips), videos, gaze)
+    (task,) = plan_shards(Annotations(["a"], ["v"], ["n"], clips), videos, gaze)
     files = [f"{root}/cropped_clips/{name}.mp4" for name in (MOVING, STILL)]
     assert task.videos == [*files, None]
     assert task.gaze == [f"{root}/gaze_data/{SESSION}.txt"] * 3
     text = Path(f"{root}/gaze_data/{SESSION}.txt").read_bytes()
     assert task.sources.keys() == {f"{MOVING}.mp4", f"{STILL}.mp4", f"{SESSION}.txt"}
     assert task.sources[f"{SESSION}.txt"] == hashlib.sha256(text).hexdigest()[:16]
-    (task,) = plan(Annotations(["a"], ["v"], ["n"], clips), videos, {})
+    (task,) = plan_shards(Annotations(["a"], ["v"], ["n"], clips), videos, {})
     assert task.gaze == [None] * 3 and f"{SESSION}.txt" not in task.sources
 
 

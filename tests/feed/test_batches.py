@@ -14,8 +14,8 @@ from torchvision.io import decode_jpeg
 from tests import handmade
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import ClipBatch, begun, blank_batch, on_device, to_device
-from tune_ego.feed.decoding import decoded
+from tune_ego.feed.batches import ClipBatch, batches_to_device, blank_batch, prefetch_first, to_device
+from tune_ego.feed.decoding import decode_images
 from tune_ego.feed.packing import Batch
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window
@@ -55,11 +55,11 @@ def test_a_stream_that_was_not_read_is_none(stream: str) -> None:
     other = "flow" if stream == "rgb" else "rgb"
     batch = to_device({name: value for name, value in number_batch().items() if name != other}, CPU)
     assert (batch.rgb_BTHWC is None, batch.flow_BT2HW is None) == (stream != "rgb", stream != "flow")
-    assert list(batch.clips()) == [stream]
+    assert list(batch.model_input()) == [stream]
 
 
 def test_the_model_s_input_has_channels_first_and_lies_between_minus_one_and_one() -> None:
-    clips = to_device(number_batch(), CPU).clips()
+    clips = to_device(number_batch(), CPU).model_input()
     assert list(clips) == ["rgb", "flow"]
     rgb, flow = clips["rgb"], clips["flow"]
     assert rgb.shape == (2, 3, 3, 2, 2) and flow.shape == (2, 2, 3, 2, 2)
@@ -75,7 +75,7 @@ def test_the_model_s_input_has_channels_first_and_lies_between_minus_one_and_one
 def test_black_is_minus_one_and_white_is_one() -> None:
     levels = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 1, 1, 1, 3)
     batch = to_device(number_batch(), CPU)._replace(rgb_BTHWC=levels, flow_BT2HW=None)
-    assert batch.clips()["rgb"].flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0], abs=1e-6)
+    assert batch.model_input()["rgb"].flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("streams", [("rgb", "flow"), ("rgb",), ("flow",)])
@@ -98,7 +98,7 @@ def test_a_blank_batch_is_like_one_that_was_read(streams: tuple[str, ...]) -> No
 
 
 def test_batches_are_moved_in_their_order() -> None:
-    batches = list(on_device((number_batch(first) for first in (0, 5, 9)), CPU))
+    batches = list(batches_to_device((number_batch(first) for first in (0, 5, 9)), CPU))
     assert all(isinstance(batch, ClipBatch) for batch in batches)
     assert [batch.rgb_BTHWC[0, 0, 0, 0, 0].item() for batch in batches if batch.rgb_BTHWC is not None] == [0, 5, 9]
 
@@ -113,17 +113,17 @@ def feed(count: int, wanted: threading.Event) -> Iterator[Batch]:
 
 def test_the_first_batch_is_read_before_it_is_needed() -> None:
     wanted = threading.Event()
-    batches = begun(feed(3, wanted))
+    batches = prefetch_first(feed(3, wanted))
     assert wanted.wait(10)
     assert [int(batch["item"]) for batch in batches] == [0, 1, 2]
 
 
 def test_a_feed_without_batches_ends() -> None:
-    assert list(begun(feed(0, threading.Event()))) == []
+    assert list(prefetch_first(feed(0, threading.Event()))) == []
 
 
 def test_the_error_of_a_feed_comes_behind_its_batches() -> None:
-    batches = begun(feed(2, threading.Event()))
+    batches = prefetch_first(feed(2, threading.Event()))
     assert [int(next(batches)["item"]) for _ in range(2)] == [0, 1]
     with pytest.raises(UserError, match="spoilt"):
         next(batches)
@@ -162,7 +162,7 @@ def test_the_device_crops_and_mirrors_what_it_decodes(handmade_shards: str) -> N
 
 def test_padding_alone_needs_no_decoder(handmade_shards: str) -> None:
     batch = encoded(handmade_shards, [None, None])
-    rgb, flow = (decoded(batch, name, CPU) for name in ("rgb", "flow"))
+    rgb, flow = (decode_images(batch, name, CPU) for name in ("rgb", "flow"))
     assert rgb.shape == (2, 16, 32, 32, 3) and flow.shape == (2, 16, 2, 32, 32)
     assert rgb.dtype == flow.dtype == torch.uint8 and not rgb.any() and not flow.any()
 
@@ -170,7 +170,7 @@ def test_padding_alone_needs_no_decoder(handmade_shards: str) -> None:
 def test_an_image_that_the_device_cannot_decode_is_a_users_error(handmade_shards: str) -> None:
     batch = encoded(handmade_shards, streams=("flow",))
     batch["flow_jpeg"] = np.zeros_like(batch["flow_jpeg"])
-    with pytest.raises(UserError, match=r"an image cannot be decoded .*`data.decode: cpu` says which"):
+    with pytest.raises(UserError, match=r"an image cannot be decoded .*`data.decode: cpu` names the clip"):
         to_device(batch, CPU)
 
 
@@ -190,6 +190,6 @@ def test_what_a_gpu_cannot_do_is_no_fault_of_the_images(handmade_shards: str, mo
     stream = SimpleNamespace(synchronize=lambda: waits.append("waited"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     with pytest.raises(RuntimeError, match="out of memory"):
-        decoded(whole, "rgb", torch.device("cuda"))
+        decode_images(whole, "rgb", torch.device("cuda"))
     with pytest.raises(UserError, match="an image cannot be decoded"):
-        decoded(spoilt, "rgb", torch.device("cuda"))
+        decode_images(spoilt, "rgb", torch.device("cuda"))

@@ -219,8 +219,8 @@ def test_a_folder_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_cache_is_that_of_the_configuration() -> None:
-    assert ShardCache.of(DataConfig(cache_dir="/cache", cache_gb=1.5)) == ("/cache", 1_500_000_000)
-    assert ShardCache.of(DataConfig()) is None
+    assert ShardCache.from_config(DataConfig(cache_dir="/cache", cache_gb=1.5)) == ("/cache", 1_500_000_000)
+    assert ShardCache.from_config(DataConfig()) is None
 
 
 def test_a_cache_that_takes_nothing_is_done_without(remote: list[Clip], tmp_path: Path) -> None:

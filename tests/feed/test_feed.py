@@ -19,14 +19,14 @@ from tune_ego.runs.ray_private import throttling_callback
 
 def plan(shards: str, *, encoded: bool = False, iterations: int = 7) -> FeedPlan:
     config = tiny_config(train__iterations=iterations, train__validate_every=3, train__accumulate=2)
-    return FeedPlan.of(shards, config, 1, 0, encoded=encoded)
+    return FeedPlan.from_config(shards, config, 1, 0, encoded=encoded)
 
 
 def test_ray_reads_the_same_batches_in_the_same_order(handmade_shards: str, ray_cluster: None) -> None:
     """The batches of a plan have their expected values in test_feed_plan."""
     whole = plan(handmade_shards)
     batches = list(ray_batches(whole, 3, readers=2, batch_bytes=1 << 20, throttle=throttling_callback))
-    assert len(batches) == whole.items - 3
+    assert len(batches) == whole.item_count - 3
     for item, batch in enumerate(batches, start=3):
         expected = whole.read(item)
         assert batch.keys() == expected.keys()
@@ -54,10 +54,10 @@ def test_whatever_the_blocks_and_their_estimated_size_the_order_stays(
     """Two tasks of several blocks of several batches each."""
     whole = plan(handmade_shards, iterations=70)
     size = sum(value.nbytes for value in whole.read(0).values())
-    monkeypatch.setattr(batches_module, "TASKS", 2)
+    monkeypatch.setattr(batches_module, "MOST_TASKS", 2)
     monkeypatch.setattr(batches_module, "BLOCK_BYTES", int(3 * size * estimate))
     batches = list(ray_batches(whole, 1, readers=2, batch_bytes=int(size * estimate), throttle=throttling_callback))
-    assert len(batches) == whole.items - 1
+    assert len(batches) == whole.item_count - 1
     for item, batch in enumerate(batches, start=1):
         for name, value in whole.read(item).items():
             np.testing.assert_array_equal(batch[name], value, err_msg=name)
@@ -74,7 +74,7 @@ def test_where_images_are_decoded_is_known_before_a_run_starts() -> None:
 def test_encoded_batches_travel_through_ray(handmade_shards: str, ray_cluster: None) -> None:
     encoded = plan(handmade_shards, encoded=True)
     batches = list(ray_batches(encoded, 0, readers=1, batch_bytes=1 << 16, throttle=throttling_callback))
-    assert len(batches) == encoded.items
+    assert len(batches) == encoded.item_count
     for item, batch in enumerate(batches):
         expected = encoded.read(item)
         assert "rgb_jpeg" in expected

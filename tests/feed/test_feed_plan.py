@@ -70,7 +70,7 @@ PLANS = [  # settings, workers, rank, items: t and the numbers of SAMPLES, or v 
 def make(
     root: str, settings: Mapping[str, object], workers: int = 1, rank: int = 0, *, encoded: bool = False
 ) -> FeedPlan:
-    return FeedPlan.of(root, tiny_config(**settings), workers, rank, encoded=encoded)
+    return FeedPlan.from_config(root, tiny_config(**settings), workers, rank, encoded=encoded)
 
 
 @pytest.mark.parametrize(("settings", "workers", "rank", "items"), PLANS)
@@ -83,8 +83,8 @@ def test_every_item_of_a_worker(
         (kind == "t", [None if n == "-" else (SAMPLES if kind == "t" else centres)[int(n)] for n in numbers.split(",")])
         for kind, numbers in ((item[0], item[1:]) for item in items.split())
     ]
-    assert plan.items == len(expected)
-    assert [plan.windows(item) for item in range(plan.items)] == expected
+    assert plan.item_count == len(expected)
+    assert [plan.windows(item) for item in range(plan.item_count)] == expected
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_validations_follow_every_so_many_iterations_and_the_last(
     iterations: int, validate_every: int, validations: list[int]
 ) -> None:
     plan = make("nowhere", {"train__iterations": iterations, "train__validate_every": validate_every})
-    assert plan.validations == validations
+    assert plan.validation_iterations == validations
     assert [n for n in range(1, iterations + 1) if plan.validates_after(n)] == validations
 
 
@@ -146,7 +146,7 @@ def test_a_plan_has_the_settings_of_its_configuration() -> None:
         data__split=2,
         data__fold=3,
     )
-    plan = FeedPlan.of("root", config, 2, 1, encoded=True)
+    plan = FeedPlan.from_config("root", config, 2, 1, encoded=True)
     assert plan == FeedPlan(
         root="root",
         data=config.data,
@@ -161,7 +161,7 @@ def test_a_plan_has_the_settings_of_its_configuration() -> None:
         rank=1,
         encoded=True,
     )
-    assert not FeedPlan.of("root", config, 2, 1).encoded
+    assert not FeedPlan.from_config("root", config, 2, 1).encoded
 
 
 def first_pixels(clip: int, window: Window) -> list[int]:
@@ -234,7 +234,7 @@ def test_a_reader_packs_its_items_in_order(handmade_shards: str, monkeypatch: py
     calls: list[str] = []
     monkeypatch.setattr(plan_module, "keep_freed_memory", lambda: calls.append("keep"))
     plan = make(handmade_shards, ALONE)
-    blocks = list(read_packed(pa.table({"item": [3, 4, 5, 6, 7]}), plan, items_a_block=2))
+    blocks = list(read_packed(pa.table({"item": [3, 4, 5, 6, 7]}), plan, items_per_block=2))
     assert calls == ["keep"]
     assert [block.num_rows for block in blocks] == [2, 2, 1]
     batches = [batch for block in blocks for batch in unpack(block)]

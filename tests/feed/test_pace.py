@@ -26,8 +26,8 @@ def taken_after(clock: Clock, interval: float, waited: float) -> Pace:
     """A pace whose trainer took blocks so many seconds apart, and waited so long for each."""
     clock(0.0, interval - waited, interval)
     pace = Pace()
-    pace.asked()
-    pace.taken()
+    pace.request_block()
+    pace.block_received()
     return pace
 
 
@@ -35,7 +35,7 @@ def test_executor_does_not_pause_long_before_the_first_block(clock: Clock) -> No
     clock(0.0, 0.0)
     pace = Pace()
     assert pace.pause(0) == pace.pause(100) == pytest.approx(0.01)
-    pace.asked()
+    pace.request_block()
     assert pace.pause(0) == pytest.approx(0.01)
 
 
@@ -53,7 +53,7 @@ def test_executor_hurries_while_the_trainer_waits(clock: Clock) -> None:
     assert pace.pause(3) == pytest.approx(0.01)
     pace = taken_after(clock, 0.2, 0.0)
     clock(0.3)
-    pace.asked()
+    pace.request_block()
     assert pace.pause(3) == pytest.approx(0.01)
 
 
@@ -65,9 +65,9 @@ def test_a_trainer_that_waited_a_twentieth_of_the_time_waits(clock: Clock, waite
 def test_the_interval_is_that_of_the_last_two_blocks(clock: Clock) -> None:
     pace = taken_after(clock, 0.2, 0.0)
     clock(0.3, 0.3, 0.35, 0.35)
-    pace.asked()
-    pace.taken()
+    pace.request_block()
+    pace.block_received()
     assert pace.pause(1) == pytest.approx(0.1)  # 0.3 - 0.2, times two blocks, halved
-    pace.asked()
-    pace.taken()
+    pace.request_block()
+    pace.block_received()
     assert pace.pause(1) == pytest.approx(0.05)

@@ -290,7 +290,8 @@ def test_damage_in_a_shard_of_an_object_store_may_be_its_copy_s(clips: list[Clip
         reader = WindowReader([replace(clips[4], shard=shard)], ("rgb",), SIZE, CROP, cache)
         with pytest.raises(UserError) as caught:
             reader.read_batch([Window(0, 0, 0, 0, False)])
-        assert str(caught.value).endswith(f" (or it is its copy in {tmp_path}/cache: empty that first)") == named
+        remedy = f" (the damage may be in its copy in {tmp_path}/cache: empty that folder first)"
+        assert str(caught.value).endswith(remedy) == named
 
 
 @pytest.mark.parametrize(
@@ -396,5 +397,5 @@ def test_every_thread_has_a_reader_of_its_own(clips: list[Clip], monkeypatch: py
 
 def test_values_of_a_column_are_those_of_all_its_chunks() -> None:
     chunks = [pa.array([b"a", b"bc", b"", b"def"], pa.binary()).slice(1), pa.array([b"g"], pa.binary())]
-    values = reader_module._values(pa.chunked_array(chunks))
+    values = reader_module._column_bytes(pa.chunked_array(chunks))
     assert [value.tobytes() for value in values] == [b"bc", b"", b"def", b"g"]

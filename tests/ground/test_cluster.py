@@ -71,4 +71,4 @@ def test_an_interrupted_command_says_how_to_resume_and_exits_with_130(capsys: py
     with pytest.raises(SystemExit) as caught:
         end_interrupted("tune-ego resume /x")
     assert caught.value.code == 130
-    assert capsys.readouterr().out == "Interrupted; to go on from the last checkpoint: tune-ego resume /x\n"
+    assert capsys.readouterr().out == "Interrupted. To resume from the last checkpoint, run: tune-ego resume /x\n"

@@ -106,7 +106,7 @@ def test_the_whole_path_on_an_object_store(
     wait_for(second_trial_has_a_checkpoint, 240, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "goes on from iteration " in run("resume", f"{results}/search")
+    assert "resumes from iteration " in run("resume", f"{results}/search")
     assert [trial.state for trial in read_experiment(f"{results}/search").trials] == ["finished", "finished"]
     run("export", f"{results}/search", "--out", f"{bucket}/best.yaml")
     final = ["--data", data, "--storage", results, "--name", "final", "--iterations", "60"]

@@ -325,7 +325,7 @@ def test_a_checkpoint_is_held_against_its_checksum(tmp_path: Path, monkeypatch: 
     content["model"]["rgb.logits.conv3d.bias"] += 1
     torch.save(content, file)  # a whole file, but not the one that was written
     for path in (file, "checkpoint.pt"):
-        with pytest.raises(DamagedCheckpoint, match="damaged, it is not what was written"):
+        with pytest.raises(DamagedCheckpoint, match="damaged, its content does not match its checksum"):
             load_weights(stream, path)
     torch.save(content, file.with_name("other.pt"))  # the checksum is not this file's
     load_weights(stream, file.with_name("other.pt"))

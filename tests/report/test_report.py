@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from tests.stub_experiment import write_evaluation, write_experiment
 from tune_ego.errors import UserError
 from tune_ego.report import charts
-from tune_ego.report.charts import _heights
+from tune_ego.report.charts import _draw_axis
 from tune_ego.report.commands import report
 from tune_ego.report.page import COMPARED, SECTIONS, look_up
 from tune_ego.report.write import write_comparison, write_report
-from tune_ego.results.experiment import METRIC
+from tune_ego.results.experiment import METRIC, read_experiment
+from tune_ego.results.tables import config_value
 
 SCALES = {"plain": 1, "percent": 100, "fine": 100, "points": 100, "count": 1, "score": 1, "speed": 1, "general": 1}
 ODD_SPACE = """
@@ -141,6 +142,11 @@ def test_200_trials(large: Path) -> None:
     assert numbers["stopping"]["spent_iterations"] == sum(lines[name][-1]["iteration"] for name in ended)
     assert numbers["stopping"]["full_iterations"] == 1500 * 192
     assert [rung["iterations"] for rung in numbers["stopping"]["rungs"]] == [150, 450, 1350]
+    row = [place.rpartition("/")[2] for place, _, _ in page.numbers if place.startswith("stopping/rungs/0/")]
+    assert row == ["iterations", "reported", "stopped", "went_on"]
+    assert re.search(
+        r">rung, iterations</th>.*?>trials that reached[^<]*</th>.*?>stopped</th>.*?>continued</th>", out.read_text()
+    )
     assert {entry["key"] for entry in numbers["importance"]["entries"][:2]} == {"optimizer.lr"}
     assert sum(entry["share"] for entry in numbers["importance"]["entries"]) == pytest.approx(1)
     seconds = sum(
@@ -149,7 +155,7 @@ def test_200_trials(large: Path) -> None:
         for line in of_one
     )
     assert numbers["cost"]["gpu_hours"] == pytest.approx(seconds / 3600)
-    assert "Not logged by these runs: validation loss" in page.text
+    assert "Not logged by these trials: validation loss" in page.text
     assert "stratified fold 0 of split 1" in page.text and "published: Straminsky et al." in page.text
 
 
@@ -173,11 +179,11 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_report(str(tmp_path), out)
     with pytest.raises(UserError, match="neither an evaluation"):
         write_report(search, out, str(tmp_path))
-    with pytest.raises(UserError, match="not what `tune-ego evaluate` writes"):
+    with pytest.raises(UserError, match="not written by `tune-ego evaluate`"):
         write_report(search, out, f"{search}/trials.json")
     with pytest.raises(UserError, match=r"end with \.html"):
         write_report(search, str(tmp_path / "report.pdf"))
-    with pytest.raises(UserError, match="say with --data"):
+    with pytest.raises(UserError, match="name their shards with --data"):
         write_report(search, out, checkpoint=search)
     with pytest.raises(UserError, match="name a run with --checkpoint"):
         write_report(search, out, data=str(tmp_path))
@@ -205,7 +211,7 @@ def test_odd_names_conditions_and_many_parameters(tmp_path: Path) -> None:
     assert values and "-" not in values
     shown, left_out = numbers["parallel"]["keys"], numbers["parallel"]["left_out"]
     assert sorted(shown + left_out) == sorted(numbers["experiment"]["keys"]) and len(shown) == 13 and len(left_out) == 2
-    assert f"Without an axis: {', '.join(left_out)}." in page.text
+    assert f"Parameters without an axis: {', '.join(left_out)}." in page.text
     shares = {entry["key"]: entry["share"] for entry in numbers["importance"]["entries"]}
     assert max(shares, key=lambda key: shares[key]) == shown[0]
     assert f"seeds of the trials{numbers['reproduce']['trial_seeds'][0]} " in page.text.replace("\n", "")
@@ -213,10 +219,10 @@ def test_odd_names_conditions_and_many_parameters(tmp_path: Path) -> None:
 
 def test_axes_of_parallel_coordinates() -> None:
     axis = Figure().add_subplot()
-    found = _heights(axis, 0, "uniform", ["0.8", "-", "0.9"], [0.8, None, 0.9])
-    assert found == pytest.approx([0, -0.05, 1])
-    found = _heights(axis, 1, "choice", ["16", "8", "128", "-"], [16, 8, 128, None])
-    assert found == pytest.approx([0.5, 0, 1, -0.05], abs=0.021)
+    heights = _draw_axis(axis, 0, "uniform", ["0.8", "-", "0.9"], [0.8, None, 0.9])
+    assert heights == pytest.approx([0, -0.05, 1])
+    heights = _draw_axis(axis, 1, "choice", ["16", "8", "128", "-"], [16, 8, 128, None])
+    assert heights == pytest.approx([0.5, 0, 1, -0.05], abs=0.021)
     assert [text.get_text() for text in axis.texts[3:]] == ["8", "16", "128"]
 
 
@@ -227,11 +233,18 @@ def test_two_experiments(tmp_path: Path) -> None:
     numbers = write_comparison((str(tmp_path / "search"), str(tmp_path / "other")), str(out))
     page = check_page(out, COMPARED)
     assert {row["what"] for row in numbers["differences"]} >= {"scheduler", "samples", "searched parameters"}
-    assert "other budgets" in page.text
+    assert "The budgets differ" in page.text
+    for name, root in (("a", "search"), ("b", "other")):
+        search = read_experiment(str(tmp_path / root))
+        values = {row["key"]: row[name] for row in numbers["best_values"]}
+        keys = search.space.searched_keys
+        assert keys and all(values[key] == config_value(search.best.config, key) for key in keys)
+        assert all(values[key] == "not searched" for key in values.keys() - {*keys})
+    assert any(row["a"] != row["b"] for row in numbers["best_values"])
     write_experiment(tmp_path / "empty", 4)
     (tmp_path / "empty" / "trials.json").unlink()
     write_comparison((str(tmp_path / "empty"), str(tmp_path / "other")), str(out))
-    assert "nothing has been validated" in check_page(out, COMPARED).text
+    assert "no trial has been validated" in check_page(out, COMPARED).text
 
 
 def test_labelled_trials_stand_beside_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +258,7 @@ def test_labelled_trials_stand_beside_the_table(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_does_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="belong to a report of one"):
+    with pytest.raises(UserError, match="are for a report of one"):
         report("search", "search", str(tmp_path / "x.html"), data="shards")
     assert not (tmp_path / "x.html").exists()
 
@@ -286,6 +299,6 @@ def test_a_report_does_not_go_over_other_files(tmp_path: Path) -> None:
     """`--out E/experiment.html` would write its numbers over the search's own record."""
     write_experiment(tmp_path)
     before = (tmp_path / "experiment.json").read_bytes()
-    with pytest.raises(UserError, match=r"experiment\.json, which is there and no report's"):
+    with pytest.raises(UserError, match=r"would overwrite .*experiment\.json, which no report wrote"):
         write_report(str(tmp_path), str(tmp_path / "experiment.html"), None)
     assert (tmp_path / "experiment.json").read_bytes() == before and not (tmp_path / "experiment.html").exists()

@@ -138,11 +138,15 @@ def test_twenty_pairs_of_confused_classes_at_most(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "reason"),
     [
-        (("fused", "confusion", 0, 1), 2, "fused: the confusion matrix is not of these classes and clips"),
-        (("fused", "confusion", 0), [1, 3, 0], "fused: the confusion matrix is not of these classes and clips"),
-        (("rgb", "recall", 3), 0.5, "rgb: the recall is not of these classes"),
-        (("rgb", "recall", 0), None, "rgb: the recall is not of these classes"),
-        (("rgb", "recall"), [1.0, 1.0, 0.75], "rgb: the recall is not of these classes"),
+        (("fused", "confusion", 0, 1), 2, "fused: the confusion matrix does not match the classes and their clips"),
+        (
+            ("fused", "confusion", 0),
+            [1, 3, 0],
+            "fused: the confusion matrix does not match the classes and their clips",
+        ),
+        (("rgb", "recall", 3), 0.5, "rgb: the recall does not match the classes"),
+        (("rgb", "recall", 0), None, "rgb: the recall does not match the classes"),
+        (("rgb", "recall"), [1.0, 1.0, 0.75], "rgb: the recall does not match the classes"),
         (("classes", 3, "clips"), -1, "classes.3.clips: Input should be greater than or equal to 0"),
         (("split",), "2", "split: Input should be a valid integer"),
         (("chance",), float("nan"), "chance: Input should be a finite number"),
@@ -158,7 +162,7 @@ def test_an_evaluation_that_does_not_belong_together(
     node[place[-1]] = value
     file = tmp_path / "evaluation.json"
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"not what `tune-ego evaluate` writes: {reason}"):
+    with pytest.raises(UserError, match=f"not written by `tune-ego evaluate`: {reason}"):
         evaluation_numbers(str(file))
 
 
@@ -193,12 +197,12 @@ def test_commands_of_an_evaluated_run(tmp_path: Path) -> None:
     for changes, data, weight in cases:
         commands = reproduction(search, {**evaluation, **changes}, [])["commands"]
         assert [one["what"] for one in commands] == [
-            "the search, as it was started",
-            "go on with it",
-            "the best configuration",
-            "train and test the run that is shown here again",
-            "the test that is shown here",
-            "this report",
+            "start the search",
+            "resume the search",
+            "export the best configuration",
+            "train and test the run shown here again",
+            "evaluate the checkpoint shown here again",
+            "write this report again",
         ]
         assert commands[3]["command"] == train.format(data, tmp_path)
         assert commands[4]["command"] == test.format(data) + weight
@@ -260,7 +264,7 @@ def test_what_an_evaluation_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run = _evaluated(tmp_path / "a" / f"other{number}", config, "/other" if key == "data" else "/nowhere/shards")
         numbers = write_report(str(root), str(out), str(run))
         assert numbers["evaluation"]["differs"] == [key]
-        assert f"not the best configuration: other {key}" in check_page(out, SECTIONS).text
+        assert f"not the best configuration: it differs in {key}" in check_page(out, SECTIONS).text
     assert "no evaluated run" in write_report(str(root), str(out))["evaluation"]["why"]
 
     run = _evaluated(tmp_path / "a" / "final", longer, clips_trained_on=7, fusion_weight=0.3)
@@ -268,7 +272,9 @@ def test_what_an_evaluation_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page = check_page(out, SECTIONS)
     assert numbers["evaluation"]["run"] == str(run) and numbers["evaluation"]["differs"] == []
     assert "NOT A TEST: mean class accuracy, fused" in page.text
-    assert all("not a test: 7 of them were trained on" in row["on"] for row in numbers["published"]["ours"][:3])
+    assert all(
+        "not a test: the model was trained on 7 of these clips" in row["on"] for row in numbers["published"]["ours"][:3]
+    )
     commands = [one["command"] for one in numbers["reproduce"]["commands"]]
     assert f"tune-ego train {run}/config.yaml --data /nowhere/shards" in " ".join(commands)
     assert any(command.endswith("--split 1 --fusion-weight 0.3") for command in commands)
@@ -280,9 +286,9 @@ def test_what_an_evaluation_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     for damage in damages:
         _evaluated(run, longer, **damage)
-        assert "not what `tune-ego evaluate` writes" in write_report(str(root), str(out))["evaluation"]["why"]
+        assert "not written by `tune-ego evaluate`" in write_report(str(root), str(out))["evaluation"]["why"]
         check_page(out, SECTIONS)
-        with pytest.raises(UserError, match="not what `tune-ego evaluate` writes"):
+        with pytest.raises(UserError, match="not written by `tune-ego evaluate`"):
             write_report(str(root), str(out), str(run))
 
 

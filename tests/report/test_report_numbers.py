@@ -17,8 +17,8 @@ VALIDATED_ON = "stratified fold 0 of split 1"
 
 
 def numbers_of(root: Path, *options: str) -> dict[str, Any]:
-    found = read(str(root))
-    return experiment_numbers(found, read_evaluation(found.experiment, None), list(options))
+    checked = read(str(root))
+    return experiment_numbers(checked, read_evaluation(checked.experiment, None), list(options))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_sections(numbers: dict[str, Any]) -> None:
     assert numbers["report"]["made"].endswith("+00:00") and len(numbers["report"]["made"]) == 25
     assert numbers["damaged"] == []
     assert numbers["evaluation"] == {
-        "why": "no evaluated run of the best configuration lies beside the search; name one with --evaluation"
+        "why": "no evaluated run of the best configuration lies beside the search; choose a run with --evaluation"
     }
 
 
@@ -48,7 +48,7 @@ def test_overview(numbers: dict[str, Any], root: Path) -> None:
     assert numbers["experiment"] == {
         "name": "six",
         "root": str(root),
-        "state": "running: 3 of 7 trials have ended, and what follows is what is known so far",
+        "state": "running: 3 of 7 trials have ended; this report shows the results so far",
         "started": "2026-11-20T08:00:00+00:00",
         "trials_planned": 7,
         "trials_drawn": 6,
@@ -215,7 +215,7 @@ def test_parallel_coordinates_and_importance_of_few_trials(numbers: dict[str, An
         "best_share": 0.25,
         "configurations": 4,
         "entries": [],
-        "why": "4 validated configurations are too few; 12 at least are needed",
+        "why": "4 validated configurations are too few; at least 12 are needed",
     }
 
 
@@ -250,24 +250,24 @@ def test_an_evaluation_beside_the_published_results(root: Path, classes: int, co
     stream = {"stream": "rgb", "micro_accuracy": 0.6, "mean_class_accuracy": 0.5}
     evaluation: dict[str, Any] = {"split": 2, "clips_trained_on": 0, "streams": [stream], "classes": [{}] * classes}
     search = read(str(root)).experiment
-    found = published_numbers(search, None, evaluation)
-    assert found["ours"] == [
+    published = published_numbers(search, None, evaluation)
+    assert published["ours"] == [
         {"model": "evaluated checkpoint, rgb", "micro": 0.6, "mean_class": 0.5, "on": "test clips of split 2"}
     ]
-    assert (found["classes"], found["comparable"]) == (classes, comparable)
-    found = published_numbers(search, None, {**evaluation, "clips_trained_on": 7})
-    assert found["ours"][0]["on"] == "test clips of split 2; not a test: 7 of them were trained on"
+    assert (published["classes"], published["comparable"]) == (classes, comparable)
+    published = published_numbers(search, None, {**evaluation, "clips_trained_on": 7})
+    assert published["ours"][0]["on"] == "test clips of split 2; not a test: the model was trained on 7 of these clips"
 
 
 def test_reproduction(numbers: dict[str, Any], root: Path) -> None:
     reproduce, folder = numbers["reproduce"], root.parent
     train = f"--data /nowhere/shards --storage {folder} --name six-final"
     assert reproduce["commands"] == [
-        {"what": "the search, as it was started", "command": "tune-ego tune six.yaml --data /nowhere/shards"},
-        {"what": "go on with it", "command": f"tune-ego resume {root}"},
-        {"what": "the best configuration", "command": f"tune-ego export {root} --out best.yaml"},
-        {"what": "train and test it", "command": f"tune-ego train best.yaml {train}"},
-        {"what": "this report", "command": f"tune-ego report {root} --data 'my shards'"},
+        {"what": "start the search", "command": "tune-ego tune six.yaml --data /nowhere/shards"},
+        {"what": "resume the search", "command": f"tune-ego resume {root}"},
+        {"what": "export the best configuration", "command": f"tune-ego export {root} --out best.yaml"},
+        {"what": "train and test the best configuration", "command": f"tune-ego train best.yaml {train}"},
+        {"what": "write this report again", "command": f"tune-ego report {root} --data 'my shards'"},
     ]
     assert reproduce["versions"] == {
         "tune_ego of the search": "0.0.9",
@@ -297,7 +297,7 @@ def test_no_trial_yet(tmp_path: Path) -> None:
     numbers = numbers_of(tmp_path / "six")
     overview = numbers["experiment"]
     assert overview["state"] == "empty: no trial has been started, or none can be read"
-    assert (overview["budget_iterations"], overview["validation"]) == (100, "not known: there is no trial")
+    assert (overview["budget_iterations"], overview["validation"]) == (100, "unknown: there is no trial")
     assert (overview["trials_drawn"], overview["states"]) == (0, {})
     assert (numbers["answer"], numbers["trials"]) == (None, [])
     assert numbers["choices"] == {"even_iteration": None, "parameters": []}

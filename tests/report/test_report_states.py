@@ -15,7 +15,7 @@ from tests.report.test_report import Page, check_page, without_charts
 from tests.stub_experiment import write_experiment
 from tune_ego import storage
 from tune_ego.report.page import SECTIONS
-from tune_ego.report.reading import _check_end, _check_lines, _decisions, read
+from tune_ego.report.reading import _check_end, _check_lines, _read_decisions, read
 from tune_ego.report.write import write_report
 from tune_ego.results.experiment import Decision, Experiment, Trial, TrialRecords, read_experiment
 
@@ -39,10 +39,10 @@ def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = TrialRecords(str(root))
     for name in ("00002", "00003"):
         records.note(name, "running")
-    assert state() == f"interrupted: 2 of 4 trials have ended; to go on: tune-ego resume {root}"
+    assert state() == f"interrupted: 2 of 4 trials have ended; to resume: tune-ego resume {root}"
     beat = {"id": "x", "host": "elsewhere", "pid": 1, "beat": time.time()}
     storage.write_json(str(root / "driver.json"), beat)
-    assert state() == "running: 2 of 4 trials have ended, and what follows is what is known so far"
+    assert state() == "running: 2 of 4 trials have ended; this report shows the results so far"
     for content in ("{}", "[]", "{", '{"beat": "x"}'):
         (root / "driver.json").write_text(content)
         assert state().startswith("interrupted: 2 of 4 trials")
@@ -51,8 +51,8 @@ def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         records.note(trial.id, "failed", "out of memory")
         shutil.rmtree(trial.run)
     monkeypatch.undo()  # with their drawings
-    assert state() == "over, and every trial failed, the first for: out of memory"
-    assert "There is no answer: no trial has been validated" in Page(out.read_text()).text
+    assert state() == "over, and every trial failed; the first one failed with: out of memory"
+    assert "There is no best configuration: no trial has been validated" in Page(out.read_text()).text
     note({"00003": None})
     assert state().startswith("interrupted: 3 of 4 trials have ended")
     (root / "trials.json").unlink()
@@ -75,8 +75,8 @@ DECISIONS = {
 REASONS = {
     "nan": "metrics.jsonl: line 1: gaze_loss is nan",
     "no_iteration": "metrics.jsonl: line 2 has no iteration",
-    "empty": "it was stopped, but .*metrics.jsonl has no line",
-    "short": "it has finished, but .*metrics.jsonl ends at iteration 450 of 1500",
+    "empty": "the trial was stopped early, but .*metrics.jsonl has no line",
+    "short": "the trial has finished, but .*metrics.jsonl ends at iteration 450 of 1500",
     "state": "unknown state: None",
     "other_state": "unknown state: 'lost'",
     **dict.fromkeys(DECISIONS, "decisions.json: damaged"),
@@ -157,10 +157,10 @@ def test_a_stopped_or_finished_trial_has_the_lines_of_it() -> None:
     config = Experiment("", {"space": SPACE, "space_source": "t", "overrides": {}, "samples": 1}, []).space.config({})
     for state, iteration, reason in [
         ("finished", 100, ""),
-        ("finished", 99, "it has finished, but /run/metrics.jsonl ends at iteration 99 of 100"),
-        ("finished", 0, "it has finished, but /run/metrics.jsonl ends at iteration 0 of 100"),
+        ("finished", 99, "the trial has finished, but /run/metrics.jsonl ends at iteration 99 of 100"),
+        ("finished", 0, "the trial has finished, but /run/metrics.jsonl ends at iteration 0 of 100"),
         ("stopped", 1, ""),
-        ("stopped", 0, "it was stopped, but /run/metrics.jsonl has no line of it"),
+        ("stopped", 0, "the trial was stopped early, but /run/metrics.jsonl has no line"),
         ("running", 0, ""),
     ]:
         lines = [{"iteration": iteration}] if iteration else []
@@ -192,10 +192,10 @@ def test_decisions_that_no_scheduler_writes(tmp_path: Path, content: object) -> 
     run.mkdir(parents=True)
     whole = [0, "a", 10, 0.5, "STOP"]
     (run / "decisions.json").write_text(json.dumps([whole]))
-    assert _decisions(str(tmp_path), "a") == [Decision(0, "a", 10, 0.5, "STOP")]
+    assert _read_decisions(str(tmp_path), "a") == [Decision(0, "a", 10, 0.5, "STOP")]
     (run / "decisions.json").write_text(json.dumps([whole, *content] if isinstance(content, list) else content))
     with pytest.raises(ValueError, match=r"decisions\.json: damaged: "):
-        _decisions(str(tmp_path), "a")
+        _read_decisions(str(tmp_path), "a")
 
 
 def test_decisions_of_all_trials_are_read_in_their_order(tmp_path: Path) -> None:
@@ -205,12 +205,12 @@ def test_decisions_of_all_trials_are_read_in_their_order(tmp_path: Path) -> None
     for name, places in orders.items():
         made = [[place, name, 10 * place + 10, 0.1, "CONTINUE"] for place in places]
         (tmp_path / "runs" / name / "decisions.json").write_text(json.dumps(made))
-    found = read(str(tmp_path))
-    assert [(decision.order, decision.trial) for decision in found.decisions] == [
+    checked = read(str(tmp_path))
+    assert [(decision.order, decision.trial) for decision in checked.decisions] == [
         (0, "00001"),
         (1, "00000"),
         (2, "00001"),
         (3, "00000"),
     ]
-    assert [trial.id for trial in found.experiment.trials] == ["00000", "00001"]
-    assert found.alive is False and found.damaged == {}
+    assert [trial.id for trial in checked.experiment.trials] == ["00000", "00001"]
+    assert checked.alive is False and checked.damaged == {}

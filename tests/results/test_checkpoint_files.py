@@ -24,9 +24,9 @@ from tune_ego.results.checkpoint_files import (
     find_checkpoint,
     is_checkpoint_name,
     is_final,
-    last_whole,
-    read_last_whole,
-    read_whole,
+    last_whole_iteration,
+    read_last_whole_checkpoint,
+    read_verified,
     remove_checkpoints,
     run_of,
 )
@@ -145,7 +145,7 @@ def test_the_best_the_last_two_and_those_to_keep_stay(
     for iteration in written:
         validated = {"iteration": best[iteration]} if iteration in best else {}
         write_checkpoint(str(tmp_path), {"iteration": iteration, "best": validated}, keep)
-    assert checkpoint_iterations(str(tmp_path)) == stay and last_whole(str(tmp_path)) == stay[-1]
+    assert checkpoint_iterations(str(tmp_path)) == stay and last_whole_iteration(str(tmp_path)) == stay[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"iteration-{n:06d}" for n in stay]
 
 
@@ -178,11 +178,11 @@ def test_the_checksum_of_a_damaged_checkpoint_goes_before_it_is_written_again(
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     file = save(tmp_path, 10)
-    assert read_whole(str(file)) == content(10)
+    assert read_verified(str(file)) == content(10)
     flip_a_bit(file)
     with pytest.raises(DamagedCheckpoint) as caught:
-        read_whole(str(file))
-    assert str(caught.value) == f"{file}: damaged, it is not what was written"
+        read_verified(str(file))
+    assert str(caught.value) == f"{file}: damaged, its content does not match its checksum"
     file.write_bytes(content(10))
     beside = file.with_name("checkpoint.json")
     record = json.loads(beside.read_text())
@@ -195,33 +195,35 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     for wrong in wrong_records:
         beside.write_text(json.dumps(wrong))
         with pytest.raises(DamagedCheckpoint):
-            read_whole(str(file))
+            read_verified(str(file))
     beside.write_text('{"bytes": ')
-    with pytest.raises(DamagedCheckpoint, match="damaged, it is not what was written"):
-        read_whole(str(file))
+    with pytest.raises(DamagedCheckpoint, match="damaged, its content does not match its checksum"):
+        read_verified(str(file))
     beside.unlink()
-    assert read_whole(str(file)) == content(10)  # one that was copied out of its folder
+    assert read_verified(str(file)) == content(10)  # one that was copied out of its folder
     other = save(tmp_path, 20).with_name("model.pt")
     other.write_bytes(b"other")
-    assert read_whole(str(other)) == b"other"  # the checksum is that of checkpoint.pt
+    assert read_verified(str(other)) == b"other"  # the checksum is that of checkpoint.pt
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_off, Path.unlink])
 def test_the_last_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any) -> None:
-    assert read_last_whole(str(tmp_path)) is None and last_whole(str(tmp_path)) is None
+    assert read_last_whole_checkpoint(str(tmp_path)) is None and last_whole_iteration(str(tmp_path)) is None
     first, second, third = (save(tmp_path, iteration) for iteration in (9, 10, 100))
-    assert read_last_whole(str(tmp_path)) == (100, content(100)) and last_whole(str(tmp_path)) == 100
+    assert (
+        read_last_whole_checkpoint(str(tmp_path)) == (100, content(100)) and last_whole_iteration(str(tmp_path)) == 100
+    )
     assert capsys.readouterr().out == ""
-    line = "{}: damaged, it is not what was written; going back to the one before\n"
+    line = "{}: damaged, its content does not match its checksum; using the checkpoint before it\n"
     for file, before in ((third, 10), (second, 9)):
         damage(file)
-        assert last_whole(str(tmp_path)) == before
+        assert last_whole_iteration(str(tmp_path)) == before
         damaged = [path for path in (third, second) if path.exists() and damage is not Path.unlink]
         expected = damaged if file is second else damaged[:1]
         assert capsys.readouterr().out == "".join(line.format(path) for path in expected)
-    assert read_last_whole(str(tmp_path)) == (9, content(9))
+    assert read_last_whole_checkpoint(str(tmp_path)) == (9, content(9))
     damage(first)
-    assert read_last_whole(str(tmp_path)) is None and last_whole(str(tmp_path)) is None
+    assert read_last_whole_checkpoint(str(tmp_path)) is None and last_whole_iteration(str(tmp_path)) is None
 
 
 def test_the_file_that_a_path_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +246,7 @@ def test_a_folder_without_a_whole_checkpoint_means_nothing(tmp_path: Path) -> No
     for folder in (tmp_path, tmp_path / "run"):
         with pytest.raises(UserError) as caught:
             find_checkpoint(str(folder))
-        hint = "give a run, of a search one below runs/"
+        hint = "give a run (in a search, a folder in runs/)"
         assert str(caught.value) == f"{folder}: no whole checkpoint in this folder; {hint}"
 
 

@@ -30,12 +30,12 @@ def ended_process() -> int:
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     write_driver(tmp_path)
-    ours = rf"process {os.getppid()} on {socket.gethostname()} drives it"
+    ours = rf"process {os.getppid()} on {socket.gethostname()} drives this search or run"
     with pytest.raises(UserError, match=ours), driving(str(tmp_path), ""):
         pytest.fail("not refused")
     assert is_alive(str(tmp_path))  # and it was not disturbed
     write_driver(tmp_path, host="elsewhere", pid=ended_process())
-    with pytest.raises(UserError, match="on elsewhere drives it"), driving(str(tmp_path), ""):
+    with pytest.raises(UserError, match="on elsewhere drives this search or run"), driving(str(tmp_path), ""):
         pytest.fail("not refused")
 
 
@@ -65,12 +65,12 @@ def test_the_first_signal_asks_the_runs_to_stop_and_the_second_ends(
                 time.sleep(0.02)
             assert (tmp_path / "stop").exists()
             signal.raise_signal(number)
-            pytest.fail("the second signal was not heard")
+            pytest.fail("the second signal did not end it")
 
     with pytest.raises(SystemExit) as caught:
         drive()
     assert caught.value.code == 130
-    assert "to go on from the last checkpoint: do this" in capsys.readouterr().out
+    assert "Interrupted. To resume from the last checkpoint, run: do this" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     assert not list(tmp_path.iterdir())
 
@@ -105,7 +105,7 @@ def test_of_two_that_claim_a_folder_at_the_same_moment_the_last_writer_drives(
 
 def test_a_driver_renews_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a driver on another machine would be taken for dead after a minute."""
-    monkeypatch.setattr("tune_ego.results.driver._BEAT_EVERY", 0.05)
+    monkeypatch.setattr("tune_ego.results.driver._HEARTBEAT_EVERY", 0.05)
     with driving(str(tmp_path), ""):
         first = json.loads((tmp_path / "driver.json").read_text())
         for _ in range(100):

@@ -24,8 +24,6 @@ from tune_ego.results.experiment import (
     TrialRecords,
     by_configuration,
     collapsed_rate,
-    config_value,
-    configuration_table,
     follower,
     learning_rates,
     read_decisions,
@@ -35,11 +33,11 @@ from tune_ego.results.experiment import (
     read_records,
     run_folder,
     trial_name,
-    trial_table,
     write_decisions,
     write_failure,
     write_metrics,
 )
+from tune_ego.results.tables import config_value, configuration_table, trial_table
 
 SPACE = """
 base: {train: {iterations: 30, validate_every: 10}, seed: 5}

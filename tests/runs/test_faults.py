@@ -91,7 +91,7 @@ def test_a_trial_that_may_not_fail_again_has_failed_with_its_reason(
     resumed = resume_search(found.root, None)
     assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
     assert_it_went_on(before, resumed.trials[0].metrics)
-    assert "00000: failed, goes on from iteration" in capsys.readouterr().out
+    assert "00000: failed, resumes from iteration" in capsys.readouterr().out
     assert_nothing_is_left()
 
 

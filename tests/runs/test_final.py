@@ -16,7 +16,7 @@ from tune_ego.config import Config, dump_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluation.evaluate import evaluate
-from tune_ego.feed.batches import on_device
+from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri
 from tune_ego.results.driver import stop_uri
@@ -35,9 +35,9 @@ def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, sh
     half = ray.cluster_resources()["CPU"] / 2 - READER_CPUS
     changes = {"train__iterations": 3, "train__validate_every": 3, "optimizer__lr": 1e-6}  # rounding does not grow
     alone = tiny_config(train__accumulate=2, **changes)
-    plan, trainer = FeedPlan.of(shards, alone, 1, 0), trainer_for(alone, shards)
+    plan, trainer = FeedPlan.from_config(shards, alone, 1, 0), trainer_for(alone, shards)
     losses = []
-    batches = on_device(read_items(plan, range(plan.items)), torch.device("cpu"))
+    batches = batches_to_device(read_items(plan, range(plan.item_count)), torch.device("cpu"))
     for _ in range(3):
         losses.append(trainer.step(batches)[:, 0].sum().item())
     for name, cpus in (("wide", half), ("narrow", half + 0.1)):

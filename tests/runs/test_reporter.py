@@ -47,7 +47,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def a_reporter(run: Path, *, final: bool) -> Reporter:
     config = tiny_config()
-    return Reporter(Job(config, "", str(run), 0, "", final), 0, FeedPlan.of("", config, 1, 0))
+    return Reporter(Job(config, "", str(run), 0, "", final), 0, FeedPlan.from_config("", config, 1, 0))
 
 
 def trained(iteration: int) -> Trainer:
@@ -168,7 +168,7 @@ def test_a_worker_of_another_rank_reports_and_writes_nothing(tmp_path: Path, mon
     reported: list[int] = []
     monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
     config = tiny_config()
-    report = Reporter(Job(config, "", str(tmp_path), 0, "", False), 1, FeedPlan.of("", config, 1, 0))
+    report = Reporter(Job(config, "", str(tmp_path), 0, "", False), 1, FeedPlan.from_config("", config, 1, 0))
     report({"iteration": 1}, None)
     report(METRICS, trained(2).checkpoint())
     assert reported == [2] and not list(tmp_path.iterdir())

@@ -21,10 +21,10 @@ from tests.search.test_search import wait_for, wait_for_end, write_space
 from tune_ego.bench.resume import bench_resume, descendants
 from tune_ego.config import Config, dump_config
 from tune_ego.dataset.shards import open_shards
-from tune_ego.feed.batches import on_device
+from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.results import checkpoint_files, driver, experiment
-from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole
+from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri, last_whole_iteration
 from tune_ego.results.experiment import METRIC
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import fit
@@ -56,14 +56,14 @@ def test_the_best_and_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
     for iteration, best in ((10, 10), (20, 20), (30, 20), (40, 20), (50, 20)):
         save(tmp_path, iteration, best)
     assert checkpoint_iterations(str(tmp_path)) == [20, 40, 50]
-    assert last_whole(str(tmp_path)) == 50
+    assert last_whole_iteration(str(tmp_path)) == 50
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"iteration-0000{n}" for n in (20, 40, 50)]
 
 
 def test_what_the_final_weights_are_the_mean_of_stays_whatever_is_written_in_between(tmp_path: Path) -> None:
     config = tiny_config(train__iterations=8, train__average_checkpoints=3)
     for final, needed in ((True, {4, 6, 8}), (False, set[int]())):
-        plan = FeedPlan.of("", config, 1, 0)
+        plan = FeedPlan.from_config("", config, 1, 0)
         assert Reporter(Job(config, "", "", 0, "", final), 0, plan).needed == needed
     for iteration in (2, 4, 6, 7, 8):  # 7: interrupted, or a spot notice
         save(tmp_path, iteration, 2, {4, 6, 8})
@@ -97,14 +97,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys
         file.unlink()
     else:
         checksum.write_bytes(checksum.read_bytes()[:20])
-    assert last_whole(str(tmp_path)) == 10
+    assert last_whole_iteration(str(tmp_path)) == 10
     named = f"{file}: damaged" in capsys.readouterr().out.replace("\n", "")
     assert named == (damage in ("a bit", "cut off", "half a checksum"))
     if named:
-        with pytest.raises(DamagedCheckpoint, match="damaged, it is not what was written"):
+        with pytest.raises(DamagedCheckpoint, match="damaged, its content does not match its checksum"):
             read_checkpoint(str(file))
     save(tmp_path, 20, 10)  # the run comes by again
-    assert last_whole(str(tmp_path)) == 20
+    assert last_whole_iteration(str(tmp_path)) == 20
 
 
 def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, ray_cluster: None) -> None:
@@ -121,7 +121,7 @@ def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, r
     config = tiny_config(train__iterations=6, streams="rgb")
     run = str(tmp_path / "run")
     whole = trainer_of(shards, config)
-    plan = FeedPlan.of(shards, config, 1, 0)
+    plan = FeedPlan.from_config(shards, config, 1, 0)
     lines: list[dict[str, Any]] = []
 
     def report(metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
@@ -130,7 +130,7 @@ def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, r
             experiment.write_metrics(run, lines)
             write_checkpoint(run, checkpoint)
 
-    train(whole, plan, on_device(read_items(plan, range(plan.items)), torch.device("cpu")), report)
+    train(whole, plan, batches_to_device(read_items(plan, range(plan.item_count)), torch.device("cpu")), report)
     Path(checkpoint_uri(run, 4)).write_bytes(b"x" * 100)
     for _ in range(2):
         fit(Job(config, shards, run, 0, driver.stop_uri(run), final=False), [Reports()])
@@ -151,7 +151,7 @@ def trainer_of(shards: str, config: Config) -> Trainer:
 def test_a_killed_run_ends_as_one_that_was_not() -> None:
     """`bench resume` in a short form; it raises where one bit differs."""
     benchmark = bench_resume(kills=2, seed=1)
-    assert benchmark.about["kills"] == 2 and benchmark.about["of these while a checkpoint was written"] >= 1
+    assert benchmark.facts["kills"] == 2 and benchmark.facts["of these while a checkpoint was written"] >= 1
     assert all(0 <= lost < 12 for lost in benchmark.figures[1].values)
     assert list(itertools.chain.from_iterable(figure.values for figure in benchmark.figures))
 
@@ -188,7 +188,7 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, shards: str,
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=45) == 130
     hint = f"tune-ego resume {root}" if command == "tune" else "the same command"
-    assert f"Interrupted; to go on from the last checkpoint: {hint}" in (tmp_path / "log").read_text()
+    assert f"Interrupted. To resume from the last checkpoint, run: {hint}" in (tmp_path / "log").read_text()
     wait_for_end(everything)
 
 

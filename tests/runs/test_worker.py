@@ -14,7 +14,7 @@ from tests.conftest import tiny_config
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.runs import signals, worker
 from tune_ego.runs.signals import watched
-from tune_ego.training.trainer import Notice
+from tune_ego.training.trainer import Signal
 
 
 class Preemption:
@@ -32,7 +32,7 @@ def preemption(monkeypatch: pytest.MonkeyPatch) -> Any:
     return context.preemption_context
 
 
-def wait_for(notice: Callable[[], Notice], expected: Notice) -> None:
+def wait_for(notice: Callable[[], Signal], expected: Signal) -> None:
     end = time.monotonic() + 10
     while notice() != expected:
         assert time.monotonic() < end
@@ -43,12 +43,12 @@ def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemptio
     stop = tmp_path / "stop"
     with watched(str(stop), 0) as notice:
         time.sleep(0.05)
-        assert notice() == Notice.NONE
+        assert notice() == Signal.NONE
         stop.write_text("")
-        wait_for(notice, Notice.STOP)
+        wait_for(notice, Signal.STOP)
         stop.unlink()
         preemption.preemption_info = "node 1 at 12:00"
-        assert [notice() for _ in range(3)] == [Notice.STOP] * 3
+        assert [notice() for _ in range(3)] == [Signal.STOP] * 3
 
 
 def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: Any) -> None:
@@ -66,7 +66,7 @@ def test_only_the_first_worker_looks(tmp_path: Path, preemption: Any) -> None:
     preemption.preemption_info = "node 1 at 12:00"
     with watched(str(tmp_path / "stop"), 1) as notice:
         time.sleep(0.05)
-        assert notice() == Notice.NONE
+        assert notice() == Signal.NONE
 
 
 def test_an_object_store_that_does_not_answer_is_looked_at_again(
@@ -82,7 +82,7 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
 
     monkeypatch.setattr("tune_ego.runs.signals.storage.exists", exists)
     with watched(str(tmp_path / "stop"), 0) as notice:
-        wait_for(notice, Notice.STOP)
+        wait_for(notice, Signal.STOP)
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
     ],
 )
 def test_the_bytes_of_a_batch(streams: str, encoded: bool, expected: int) -> None:
-    plan = FeedPlan.of("", tiny_config(streams=streams), 1, 0, encoded=encoded)
+    plan = FeedPlan.from_config("", tiny_config(streams=streams), 1, 0, encoded=encoded)
     assert worker._batch_bytes(plan) == expected

@@ -267,7 +267,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, shards: str) -> No
         check=True,
         env=environment,
     ).stdout
-    assert f"{second.id}: interrupted, goes on from iteration " in output
+    assert f"{second.id}: interrupted, resumes from iteration " in output
     assert f"{first.id}: starts" not in output
     after = read_experiment(str(root))
     assert [trial.state for trial in after.trials] == ["finished", "finished"]
@@ -299,7 +299,7 @@ def test_a_search_that_ended_is_resumed_for_more_iterations_alone(
     assert larger[0].metrics[:6] == before[0].metrics
     assert [trial.metrics for trial in larger[1:]] == [trial.metrics for trial in before[1:]]
     output = capsys.readouterr().out
-    assert "00000: finished, goes on from iteration 6" in output and "00001: stopped\n" in output
+    assert "00000: finished, resumes from iteration 6" in output and "00001: stopped\n" in output
     assert "00002: failed for good: iteration" in output
     assert "00001: starts" not in output
     assert_nothing_is_left()

@@ -200,10 +200,10 @@ def test_the_states_of_a_resumed_search_are_printed(
         tune.resume_search(str(tmp_path), None, **changes)
         assert capsys.readouterr().out.splitlines() == [
             f"Note: this search was started by tune_ego 0.0.1, and this is {__version__}",
-            "  00000-0: pending, starts anew",
-            "  00000-1: interrupted, goes on from iteration 20",  # its driver is dead
-            "  00001-0: interrupted, starts anew",
-            "  00001-1: finished" + (", goes on from iteration 30" if changes else ""),
+            "  00000-0: pending, starts from scratch",
+            "  00000-1: interrupted, resumes from iteration 20",  # its driver is dead
+            "  00001-0: interrupted, starts from scratch",
+            "  00001-1: finished" + (", resumes from iteration 30" if changes else ""),
             "  00002-0: stopped",
             "  00002-1: failed for good: nan",
         ]

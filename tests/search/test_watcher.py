@@ -181,4 +181,4 @@ def test_a_trial_that_is_started_again_is_swept_at_once(
     swept: list[Any] = []
     monkeypatch.setattr(watched, "_sweep", swept.append)
     watched.on_trial_recover(1, [], trial())
-    assert swept == [["00000"]] and capsys.readouterr().out == "  00000: died, and is started again\n"
+    assert swept == [["00000"]] and capsys.readouterr().out == "  00000: failed and is restarted\n"

@@ -25,7 +25,7 @@ from tune_ego.feed.feed_plan import FeedPlan, read_packed
 from tune_ego.model.i3d import widened
 from tune_ego.training.hardware import compile_streams
 from tune_ego.training.loop import train
-from tune_ego.training.trainer import NonFiniteLoss, Notice, Trainer
+from tune_ego.training.trainer import NonFiniteLoss, Signal, Trainer
 
 _ITERATIONS = 8  # LookAhead's slow weights move at the sixth
 GENTLE = {"optimizer__lr": 1e-6, "model__width": 0.2}
@@ -52,8 +52,8 @@ def follows_in_single(change: Change = lambda _: None, **keys: Any) -> None:
 
 def follows_in_double(monkeypatch: pytest.MonkeyPatch, change: Change = lambda _: None) -> None:
     """The loss over 8 iterations with usual steps."""
-    clips = ClipBatch.clips
-    monkeypatch.setattr(ClipBatch, "clips", lambda batch: {name: x.double() for name, x in clips(batch).items()})
+    clips = ClipBatch.model_input
+    monkeypatch.setattr(ClipBatch, "model_input", lambda batch: {name: x.double() for name, x in clips(batch).items()})
 
     def in_double(change: Change) -> torch.Tensor:
         return losses_of(lambda trainer: (trainer.model.double(), change(trainer)))[0]
@@ -109,7 +109,7 @@ def test_activation_checkpointing_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trainer.model(batch(0, clips=4).clips())
+            trainer.model(batch(0, clips=4).model_input())
         return kept
 
     assert kept_bytes(True) < 0.35 * kept_bytes(False)
@@ -120,7 +120,7 @@ def test_activation_checkpointing_keeps_less() -> None:
 def test_compiled_streams_follow() -> None:
     def compile_all(trainer: Trainer) -> None:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        clips = batch(0, clips=4).clips()
+        clips = batch(0, clips=4).model_input()
         assert compile_streams(trainer.model, clips, None) == {"rgb": True}
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    clips = batch(0, clips=4).clips()
+    clips = batch(0, clips=4).model_input()
     found, trainer = losses_of(
         lambda trainer: trainer.compiled.update(compile_streams(trainer.model, clips, None)), streams="rgb"
     )
@@ -152,7 +152,7 @@ def test_a_verdict_that_comes_late_changes_no_number() -> None:
 
     at_once, late = losses_of(), losses_of(wait)
     assert torch.equal(at_once[0], late[0])
-    late[1].settle()
+    late[1].flush_status()
     theirs = at_once[1].model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in late[1].model.state_dict().items())
 
@@ -174,14 +174,14 @@ def test_late_verdicts_are_heard_before_anything_is_written() -> None:
 def test_a_late_notice_is_heard_one_iteration_later() -> None:
     trainer = Trainer(tiny_config(streams="rgb"), ORIGIN, CPU)
     trainer.lag = 1
-    trainer.step(iter([batch(1)]), Notice.STOP)
-    assert trainer.heard == Notice.NONE
+    trainer.step(iter([batch(1)]), Signal.STOP)
+    assert trainer.signal == Signal.NONE
     trainer.step(iter([batch(2)]))
-    assert trainer.heard == Notice.STOP
-    trainer.step(iter([batch(3)]), Notice.SAVE)
-    assert trainer.heard == Notice.NONE
-    trainer.settle()
-    assert trainer.heard == Notice.SAVE
+    assert trainer.signal == Signal.STOP
+    trainer.step(iter([batch(3)]), Signal.SAVE)
+    assert trainer.signal == Signal.NONE
+    trainer.flush_status()
+    assert trainer.signal == Signal.SAVE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc's malloc")
@@ -235,8 +235,8 @@ sys.exit("torch" in sys.modules)
 
 def test_reading_imports_no_torch(shards: str, tmp_path: Path) -> None:
     """A process that unpickles and runs what Ray sends to a reader."""
-    plan = FeedPlan.of(shards, tiny_config(), 1, 0)
-    (tmp_path / "read").write_bytes(cloudpickle.dumps(partial(read_packed, plan=plan, items_a_block=2)))
+    plan = FeedPlan.from_config(shards, tiny_config(), 1, 0)
+    (tmp_path / "read").write_bytes(cloudpickle.dumps(partial(read_packed, plan=plan, items_per_block=2)))
     program = """
 import pickle, sys
 import pyarrow as pa

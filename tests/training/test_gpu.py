@@ -23,7 +23,7 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.dataset.tv_l1 import tv_l1
 from tune_ego.errors import UserError
 from tune_ego.evaluation.evaluate import score_clips
-from tune_ego.feed.batches import ClipBatch, on_device, to_device
+from tune_ego.feed.batches import ClipBatch, batches_to_device, to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.feed.packing import Batch
 from tune_ego.model import TwoStream
@@ -62,7 +62,7 @@ def losses_of(trainer: Trainer, iterations: int = 8) -> torch.Tensor:
     """Losses of iterations on made-up clips, [iterations, streams, (total, action, gaze)], on the CPU."""
     clips = (on(trainer.device, batch(number, clips=4)) for number in range(iterations))
     found = torch.stack([trainer.step(iter([clip])) for clip in clips]).cpu()
-    trainer.settle()
+    trainer.flush_status()
     return found
 
 
@@ -124,8 +124,8 @@ def test_200_iterations_in_16_bits_end_near_float32(handmade_shards: str) -> Non
         keys = {"optimizer__name": "sgd", "optimizer__lr": 1e-3, "model__width": 0.25, "train__batch_size": 8}
         config = tiny_config(**keys, streams="rgb", model__dropout=0.0, train__precision=precision)
         trainer = Trainer(config, Origin(handmade.ACTIONS, (48, 40), "dis"), GPU)
-        plan = FeedPlan.of(handmade_shards, config, 1, 0)
-        clips = itertools.cycle([*on_device(read_items(plan, range(plan.first_item(2))), GPU)])
+        plan = FeedPlan.from_config(handmade_shards, config, 1, 0)
+        clips = itertools.cycle([*batches_to_device(read_items(plan, range(plan.first_item(2))), GPU)])
         curves[precision] = torch.stack([trainer.step(clips)[:, 0].sum() for _ in range(200)]).cpu()
     start, end = curves["off"][0].item(), curves["off"][-20:].mean().item()
     assert end < 0.7 * start
@@ -151,7 +151,7 @@ def _deterministic_run(iterations: int, resumed_after: int | None) -> tuple[list
     trainer, losses = Trainer(config, ORIGIN, GPU), []
     for number in range(iterations):
         if number == resumed_after:
-            trainer.settle()
+            trainer.flush_status()
             content = trainer.checkpoint()
             trainer = Trainer(config, ORIGIN, GPU)
             trainer.load(content, "checkpoint")
@@ -194,7 +194,7 @@ def test_batches_are_whole_while_the_gpu_computes() -> None:
     sources: list[np.ndarray] = []
     busy = torch.randn(4096, 4096, device=GPU)
     sums, labels = [], []
-    for one in on_device(read(), GPU):
+    for one in batches_to_device(read(), GPU):
         assert one.rgb_BTHWC is not None and one.rgb_BTHWC.device.type == "cuda"
         busy = F.normalize(busy @ busy)  # the host is far ahead of the GPU
         weight_W = torch.arange(1, 113, device=GPU)

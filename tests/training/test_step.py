@@ -38,8 +38,8 @@ def batch(seed: int, clips: int = 1) -> ClipBatch:
 def test_a_step_s_gradients_equal_autograd_on_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes: the mean of cross-entropy + weight x gaze loss, for each stream; in float64, where ReLU's kinks
     and BatchNorm over few values are no matter."""
-    clips = ClipBatch.clips
-    monkeypatch.setattr(ClipBatch, "clips", lambda batch: {name: x.double() for name, x in clips(batch).items()})
+    clips = ClipBatch.model_input
+    monkeypatch.setattr(ClipBatch, "model_input", lambda batch: {name: x.double() for name, x in clips(batch).items()})
     weight, sigma = 0.7, 1.3
     config = tiny_config(
         loss__gaze_weight=weight,

@@ -14,14 +14,14 @@ from tests.conftest import TINY, tiny_config
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import on_device
+from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.results.experiment import METRIC, TIMES
 from tune_ego.search_space import load_space
 from tune_ego.training.checkpoint import Origin, read_checkpoint, to_bytes
 from tune_ego.training.hardware import autocast_dtype
 from tune_ego.training.loop import train
-from tune_ego.training.trainer import NonFiniteLoss, Notice, Trainer
+from tune_ego.training.trainer import NonFiniteLoss, Signal, Trainer
 
 CPU = torch.device("cpu")
 
@@ -32,13 +32,13 @@ def origin(shards: str) -> Origin:
 
 
 def run(
-    config: Config, shards: str, content: dict[str, Any] | None = None, notice: Notice = Notice.NONE
+    config: Config, shards: str, content: dict[str, Any] | None = None, notice: Signal = Signal.NONE
 ) -> tuple[Trainer, list[dict[str, Any]], list[Any]]:
     """(trainer at the end, metrics, checkpoints as they were when reported)."""
     trainer = Trainer(config, origin(shards), CPU)
     if content is not None:
         trainer.load(content, "test")
-    plan = FeedPlan.of(shards, config, 1, 0)
+    plan = FeedPlan.from_config(shards, config, 1, 0)
     lines, checkpoints = [], []
 
     def report(metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
@@ -47,8 +47,8 @@ def run(
         if checkpoint is not None:
             checkpoints.append(to_bytes(checkpoint))
 
-    items = range(plan.first_item(trainer.iteration), plan.items)
-    train(trainer, plan, on_device(read_items(plan, items), CPU), report, lambda: notice)
+    items = range(plan.first_item(trainer.iteration), plan.item_count)
+    train(trainer, plan, batches_to_device(read_items(plan, items), CPU), report, lambda: notice)
     return trainer, lines, checkpoints
 
 
@@ -79,13 +79,13 @@ def test_a_run_that_was_stopped_between_two_validations_ends_as_one_that_was_not
     assert [line["iteration"] for line in lines] == [2, 3, 4, 5]
     content, stopped = None, []
     for iteration in range(1, 6):
-        trainer, more, checkpoints = run(config, shards, content, Notice.STOP)
+        trainer, more, checkpoints = run(config, shards, content, Signal.STOP)
         assert trainer.iteration == iteration and len(checkpoints) == 1
         content = opened(checkpoints[0])
         stopped += more
     assert stopped == lines
     assert_same_state(content, opened(whole[-1]))
-    _, _, checkpoints = run(config, shards, None, Notice.SAVE)
+    _, _, checkpoints = run(config, shards, None, Signal.SAVE)
     assert len(checkpoints) == 5
 
 
@@ -164,8 +164,8 @@ def test_one_batch_is_learnt_by_heart(shards: str, optimizer: str) -> None:
     changes = {"model__width": 0.15, "model__dropout": 0.0, "optimizer__name": optimizer, "optimizer__lr": 0.01}
     config = tiny_config(streams="rgb", train__batch_size=4, **changes)
     trainer = Trainer(config, origin(shards), CPU)
-    plan = FeedPlan.of(shards, config, 1, 0)
-    batches = itertools.repeat(next(on_device(read_items(plan, [0]), CPU)))
+    plan = FeedPlan.from_config(shards, config, 1, 0)
+    batches = itertools.repeat(next(batches_to_device(read_items(plan, [0]), CPU)))
     losses = [trainer.step(batches)[0, 1].item() for _ in range(60)]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -210,9 +210,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(shards: str) -> None:
     with torch.no_grad():
         trainer.model["flow"].logits.conv3d.bias.fill_(torch.nan)  # type: ignore[union-attr,operator]
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    plan = FeedPlan.of(shards, config, 1, 0)
+    plan = FeedPlan.from_config(shards, config, 1, 0)
     with pytest.raises(NonFiniteLoss, match=r"iteration 1: action loss of the flow stream is nan"):
-        trainer.step(on_device(read_items(plan, range(plan.items)), CPU))
+        trainer.step(batches_to_device(read_items(plan, range(plan.item_count)), CPU))
     assert all(
         torch.equal(value, before[name]) or value.isnan().any() for name, value in trainer.model.named_parameters()
     )
@@ -230,8 +230,8 @@ def test_mixed_precision_follows_float32(shards: str) -> None:
         for moving in trainer.optimizers.values():
             assert moving.scaler.is_enabled() == (precision == "fp16")
             moving.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
-        plan = FeedPlan.of(shards, config, 1, 0)
-        batches = itertools.cycle(on_device(read_items(plan, range(plan.first_item(2))), CPU))
+        plan = FeedPlan.from_config(shards, config, 1, 0)
+        batches = itertools.cycle(batches_to_device(read_items(plan, range(plan.first_item(2))), CPU))
         losses[precision] = [trainer.step(batches).sum().item() for _ in range(12)]
         steps = [moving.schedule.state_dict()["steps"] for moving in trainer.optimizers.values()]
         assert steps == [12, 12]  # none was skipped
@@ -247,8 +247,8 @@ def test_an_overflow_of_one_stream_skips_that_one_alone(shards: str) -> None:
     for modality, scale in (("rgb", 1.0), ("flow", 2.0**120)):
         trainer.optimizers[modality].scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    plan = FeedPlan.of(shards, config, 1, 0)
-    trainer.step(on_device(read_items(plan, range(plan.items)), CPU))
+    plan = FeedPlan.from_config(shards, config, 1, 0)
+    trainer.step(batches_to_device(read_items(plan, range(plan.item_count)), CPU))
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert moved and all(name.startswith("rgb.") for name in moved)
     rate = config.optimizer.lr
@@ -258,8 +258,8 @@ def test_an_overflow_of_one_stream_skips_that_one_alone(shards: str) -> None:
 
 def test_a_stream_whose_gradients_always_overflow_ends_the_run(shards: str) -> None:
     trainer = Trainer(tiny_config(train__precision="fp16"), origin(shards), CPU)
-    plan = FeedPlan.of(shards, trainer.config, 1, 0)
-    batches = itertools.cycle(on_device(read_items(plan, range(1)), CPU))
+    plan = FeedPlan.from_config(shards, trainer.config, 1, 0)
+    batches = itertools.cycle(batches_to_device(read_items(plan, range(1)), CPU))
     trainer.optimizers["flow"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-24)
     weight = trainer.model.get_parameter("flow.logits.conv3d.weight")
     weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -294,6 +294,6 @@ def test_every_model_of_the_search_spaces_builds_and_trains(shards: str) -> None
     assert len(paths) == 6 and len(models) > 36  # `full` alone: 6 activations, 2 kinds of block, 3 depths
     for config in models.values():
         trainer = Trainer(config, origin(shards), CPU)
-        plan = FeedPlan.of(shards, config, 1, 0)
-        losses = trainer.step(on_device(read_items(plan, range(plan.items)), CPU))
+        plan = FeedPlan.from_config(shards, config, 1, 0)
+        losses = trainer.step(batches_to_device(read_items(plan, range(plan.item_count)), CPU))
         assert losses.isfinite().all() and trainer.iteration == 1

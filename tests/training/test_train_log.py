@@ -12,9 +12,9 @@ import torch
 from tests.conftest import tiny_config
 from tests.training.test_step import CPU, ORIGIN, batch
 from tune_ego.feed.batches import ClipBatch
-from tune_ego.training import trainer as module
+from tune_ego.training import loop as module
 from tune_ego.training.loop import train
-from tune_ego.training.trainer import Notice, Trainer
+from tune_ego.training.trainer import Signal, Trainer
 
 FEED, STEP, VALIDATION, REPORT = 1.0, 3.0, 20.0, 50.0  # seconds
 
@@ -39,7 +39,7 @@ class StubTrainer:
 
     def __init__(self, clock: Clock, start: int, **changes: object) -> None:
         self.config = tiny_config(**changes)
-        self.iteration, self.heard = start, 0
+        self.iteration, self.signal = start, 0
         self._clock = clock
         self._losses: list[torch.Tensor] = []
         self.calls: list[str] = []
@@ -48,11 +48,11 @@ class StubTrainer:
         next(batches)
         self._clock.now += STEP
         self.iteration += 1
-        self.heard = notice
+        self.signal = notice
         self._losses.append(torch.tensor([[self.iteration, 10.0 * self.iteration]]))
 
-    def settle(self) -> None:
-        self.calls.append("settle")
+    def flush_status(self) -> None:
+        self.calls.append("flush_status")
 
     def losses(self) -> list[torch.Tensor]:
         self.calls.append("losses")
@@ -79,7 +79,7 @@ class StubTrainer:
         return {"iteration": self.iteration, "losses": len(self._losses)}
 
 
-def run(clock: Clock, trainer: StubTrainer, iterations: int, validated: set[int], notices: list[Notice]) -> list[Any]:
+def run(clock: Clock, trainer: StubTrainer, iterations: int, validated: set[int], notices: list[Signal]) -> list[Any]:
     """The lines that `train` reports; each report takes 50 s, each batch 1 s."""
     reports: list[Any] = []
 
@@ -94,7 +94,7 @@ def run(clock: Clock, trainer: StubTrainer, iterations: int, validated: set[int]
 
     plan: Any = SimpleNamespace(iterations=iterations, validates_after=lambda done: done in validated)
     waiting = iter(notices)
-    train(trainer, plan, feed(), report, lambda: next(waiting, Notice.NONE))  # type: ignore[arg-type]
+    train(trainer, plan, feed(), report, lambda: next(waiting, Signal.NONE))  # type: ignore[arg-type]
     return reports
 
 
@@ -131,7 +131,7 @@ def test_speed_and_waiting_are_since_the_last_line(clock: Clock) -> None:
         {"iteration": 3, "losses": 0},
         {"iteration": 4, "losses": 0},
     ]
-    assert trainer.calls == ["settle", "losses", *["settle", "losses", "validate", "checkpoint"] * 2]
+    assert trainer.calls == ["flush_status", "losses", *["flush_status", "losses", "validate", "checkpoint"] * 2]
 
 
 def test_a_resumed_run_s_first_line_is_since_its_start(clock: Clock) -> None:
@@ -150,7 +150,7 @@ def test_speed_is_of_all_passes_and_workers(clock: Clock) -> None:
 def test_a_checkpoint_between_validations_keeps_the_losses_of_the_line_to_come(clock: Clock) -> None:
     """After iteration 2; the time that it takes counts among the next line's, as nothing else logs it."""
     trainer = StubTrainer(clock, 0, train__log_every=3)
-    reports = run(clock, trainer, 3, {3}, [Notice.NONE, Notice.SAVE])
+    reports = run(clock, trainer, 3, {3}, [Signal.NONE, Signal.SAVE])
     assert reports[0] == (None, {"iteration": 2, "losses": 2})
     assert reports[1][0]["clips_per_second"] == pytest.approx(12 / 62)  # 3 x 4 clips; 3 x 4 s + 50 s
     assert (reports[1][0]["losses"], reports[1][0]["report_seconds"]) == ([[2.0, 20.0]], 0.0)
@@ -161,7 +161,7 @@ def test_a_checkpoint_between_validations_keeps_the_losses_of_the_line_to_come(c
 def test_a_stop_ends_the_run_with_one_checkpoint(clock: Clock, validated: set[int], reported: list[int]) -> None:
     """A validation's checkpoint is the stop's too."""
     trainer = StubTrainer(clock, 0, train__log_every=10)
-    reports = run(clock, trainer, 4, validated, [Notice.NONE, Notice.STOP])
+    reports = run(clock, trainer, 4, validated, [Signal.NONE, Signal.STOP])
     assert [checkpoint["iteration"] for _, checkpoint in reports] == reported
     assert trainer.iteration == 2
 

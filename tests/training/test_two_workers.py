@@ -16,7 +16,7 @@ from tests.conftest import tiny_config
 from tests.training.test_step import CPU, ORIGIN, batch
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.results.experiment import METRIC
-from tune_ego.training.trainer import NonFiniteLoss, Notice, Trainer
+from tune_ego.training.trainer import NonFiniteLoss, Signal, Trainer
 
 CHANGES = {"train__precision": "off", "model__attention_scale": "subtract_min", "optimizer__lr": 1e-3}
 CONFIG = tiny_config(compute__workers=2, **CHANGES)
@@ -52,13 +52,13 @@ def validation_batches(rank: int) -> Iterator[ClipBatch]:
 @contextmanager
 def double_precision() -> Iterator[None]:
     """Models and clips in float64: rounding would grow over the steps of so small a net."""
-    single = ClipBatch.clips
-    ClipBatch.clips = lambda self: {name: clip.double() for name, clip in single(self).items()}  # type: ignore[method-assign]
+    single = ClipBatch.model_input
+    ClipBatch.model_input = lambda self: {name: clip.double() for name, clip in single(self).items()}  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        ClipBatch.clips = single  # type: ignore[method-assign]
+        ClipBatch.model_input = single  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float32)
 
 
@@ -84,9 +84,9 @@ def results(rank: int) -> dict[str, Any]:
     trainer = sensitive(Trainer(CONFIG, ORIGIN, CPU, rank))
     signals, own = [], []
     for iteration in range(ITERATIONS):
-        sent = Notice.STOP if rank == 0 and iteration == 1 else Notice.NONE
+        sent = Signal.STOP if rank == 0 and iteration == 1 else Signal.NONE
         own.append(trainer.step(iter([training_batch(iteration, rank)]), sent))
-        signals.append(trainer.heard)
+        signals.append(trainer.signal)
     mean_losses = trainer.losses()
     metrics = trainer.validate(validation_batches(rank), Validation())  # type: ignore[arg-type]
     model = {name: value.clone() for name, value in trainer.checkpoint()["model"].items()}

@@ -1,1 +1,1 @@
-"""Benchmarks: every speed beside its yardstick, measured in turn in one run."""
+"""Benchmarks. Each speed is measured in alternation with the reference that it is compared with."""

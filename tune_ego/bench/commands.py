@@ -1,4 +1,4 @@
-"""The commands `tune-ego bench ...`; what they run is imported inside them."""
+"""The commands `tune-ego bench ...`. Imports are inside the functions so that `--help` prints at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ KILLS, SEARCH_KILLS = 20, 5
 SEARCH_TRIALS, SEARCH_SEEDS = 1000, 20
 
 bench = typer.Typer(
-    no_args_is_help=True, help="Measure on this machine: speeds beside their yardsticks, as a table and JSON."
+    no_args_is_help=True, help="Measure speeds on this machine, each beside a reference; print a table and write JSON."
 )
-Record = Annotated[Optional[str], typer.Option("--out", help="JSON file to write, or URI.")]
-Shards = Annotated[Optional[str], typer.Argument(help="Shards to measure on; else synthetic ones are made.")]
+Record = Annotated[Optional[str], typer.Option("--out", help="File or URI of the JSON record.")]
+Shards = Annotated[
+    Optional[str], typer.Argument(help="Folder or URI of shards to measure on; default: synthetic shards.")
+]
 
 
-def _tell(benchmark: Benchmark, out: str | None) -> None:
+def _show_and_write(benchmark: Benchmark, out: str | None) -> None:
     benchmark.show()
     if out is not None:
         benchmark.write(out)
@@ -31,54 +33,56 @@ def _tell(benchmark: Benchmark, out: str | None) -> None:
 
 @bench.command("feed")
 def bench_feed(shards: Shards = None, out: Record = None) -> None:
-    """Reading windows against a bare loop of decoding, on one core, and what the whole feed gives through Ray.
+    """Measure reading windows on one core beside a bare decoding loop, and the whole feed through Ray.
 
-    Writes temporary files only, and --out. On two CPU cores about 4 minutes; nothing else should run.
+    Writes temporary files and --out only. Takes about 4 minutes on two CPU cores; run nothing else meanwhile.
     """
     from tune_ego.bench.feed import bench_feed as run
 
-    _tell(run(shards), out)
+    _show_and_write(run(shards), out)
 
 
 @bench.command("step")
 def bench_step(
-    side: Annotated[int, typer.Option(min=32, help="Of the crop, pixels.")] = 224,
-    batch: Annotated[Optional[int], typer.Option(min=1, help="Clips; else 24 on a GPU, 2 on a CPU.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    side: Annotated[int, typer.Option(min=32, help="Width and height of the crop, pixels.")] = 224,
+    batch: Annotated[
+        Optional[int], typer.Option(min=1, help="Clips in a batch; default: 24 on a GPU, 2 on a CPU.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each variant.")] = 5,
     out: Record = None,
 ) -> None:
-    """Forward, backward and optimizer on data in memory, by stream, precision, layout and compilation.
+    """Measure forward, backward and optimizer on data in memory, by stream, precision, layout and compilation.
 
-    On the GPU, where there is one. Each beside the machine's rate of matrix products, and the straightforward version
-    beside ours. On two CPU cores about 2 minutes.
+    Runs on the GPU where there is one. Each variant is compared with the machine's rate of matrix products, and our
+    model with a straightforward version. Takes about 2 minutes on two CPU cores.
     """
     from tune_ego.bench.step import bench_step as run
 
-    _tell(run(side, batch, repeats, keep=lambda benchmark: benchmark.write(out) if out else None), out)
+    _show_and_write(run(side, batch, repeats, save=lambda benchmark: benchmark.write(out) if out else None), out)
 
 
 @bench.command("loop")
 def bench_loop(
     shards: Shards = None,
-    iterations: Annotated[int, typer.Option(min=40, help="Of each run.")] = 160,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs.")] = 5,
+    iterations: Annotated[int, typer.Option(min=40, help="Iterations of each run.")] = 160,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of runs.")] = 5,
     out: Record = None,
 ) -> None:
-    """A whole run on Ray against its bare step on data in memory: what feed, reporting and checkpoints cost.
+    """Measure a whole run on Ray beside its bare training step: the cost of feed, reporting and checkpoints.
 
-    On synthetic clips at the demo's size; on shards that are given, at full size. Writes temporary files only, and
-    --out. On two CPU cores about 10 minutes; nothing else should run.
+    Uses the demo's model on synthetic clips, or the full model on given shards. Writes temporary files and --out only.
+    Takes about 10 minutes on two CPU cores; run nothing else meanwhile.
     """
     from tune_ego.bench.loop import bench_loop as run
 
-    _tell(run(shards, iterations=iterations, repeats=repeats), out)
+    _show_and_write(run(shards, iterations=iterations, repeats=repeats), out)
 
 
 @bench.command("all")
 def bench_all(
-    out: Annotated[Optional[str], typer.Option(help="Folder, or URI, for a JSON file of each.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder or URI for a JSON record of each benchmark.")] = None,
 ) -> None:
-    """Every benchmark, one after another, each for as long as its own help says."""
+    """Run every benchmark, one after another. The help of each says how long it takes."""
     from tune_ego.bench.feed import bench_feed as feed
     from tune_ego.bench.loop import bench_loop as loop
     from tune_ego.bench.prepare import bench_prepare as prepare
@@ -96,54 +100,57 @@ def bench_all(
         "resume-search": lambda: bench_resume_search(SEARCH_KILLS, 0),
     }
     for name, body in bodies.items():
-        _tell(body(), f"{out}/{name}.json" if out is not None else None)
+        _show_and_write(body(), f"{out}/{name}.json" if out is not None else None)
 
 
 @bench.command("prepare")
 def bench_prepare(
     egtea: Annotated[
-        Optional[str], typer.Argument(help="EGTEA folder to measure on; else synthetic clips, 640 x 480, are made.")
+        Optional[str], typer.Argument(help="EGTEA folder to measure on; default: synthetic clips, 640 x 480.")
     ] = None,
     out: Record = None,
 ) -> None:
-    """`prepare` against a plain loop, TV-L1 against DIS, and the feed against bare decoding.
+    """Measure `prepare` beside a plain loop, TV-L1 beside DIS, and the feed beside bare decoding.
 
-    Writes temporary files only, and --out. Takes about 10 minutes on two CPU cores; nothing else should run.
+    Writes temporary files and --out only. Takes about 10 minutes on two CPU cores; run nothing else meanwhile.
     """
     from tune_ego.bench.prepare import bench_prepare as run
 
-    _tell(run(egtea), out)
+    _show_and_write(run(egtea), out)
 
 
 @bench.command("resume")
-def resume_after_kills(
-    search: Annotated[bool, typer.Option("--search", help="A search of 8 trials instead of one run.")] = False,
+def bench_resume(
+    search: Annotated[bool, typer.Option("--search", help="Kill a search of 8 trials instead of one run.")] = False,
     kills: Annotated[
-        Optional[int], typer.Option(min=1, help=f"How often; else {KILLS}, of a search {SEARCH_KILLS}.")
+        Optional[int], typer.Option(min=1, help=f"Number of kills; default: {KILLS}, of a search {SEARCH_KILLS}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random moments.")] = 0,
     out: Record = None,
 ) -> None:
-    """Kill a run, or a search, at random moments: it has to end as one that was left alone, to the bit.
+    """Kill and resume a run or a search at random moments, and compare it with one that was not killed.
 
-    Writes temporary files only, and --out. On two CPU cores about 25 seconds a kill, with --search 15 minutes.
+    Weights and metrics of a run have to be equal to the bit; times are not compared. Of a search, the decisions, the
+    states of the trials and the best trial have to be equal. Writes temporary files and --out only. Takes about
+    25 seconds a kill on two CPU cores, with --search 15 minutes in all.
     """
-    from tune_ego.bench.resume import bench_resume, bench_resume_search
+    from tune_ego.bench.resume import bench_resume as run
+    from tune_ego.bench.resume import bench_resume_search as run_search
 
-    benchmark = bench_resume_search(kills or SEARCH_KILLS, seed) if search else bench_resume(kills or KILLS, seed)
-    _tell(benchmark, out)
+    benchmark = run_search(kills or SEARCH_KILLS, seed) if search else run(kills or KILLS, seed)
+    _show_and_write(benchmark, out)
 
 
 @bench.command("search")
 def bench_search(
-    trials: Annotated[int, typer.Option(min=16, help="Stub trials of each search.")] = SEARCH_TRIALS,
-    seeds: Annotated[int, typer.Option(min=1, help="Searches to average over.")] = SEARCH_SEEDS,
+    trials: Annotated[int, typer.Option(min=16, help="Simulated trials of each search.")] = SEARCH_TRIALS,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches to average over, each with its own seed.")] = SEARCH_SEEDS,
     out: Record = None,
 ) -> None:
-    """The real scheduler over stub learning curves: what ASHA saves, what it misses, what a report costs it.
+    """Measure ASHA on simulated learning curves: iterations saved, accuracy lost, and time for each report.
 
-    Writes temporary files only, and --out. Takes about 40 seconds.
+    Writes temporary files and --out only. Takes about 40 seconds.
     """
     from tune_ego.bench.search import bench_search as run
 
-    _tell(run(trials, seeds), out)
+    _show_and_write(run(trials, seeds), out)

@@ -1,4 +1,4 @@
-"""`bench feed`: reading windows, beside a bare loop of decoding, and what the feed gives through Ray."""
+"""`bench feed`: reading windows on one core beside a bare decoding loop, and the whole feed through Ray."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 from tune_ego import storage
-from tune_ego.bench.record import Benchmark, cores, in_turn
-from tune_ego.bench.step import in_a_process
+from tune_ego.bench.record import Benchmark, cores, time_in_turn
+from tune_ego.bench.step import run_in_process
 from tune_ego.cluster import ray_session
 from tune_ego.config import WINDOW_FRAMES, Config, override_config
 from tune_ego.console import console
@@ -25,7 +25,7 @@ from tune_ego.dataset.gaze import no_gaze
 from tune_ego.dataset.prepare import FRAMES_PER_SHARD, Settings, prepare
 from tune_ego.dataset.shards import Clip, Shards, frame_table, open_shards, read_clip, row_groups, write_shard
 from tune_ego.dataset.synthetic import synthesize
-from tune_ego.feed.batches import AHEAD, ray_batches
+from tune_ego.feed.batches import BATCHES_AHEAD, ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.feed.reader import WindowReader, close_shards
 from tune_ego.feed.sampling import Window, training_window
@@ -34,70 +34,89 @@ from tune_ego.runs.ray_private import throttling_callback
 
 _CROP = 224
 _BATCH = 8
-_COUNTED = 5 * AHEAD
-"""Batches through Ray that count; as many as it may read ahead go before them."""
-_MEDIAN, _MEAN, _EXTREMES = 59, 100, (15, 2801)  # frames of EGTEA's clips
+_COUNTED = 5 * BATCHES_AHEAD
+"""Timed batches through Ray. They come after the batches that the feed may have read ahead."""
+_MEDIAN, _MEAN, _EXTREMES = 59, 100, (15, 2801)
+"""Length of EGTEA's clips, frames: median, mean, and (shortest, longest)."""
 _IO_COUNTS = Path("/proc/self/io")
 
 
 def bench_feed(shards: str | None = None, *, repeats: int = 3, windows: int = 128) -> Benchmark:
-    """Measure on shards of 320 x 240 images, else on those of a few synthetic clips made for it."""
+    """Measure the feed.
+
+    Args:
+        shards: Folder or URI of shards with images of 320 x 240; None: shards of 16 synthetic clips.
+        repeats: Repeats of each measurement.
+        windows: Windows in a timed pass over the clips.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tune-ego-bench-")))
         stack.enter_context(ray_session())
-        data = open_shards(storage.absolute(shards) if shards else _synthetic(folder))
+        data = open_shards(storage.absolute(shards) if shards else _synthetic_shards(folder))
         benchmark = Benchmark("feed", {"clips": len(data.table), "crop": _CROP, "batch": _BATCH})
-        clips = clips_of(data) if shards else clips_of_usual_lengths(data, folder)
+        clips = all_clips(data) if shards else clips_of_egtea_lengths(data, folder)
         with flow.one_thread():
             measure_feed(benchmark, data, clips, windows, repeats)
-        plan = _plan(data)
-        alone = in_a_process(_alone, plan, repeats)
-        one = benchmark.add("the run's windows, read without Ray, one core", "windows/s", alone)
+        plan = _feed_plan(data)
+        speeds = run_in_process(_read_alone, plan, repeats)
+        reference = benchmark.add("the run's windows, read without Ray, one core", "windows/s", speeds)
         for readers in sorted({1, cores()}):
-            speeds = [_through_ray(plan, readers) for _ in range(repeats)]
+            speeds = [_read_through_ray(plan, readers) for _ in range(repeats)]
             whole = benchmark.add(f"the same through Ray, {readers} at a time", "windows/s", speeds)
-            benchmark.compare(f"through Ray, {readers} at a time / without", whole, one)
+            benchmark.compare(f"through Ray, {readers} at a time / without", whole, reference)
     return benchmark
 
 
-def _synthetic(folder: Path) -> str:
+def _synthetic_shards(folder: Path) -> str:
+    """Write shards of 16 synthetic clips, about 20 s each; return their folder."""
     with console.capture():
         synthesize(str(folder / "egtea"), verbs=2, nouns=1, clips=16, seconds=20.0, size=(640, 480))
         prepare(str(folder / "egtea"), str(folder / "shards"), Settings(), allow_missing=True)
     return str(folder / "shards")
 
 
-def _plan(shards: Shards) -> FeedPlan:
-    count = AHEAD + _COUNTED
+def _feed_plan(shards: Shards) -> FeedPlan:
+    """Return the plan of a run that is validated once, after the last of its batches."""
+    count = BATCHES_AHEAD + _COUNTED
     changes = {"data.crop": _CROP, "train.batch_size": _BATCH, "train.iterations": count}
     config = override_config(Config(), {**changes, "train.validate_every": count}, "bench")
-    return FeedPlan.of(shards.root, config, 1, 0)
+    return FeedPlan.from_config(shards.root, config, 1, 0)
 
 
-def _alone(plan: FeedPlan, repeats: int) -> list[float]:
+def _read_alone(plan: FeedPlan, repeats: int) -> list[float]:
+    """Return the windows/s of reading batches of the plan in this process, on one core, without Ray."""
+
     def read() -> None:
-        for item in range(AHEAD, 2 * AHEAD):  # none is kept: the next one takes its memory
+        for item in range(BATCHES_AHEAD, 2 * BATCHES_AHEAD):  # not stored: each batch reuses the memory of the last
             plan.read(item)
 
     with flow.one_thread():
-        keep_freed_memory()  # as readers do
-        seconds = in_turn(repeats, read=read)["read"]
-    return [AHEAD * _BATCH / value for value in seconds]
+        keep_freed_memory()  # as in the readers of a run
+        seconds = time_in_turn(repeats, read=read)["read"]
+    return [BATCHES_AHEAD * _BATCH / value for value in seconds]
 
 
-def _through_ray(plan: FeedPlan, readers: int) -> float:
-    """Windows/s of the feed where nobody computes: what a trainer could take at most."""
+def _read_through_ray(plan: FeedPlan, readers: int) -> float:
+    """Return the windows/s of the feed without training, an upper bound of the training speed."""
     batches = ray_batches(plan, 0, readers, _BATCH * WINDOW_FRAMES * _CROP**2 * 5, throttling_callback)
-    for _ in range(AHEAD):
+    for _ in range(BATCHES_AHEAD):
         next(batches)
     start = time.perf_counter()
     for _ in range(_COUNTED):
         next(batches)
-    return _COUNTED * _BATCH / (time.perf_counter() - start)  # what is left, the validation, is not read
+    return _COUNTED * _BATCH / (time.perf_counter() - start)  # the plan's validation is not read
 
 
 def measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count: int, repeats: int) -> None:
-    """Two-stream windows on one core against a bare loop of `cv2.imdecode` over the same JPEG files."""
+    """Measure reading two-stream windows on one core beside bare loops that decode the same JPEG files.
+
+    Args:
+        benchmark: Benchmark to add the figures to.
+        shards: Shards of the clips.
+        clips: Clips to read.
+        count: Windows in a timed pass.
+        repeats: The pass is timed 2 * repeats + 1 times.
+    """
     windows = [training_window(clips, 0, sample, shards.image_size, _CROP) for sample in range(count)]
     reader = WindowReader(clips, ("rgb", "flow"), shards.image_size, _CROP)
     images = _images_of(clips, windows)
@@ -106,37 +125,40 @@ def measure_feed(benchmark: Benchmark, shards: Shards, clips: list[Clip], count:
         for first in range(0, count, _BATCH):
             reader.read_batch([*windows[first : first + _BATCH]])
 
-    def bare() -> None:
+    def decode_opencv() -> None:
         for flag, data in images:
             cv2.imdecode(data, flag)
 
-    def bare_simplejpeg() -> None:
+    def decode_simplejpeg() -> None:
         for flag, data in images:
             simplejpeg.decode_jpeg(data, "RGB" if flag == cv2.IMREAD_COLOR else "GRAY")
 
-    seconds = in_turn(2 * repeats + 1, read=read, bare=bare, bare_simplejpeg=bare_simplejpeg)
-    ceiling = benchmark.add("bare cv2.imdecode, one core", "windows/s", [count / value for value in seconds["bare"]])
-    feed = benchmark.add("feed, one core", "windows/s", [count / value for value in seconds["read"]])
-    benchmark.compare("feed / bare cv2.imdecode", feed, ceiling)
-    decoder = benchmark.add(
-        "bare simplejpeg, one core", "windows/s", [count / value for value in seconds["bare_simplejpeg"]]
-    )
-    benchmark.compare("feed / bare simplejpeg, which it decodes with", feed, decoder)
-    benchmark.about["mean frames of the feed's clips"] = round(mean(clip.frames for clip in clips))
+    seconds = time_in_turn(2 * repeats + 1, read=read, opencv=decode_opencv, simplejpeg=decode_simplejpeg)
+    speeds = {name: [count / value for value in values] for name, values in seconds.items()}
+    opencv = benchmark.add("bare cv2.imdecode, one core", "windows/s", speeds["opencv"])
+    feed = benchmark.add("feed, one core", "windows/s", speeds["read"])
+    benchmark.compare("feed / bare cv2.imdecode", feed, opencv)
+    decoder = benchmark.add("bare simplejpeg, one core", "windows/s", speeds["simplejpeg"])
+    benchmark.compare("feed / bare simplejpeg, the feed's decoder", feed, decoder)
+    benchmark.facts["mean frames of the feed's clips"] = round(mean(clip.frames for clip in clips))
     if _IO_COUNTS.exists():
         before = _bytes_read()
         for window in windows:
-            close_shards()  # EGTEA has more shards than stay open: at worst each window opens one
+            close_shards()  # the worst case: EGTEA has more shards than stay open, so each window may open one
             reader.read_batch([window])
         benchmark.add("feed reads, a shard opened each time", "MB a window", [(_bytes_read() - before) / 1e6 / count])
 
 
-def clips_of(shards: Shards) -> list[Clip]:
+def all_clips(shards: Shards) -> list[Clip]:
+    """Return all clips of a data set."""
     return [shards.clip(row) for row in shards.table.to_pylist()]
 
 
-def clips_of_usual_lengths(shards: Shards, folder: Path) -> list[Clip]:
-    """The frames of synthetic shards once more, as clips with EGTEA's lengths: median 59 frames, mean about 100."""
+def clips_of_egtea_lengths(shards: Shards, folder: Path) -> list[Clip]:
+    """Write the frames of synthetic shards again, as clips with the lengths of EGTEA's; return the clips.
+
+    Lengths are drawn from a log-normal distribution with a median of 59 and a mean of about 100 frames.
+    """
     columns = ["rgb", "flow"]
     rows = pa.concat_tables(read_clip(shards, row).select(columns) for row in shards.table.to_pylist())
     lengths = np.random.default_rng(0).lognormal(np.log(_MEDIAN), np.sqrt(2 * np.log(_MEAN / _MEDIAN)), rows.num_rows)
@@ -159,7 +181,7 @@ def clips_of_usual_lengths(shards: Shards, folder: Path) -> list[Clip]:
 
 
 def _images_of(clips: list[Clip], windows: list[Window]) -> list[tuple[int, np.ndarray]]:
-    """(flag of `cv2.imdecode`, JPEG file) of all that the windows show."""
+    """Return (flag of `cv2.imdecode`, JPEG file as uint8) for each image of the windows, frames and flow."""
     images = []
     for window in windows:
         clip = clips[window.clip]
@@ -172,5 +194,5 @@ def _images_of(clips: list[Clip], windows: list[Window]) -> list[tuple[int, np.n
 
 
 def _bytes_read() -> int:
-    """What this process has read so far, by its own calls (from the page cache too)."""
+    """Return the bytes that this process has read with system calls, page cache included."""
     return int(_IO_COUNTS.read_text().split()[1])

@@ -1,7 +1,7 @@
-"""The straightforward version of the step, beside which ours is measured.
+"""A straightforward version of the model, the reference of `bench step`.
 
-Whole batches at a time, as one would write it first: `F.pad` before every convolution and pool, memory that goes back
-to the system, no compilation. The same weights give the same outputs.
+Convolutions and pools take whole batches, each after an `F.pad`. Freed memory goes back to the system, and nothing is
+compiled. The same weights give the same outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tune_ego.model.i3d import MaxPool3dSame, Unit3D, same_padding
 
 
 def make_plain(model: nn.Module) -> None:
-    """Replace how a model's units and pools compute; its weights stay."""
+    """Replace the forward methods of a model's units and pools by straightforward ones; the weights stay."""
     for module in model.modules():
         if isinstance(module, Unit3D):
             module.forward = partial(_unit, module)  # type: ignore[method-assign]
@@ -24,6 +24,7 @@ def make_plain(model: nn.Module) -> None:
 
 
 def _padded(x: Tensor, layer: Unit3D | MaxPool3dSame) -> Tensor:
+    """Pad a batch [B, C, T, H, W] with zeros as TensorFlow's SAME padding does."""
     padding = same_padding(x.shape[2:], layer.kernel, layer.stride)
     return F.pad(x, [amount for pair in reversed(padding) for amount in pair])
 

@@ -1,4 +1,4 @@
-"""`bench resume`: runs killed at random moments end as one that was not, and what each kill costs."""
+"""`bench resume`: runs and searches that are killed at random moments, compared with ones that are not."""
 
 from __future__ import annotations
 
@@ -29,19 +29,24 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "model": {"width": 0.05, "bn_momentum": 0.1},
     "train": {"batch_size": 4, "validate_every": 4, "log_every": 1},
 }
-_ITERATIONS_A_KILL = 12
-_IN_WRITING = 2
-"""Every so many kills, one waits for the moment when a checkpoint is half written."""
-_LOOK_EVERY = 0.002  # seconds
+_ITERATIONS_PER_KILL = 12
+_MID_WRITE_EVERY = 2
+"""Every second kill waits until a checkpoint is half written."""
+_POLL_SECONDS = 0.002
 _COMMAND = "from tune_ego.cli import main; main()"
 
 
 def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
-    """Kill all processes of `train` with SIGKILL, at random moments, and start it again until it ends.
+    """Kill all processes of `train` with SIGKILL at random moments, and start `train` again until the run finishes.
 
-    Raises `UserError` where weights or metrics differ in one bit from those of a run that was left alone.
+    Args:
+        kills: Number of kills.
+        seed: Seed of the random moments.
+
+    Raises:
+        UserError: Weights or metrics (except `experiment.TIMES`) differ in a bit from those of a run without kills.
     """
-    iterations = _ITERATIONS_A_KILL * (kills + 1)
+    iterations = _ITERATIONS_PER_KILL * (kills + 1)
     rng = random.Random(seed)
     benchmark = Benchmark("resume", {"kills": kills, "iterations": iterations})
     with tempfile.TemporaryDirectory(prefix="tune-ego-bench-") as name:
@@ -50,43 +55,49 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         _make_shards(folder)
         log = folder / "log"
-        _to_the_end(log, *_train(folder, "whole"))
+        _run_to_end(log, *_train_arguments(folder, "whole"))
         until_first: list[float] = []
         lost: list[float] = []
-        in_writing, kept = 0, list[dict[str, Any]]()
+        mid_write_kills, saved_lines = 0, list[dict[str, Any]]()
         for kill in range(kills):
             start = time.time()
-            process = _start(log, *_train(folder, "killed"))
+            process = _start(log, *_train_arguments(folder, "killed"))
             metrics = folder / "killed" / experiment.METRICS_FILE
             _wait(process, functools.partial(_is_newer, metrics, start))
             until_first.append(time.time() - start)
-            if experiment.read_metrics(str(folder / "killed"))[: len(kept)] != kept:  # their speeds too
-                raise UserError("the run did not go on from its last whole checkpoint")
-            _let_it_run(process, folder / "killed", rng, in_writing=kill % _IN_WRITING == 0)
+            # Measured speeds included: the lines up to the checkpoint must be the same lines, not repeated ones.
+            if experiment.read_metrics(str(folder / "killed"))[: len(saved_lines)] != saved_lines:
+                raise UserError("the run did not resume from its last complete checkpoint")
+            _run_until_kill(process, folder / "killed", rng, mid_write=kill % _MID_WRITE_EVERY == 0)
             kill_all(process)
-            caught = _is_half_written(folder / "killed", set())
-            in_writing += caught
-            done, saved = _last_logged(folder / "killed"), _last_saved(folder / "killed")
-            lost.append(done - saved)
-            kept = [line for line in experiment.read_metrics(str(folder / "killed")) if line["iteration"] <= saved]
-            where = "while a checkpoint was written" if caught else f"after iteration {done}"
-            say(f"kill {kill + 1} of {kills}, {where}; the last whole checkpoint is of iteration {saved}")
-        _to_the_end(log, *_train(folder, "killed"))
+            half_written = _is_half_written(folder / "killed", set())
+            mid_write_kills += half_written
+            logged, saved = _last_logged(folder / "killed"), _last_saved(folder / "killed")
+            lost.append(logged - saved)
+            lines = experiment.read_metrics(str(folder / "killed"))
+            saved_lines = [line for line in lines if line["iteration"] <= saved]
+            moment = "while a checkpoint was written" if half_written else f"after iteration {logged}"
+            say(f"kill {kill + 1} of {kills}, {moment}; last complete checkpoint: iteration {saved}")
+        _run_to_end(log, *_train_arguments(folder, "killed"))
         _compare(folder / "whole", folder / "killed")
-    benchmark.about |= {"of these while a checkpoint was written": in_writing, "weights and metrics": "bit-identical"}
+    benchmark.facts |= {
+        "of these while a checkpoint was written": mid_write_kills,
+        "weights and metrics": "bit-identical",
+    }
     benchmark.add("from the start of the command to a new iteration", "s", until_first)
-    benchmark.add("iterations to do again after a kill", "iterations", lost)
+    benchmark.add("iterations repeated after a kill", "iterations", lost)
     return benchmark
 
 
 def _make_shards(folder: Path) -> None:
+    """Write shards of 40 synthetic clips to `folder`/shards."""
     with console.capture():
         synthesize(folder / "egtea", verbs=2, nouns=2, clips=40, seconds=0.8, size=(96, 72))
         prepare(str(folder / "egtea"), str(folder / "shards"), Settings((48, 36)))
 
 
 def _start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """`tune-ego` with these arguments, in a process and with a Ray cluster of its own."""
+    """Start `tune-ego` with the given arguments in a new process, which starts its own Ray cluster."""
     return subprocess.Popen(
         [sys.executable, "-c", _COMMAND, *arguments],
         stdout=log.open("ab"),
@@ -95,59 +106,75 @@ def _start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _to_the_end(log: Path, *arguments: str) -> None:
+def _run_to_end(log: Path, *arguments: str) -> None:
+    """Run `tune-ego` with the given arguments; raises `UserError` with the end of the log where the command fails."""
     if _start(log, *arguments).wait():
-        raise UserError(f"{arguments[0]} failed: {log.read_text()[-2000:]}")
+        raise UserError(f"tune-ego {arguments[0]} failed: {log.read_text()[-2000:]}")
 
 
-def _train(folder: Path, name: str) -> list[str]:
-    where = ["--data", str(folder / "shards"), "--storage", str(folder), "--name", name]
-    return ["train", str(folder / "config.yaml"), *where]
+def _train_arguments(folder: Path, name: str) -> list[str]:
+    options = ["--data", str(folder / "shards"), "--storage", str(folder), "--name", name]
+    return ["train", str(folder / "config.yaml"), *options]
 
 
 def _last_logged(run: Path) -> int:
+    """Return the last iteration in a run's metrics.jsonl, 0 without a line."""
     lines = experiment.read_metrics(str(run))
     return int(lines[-1]["iteration"]) if lines else 0
 
 
 def _last_saved(run: Path) -> int:
+    """Return the iteration of a run's last complete checkpoint, 0 without a checkpoint."""
     return max(checkpoint_files.checkpoint_iterations(str(run)), default=0)
 
 
-def _wait(process: subprocess.Popen[bytes], moment: Callable[[], Any]) -> None:
-    while process.poll() is None and not moment():
-        time.sleep(_LOOK_EVERY)
+def _wait(process: subprocess.Popen[bytes], condition: Callable[[], Any]) -> None:
+    """Wait until a condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_newer(file: Path, moment: float) -> bool:
+    """Return whether a file was modified after a moment, in seconds since the epoch."""
     return file.exists() and file.stat().st_mtime > moment
 
 
-def _let_it_run(process: subprocess.Popen[bytes], run: Path, rng: random.Random, in_writing: bool) -> None:
-    """Wait for some iterations and a part of one; with `in_writing`, then for a half-written checkpoint, and kill."""
-    target = _last_logged(run) + rng.randrange(_ITERATIONS_A_KILL // 2)
+def _run_until_kill(process: subprocess.Popen[bytes], run: Path, rng: random.Random, mid_write: bool) -> None:
+    """Wait for a random number of iterations, and then for a random part of a second.
+
+    With `mid_write`, wait for a half-written checkpoint instead of a part of a second, and kill the processes at once.
+    """
+    target = _last_logged(run) + rng.randrange(_ITERATIONS_PER_KILL // 2)
     _wait(process, lambda: _last_logged(run) >= target)
-    if not in_writing:
+    if not mid_write:
         time.sleep(rng.uniform(0, 0.5))
         return
-    pids, whole = descendants(process.pid), set[str]()  # found out now: it takes longer than the writing
-    while process.poll() is None and not _is_half_written(run, whole):
-        pass  # the moment is short
+    pids, complete = (
+        descendants(process.pid),
+        set[str](),
+    )  # listed beforehand: listing takes longer than writing a checkpoint
+    while process.poll() is None and not _is_half_written(run, complete):
+        pass  # no sleep: a checkpoint is half written for a short time only
     _kill(reversed(pids))
 
 
-def _is_half_written(run: Path, whole: set[str]) -> bool:
-    """Whether a checkpoint is begun and not whole; `whole`, and added to it, are the names of those that are."""
+def _is_half_written(run: Path, complete: set[str]) -> bool:
+    """Return whether a checkpoint of a run is incomplete.
+
+    Args:
+        run: Folder of the run.
+        complete: Names of checkpoints that need no check; complete ones are added.
+    """
     for name in os.listdir(run):
-        if is_checkpoint_name(name) and name not in whole:
+        if is_checkpoint_name(name) and name not in complete:
             if not (run / name / CHECKSUM_FILE).exists():
                 return True
-            whole.add(name)
+            complete.add(name)
     return False
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all its descendants, as when the machine loses power."""
+    """Send SIGKILL to a process and all its descendants, as if the machine lost power."""
     _kill(descendants(process.pid))
     process.wait()
 
@@ -161,24 +188,25 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids, `root` first."""
+    """Return the ids of a process and all processes below it, `root` first."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):  # it ended
+            except (FileNotFoundError, ProcessLookupError):  # the process has ended
                 continue
             children.setdefault(parent, []).append(int(folder.name))
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
+    pids = [root]
+    for pid in pids:  # the list grows while it is read
+        pids += children.get(pid, [])
+    return pids
 
 
 def _compare(whole: Path, killed: Path) -> None:
+    """Raise `UserError` where two runs differ in their weights, or in metrics other than `experiment.TIMES`."""
     if (whole / checkpoint_files.MODEL_FILE).read_bytes() != (killed / checkpoint_files.MODEL_FILE).read_bytes():
-        raise UserError("the weights of the killed run are others than those of the whole one")
+        raise UserError("the weights of the killed run differ from those of the run without kills")
     metrics = [
         [
             {key: value for key, value in line.items() if key not in experiment.TIMES}
@@ -187,10 +215,10 @@ def _compare(whole: Path, killed: Path) -> None:
         for run in (str(whole), str(killed))
     ]
     if metrics[0] != metrics[1]:
-        raise UserError("the metrics of the killed run are others than those of the whole one")
+        raise UserError("the metrics of the killed run differ from those of the run without kills")
 
 
-_SPACE = {
+_SEARCH_SPACE = {
     "base": {**_CONFIG, "train": {**_CONFIG["train"], "iterations": 96, "validate_every": 8}},
     "space": {
         "optimizer.name": {"grid": ["ranger", "sgd"]},
@@ -200,60 +228,64 @@ _SPACE = {
     "samples": 2,
     "scheduler": {"name": "asha", "grace": 8, "reduction": 2},
 }
-_MOST_BEFORE_A_KILL = 7
-"""Decisions of the scheduler since the last one; with none the search is killed while it starts."""
+_MOST_DECISIONS_PER_KILL = 7
+"""Most decisions of the scheduler between two kills; with 0 the search is killed while it starts."""
 
 
 def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
-    """The same for a search of 8 trials, one at a time: killed, it stops the same trials at the same iterations.
+    """Kill a search of 8 trials, one at a time, at random moments, and resume the search until its trials have ended.
 
-    Training is exact to the bit, so what the trials report is a function of configuration and iteration. Raises
-    `UserError` where a decision of ASHA's, a trial's end or the best trial differ.
+    Resumed training is exact to the bit, so each reported accuracy depends on configuration and iteration only. The
+    search then has to stop the same trials at the same iterations. With several trials at a time, the order of their
+    reports would depend on timing.
+
+    Raises:
+        UserError: A decision of ASHA, the state of a trial or the best trial differs from a search without kills.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="tune-ego-bench-") as name:
         folder = Path(name)
-        (folder / "space.yaml").write_text(yaml.safe_dump(_SPACE))
+        (folder / "space.yaml").write_text(yaml.safe_dump(_SEARCH_SPACE))
         _make_shards(folder)
         log, root = folder / "log", folder / "killed"
-        where = ["--data", str(folder / "shards"), "--storage", str(folder), "--concurrent", "1", "--seed", str(seed)]
-        tune = ["tune", str(folder / "space.yaml"), *where, "--name"]
-        _to_the_end(log, *tune, "whole")
-        command, done = [*tune, "killed"], 0
+        options = ["--data", str(folder / "shards"), "--storage", str(folder), "--concurrent", "1", "--seed", str(seed)]
+        tune = ["tune", str(folder / "space.yaml"), *options, "--name"]
+        _run_to_end(log, *tune, "whole")
+        command, killed_times = [*tune, "killed"], 0
 
-        def decided() -> int:
+        def count_decisions() -> int:
             return len(experiment.read_decisions(str(root)))
 
         for _ in range(kills):
             start = time.time()
             process = _start(log, *command)
             _wait(process, functools.partial(_is_newer, root / experiment.TRIALS_FILE, start))
-            target = decided() + rng.randint(0, _MOST_BEFORE_A_KILL)
-            _wait(process, lambda target=target: decided() >= target)  # type: ignore[misc]
+            target = count_decisions() + rng.randint(0, _MOST_DECISIONS_PER_KILL)
+            _wait(process, lambda target=target: count_decisions() >= target)  # type: ignore[misc]
             time.sleep(rng.uniform(0, 1))
             if process.poll() is not None:
                 break
             kill_all(process)
-            done += 1
+            killed_times += 1
             command = ["resume", str(root)]
             states = [trial.state for trial in experiment.read_experiment(str(root)).trials]
-            running = states.count("interrupted")
-            say(f"kill {done} of {kills}, after {decided()} decisions, {running} trial running")
-        _to_the_end(log, "resume", str(root))
+            interrupted = states.count("interrupted")
+            say(f"kill {killed_times} of {kills}, after {count_decisions()} decisions; {interrupted} trial interrupted")
+        _run_to_end(log, "resume", str(root))
         whole, killed = (_history(folder / name) for name in ("whole", "killed"))
         if whole != killed:
-            raise UserError(f"the killed search is another: {killed}, and left alone {whole}")
+            raise UserError(f"the killed search differs: {killed}; without kills: {whole}")
     stopped = sum(state == "stopped" for state in whole["states"])
-    about = {"trials": len(whole["states"]), "stopped": stopped, "kills": done}
-    return Benchmark("resume-search", {**about, "stopped trials, iterations and the best": "the same"})
+    facts = {"trials": len(whole["states"]), "stopped": stopped, "kills": killed_times}
+    return Benchmark("resume-search", {**facts, "stopped trials, iterations and the best": "the same"})
 
 
 def _history(root: Path) -> dict[str, Any]:
-    """What must not differ."""
-    found = experiment.read_experiment(str(root))
+    """Return the facts that must be equal in the two searches."""
+    search = experiment.read_experiment(str(root))
     return {
-        "states": [trial.state for trial in found.trials],
+        "states": [trial.state for trial in search.trials],
         "decisions": [decision[1:] for decision in experiment.read_decisions(str(root))],
-        "best": (found.best.id, found.best.accuracy),
-        "learning rates": [trial.config.optimizer.lr for trial in found.trials],
+        "best": (search.best.id, search.best.accuracy),
+        "learning rates": [trial.config.optimizer.lr for trial in search.trials],
     }

@@ -1,4 +1,4 @@
-"""`bench search`: the real scheduler over stub learning curves: what ASHA spends and finds, and what a report costs."""
+"""`bench search`: the scheduler of `tune` on simulated learning curves, beside running every trial to its end."""
 
 from __future__ import annotations
 
@@ -15,37 +15,43 @@ from tune_ego.bench.record import Benchmark
 from tune_ego.results.experiment import METRIC, trial_name
 from tune_ego.search_space import SearchSpace, parse_space
 
-_SPACE = """
+_STUB_SPACE = """
 base: {train: {iterations: 3000, validate_every: 100}}
 space: {optimizer.lr: {loguniform: [1e-4, 1e-1]}}
 scheduler: {name: asha, grace: 100, reduction: 3}
 """
-_AT_A_TIME = 16
+_CONCURRENT = 16
+"""Trials that run at the same time."""
 
 
 class Curve(NamedTuple):
-    """Validation mean class accuracy of a stub trial: top * t / (t + half) and noise, t in iterations."""
+    """Learning curve of a simulated trial: accuracy = top * t / (t + half) + noise, t in iterations."""
 
     top: float
     half: float
     seed: int
 
     def at(self, iteration: int) -> float:
+        """Return the validation mean class accuracy at an iteration; the noise has a standard deviation of 0.01."""
         noise = random.Random(self.seed * 100_003 + iteration).gauss(0, 0.01)
         return self.top * iteration / (iteration + self.half) + noise
 
 
 class Outcome(NamedTuple):
+    """Result of a simulated search."""
+
     iterations: int
-    """That the trials trained in all."""
+    """Iterations of all trials."""
     best: float
-    """The highest accuracy that any of them reported."""
+    """Highest accuracy that a trial reported."""
     seconds: float
-    """Spent in the scheduler."""
+    """Time spent in the scheduler."""
     reports: int
+    """Validations reported to the scheduler."""
 
 
 def draw_curves(trials: int, seed: int) -> list[Curve]:
+    """Draw random learning curves: tops in [0, 0.6], halves log-uniform in [50, 500] iterations."""
     rng = random.Random(seed)
     return [
         Curve(0.6 * rng.betavariate(2, 3), 50 * math.exp(rng.uniform(0, math.log(10))), rng.randrange(1 << 30))
@@ -54,7 +60,14 @@ def draw_curves(trials: int, seed: int) -> list[Curve]:
 
 
 def run_asha(space: SearchSpace, curves: list[Curve], root: str) -> Outcome:
-    """All trials through the scheduler of `tune`, some at a time, each as fast as the others."""
+    """Run simulated trials through the scheduler of `tune`, `_CONCURRENT` at a time, all at the same speed.
+
+    Args:
+        space: Search space with budget, validation interval and scheduler.
+        curves: Learning curve of each trial.
+        root: Folder for the scheduler's records.
+    """
+    # Late: the scheduler imports Ray, which `draw_curves` and `run_fifo` do without.
     from tune_ego.search.scheduler import RecordedScheduler
 
     config = space.config(next(space.draws()))
@@ -66,7 +79,7 @@ def run_asha(space: SearchSpace, curves: list[Curve], root: str) -> Outcome:
     spent, best, seconds, reports = 0, 0.0, 0.0, 0
     now = 0
     while waiting or running:
-        while waiting and len(running) < _AT_A_TIME:
+        while waiting and len(running) < _CONCURRENT:
             number = waiting.pop()
             heapq.heappush(running, (now + step, number, step))
         now, number, iteration = heapq.heappop(running)
@@ -83,7 +96,7 @@ def run_asha(space: SearchSpace, curves: list[Curve], root: str) -> Outcome:
 
 
 def run_fifo(space: SearchSpace, curves: list[Curve]) -> Outcome:
-    """Every trial to its end."""
+    """Return the outcome of a search that runs every trial to its end."""
     config = space.config(next(space.draws()))
     step, budget = config.train.validate_every, config.train.iterations
     validations = range(step, budget + 1, step)
@@ -92,8 +105,8 @@ def run_fifo(space: SearchSpace, curves: list[Curve]) -> Outcome:
 
 
 def bench_search(trials: int = 1000, seeds: int = 20) -> Benchmark:
-    """ASHA against running every trial to its end, on `trials` stub trials, for `seeds` seeds; no training."""
-    space = parse_space(_SPACE, "bench", {})
+    """Measure ASHA beside running every trial to its end: `seeds` searches of `trials` simulated trials each."""
+    space = parse_space(_STUB_SPACE, "bench", {})
     benchmark = Benchmark("search", {"trials": trials, "seeds": seeds, "budget": "3,000 iterations", "reduction": 3})
     shares, bests, costs, fewer = [], [], [], []
     for seed in range(seeds):
@@ -112,7 +125,7 @@ def bench_search(trials: int = 1000, seeds: int = 20) -> Benchmark:
     many = benchmark.add(f"scheduling a report, {trials:,} trials", "ms", costs)
     few = benchmark.add(f"scheduling a report, {trials // 4:,} trials", "ms", fewer)
     benchmark.compare(f"a report of {trials:,} trials / of {trials // 4:,}", many, few)
-    benchmark.about |= {
+    benchmark.facts |= {
         "mean share of iterations": round(mean(shares), 3),
         "mean share of the best": round(mean(bests), 4),
     }

@@ -4,7 +4,8 @@
     EGTEA/action_annotation/{train,test}_split{1,2,3}.txt, {action,verb,noun}_idx.txt
     EGTEA/gaze_data/gaze_data/<session>.txt           or gaze_data/<session>.txt
 
-EGTEA is a path or URI. Ids are EGTEA's own here: they count from 1.
+EGTEA is a path or URI. Class ids in the annotation files count from 1. `ActionParts` counts from 0, as shards and model
+do. The split of an action into its verb and nouns is defined here: `action_parts` and `split_actions`.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ _CLIP_NAME = re.compile(
 
 
 class ClipName(NamedTuple):
-    """What a clip's name says."""
+    """Fields of a clip's name."""
 
     name: str
     session: str
-    """`<subject>-R<nn>-<Recipe>`, as the gaze files are named."""
+    """`<subject>-R<nn>-<Recipe>`, which is also the name of the session's gaze file."""
     subject: str
     recipe: str
     start_ms: int
     end_ms: int
     first_frame: int
-    """Session frames (24 fps); the clip spans [first_frame, last_frame)."""
+    """Frame of the session (24 fps); the clip spans [first_frame, last_frame)."""
     last_frame: int
 
 
 def parse_clip_name(name: str) -> ClipName:
-    """Take a clip's name apart; raises `UserError` where it is not of EGTEA's form."""
+    """Split a clip's name into its fields. Raises `UserError` for a name that is not of EGTEA's form."""
     match = _CLIP_NAME.fullmatch(name)
     if match is None:
         raise UserError(
@@ -64,7 +65,7 @@ class SplitLine(NamedTuple):
 
 
 def read_split(path: str | Path) -> list[SplitLine]:
-    """The clips of one split file: `ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]` a line."""
+    """Read a split file with lines of the form `ClipName ActionID VerbID Noun1 [Noun2 [Noun3]]`."""
     lines = []
     for number, text in enumerate(_read_lines(path), start=1):
         fields = text.split()
@@ -84,7 +85,7 @@ def read_split(path: str | Path) -> list[SplitLine]:
 
 
 def read_index(path: str | Path) -> list[str]:
-    """Names of an `*_idx.txt` file in the order of their ids (1, 2, ...); names may hold spaces and slashes."""
+    """Read the class names of an `*_idx.txt` file, ordered by id (1, 2, ...). Names may hold spaces and slashes."""
     names: dict[int, str] = {}
     for number, text in enumerate(_read_lines(path), start=1):
         if text.strip():
@@ -105,37 +106,50 @@ def _read_lines(path: str | Path) -> list[str]:
 
 
 class AnnotatedClip(NamedTuple):
-    """A clip with its labels (ids from 1) and where the protocol puts it."""
+    """Clip with its labels (ids from 1), its role in each official split and its validation folds."""
 
     name: ClipName
     action: int
     verb: int
     nouns: tuple[int, ...]
     roles: tuple[str, str, str]
-    """`train`, `test` or `` (not in it), for the official splits 1, 2, 3."""
+    """`train`, `test` or `` (not in the split), for the official splits 1, 2, 3."""
     stratified_fold: int
     session_fold: int
 
 
+class ActionParts(NamedTuple):
+    """Verb and first noun of each action class, indexed by action; all ids count from 0.
+
+    -1 stands for an action that no annotated clip shows.
+    """
+
+    verbs: list[int]
+    nouns: list[int]
+
+
 @dataclass(frozen=True)
 class Annotations:
+    """Class names and annotated clips of EGTEA, all official splits together."""
+
     actions: list[str]
     verbs: list[str]
     nouns: list[str]
     clips: list[AnnotatedClip]
-    """In order of their names."""
+    """Sorted by clip name."""
 
 
 def read_annotations(egtea: str | Path) -> Annotations:
-    """All three splits and the class names of an EGTEA folder.
+    """Read the three official splits and the class names of an EGTEA folder.
 
-    Raises `UserError` where files are absent or contradict each other.
+    Raises:
+        UserError: Annotation files are absent or contradict each other.
     """
     folder = storage.join(egtea, "action_annotation")
     files = [f"{role}_split{split}.txt" for split in SPLITS for role in ("train", "test")]
-    needed = [*files, "action_idx.txt", "verb_idx.txt", "noun_idx.txt"]
+    required = [*files, "action_idx.txt", "verb_idx.txt", "noun_idx.txt"]
     present = storage.list_names(folder)
-    absent = [name for name in needed if name not in present]
+    absent = [name for name in required if name not in present]
     if absent:
         raise UserError(f"{folder}: EGTEA's annotations are not here: no {', '.join(absent)}")
     names = {kind: read_index(storage.join(folder, f"{kind}_idx.txt")) for kind in ("action", "verb", "noun")}
@@ -161,6 +175,20 @@ def read_annotations(egtea: str | Path) -> Annotations:
     return Annotations(names["action"], names["verb"], names["noun"], clips)
 
 
+def action_parts(annotations: Annotations) -> ActionParts:
+    """Return the verb and the first noun of each action, taken from the labels of its clips."""
+    verbs, nouns = ([-1] * len(annotations.actions) for _ in range(2))
+    for clip in annotations.clips:
+        verbs[clip.action - 1], nouns[clip.action - 1] = clip.verb - 1, clip.nouns[0] - 1
+    return ActionParts(verbs, nouns)
+
+
+def split_actions(action_N: np.ndarray, parts: ActionParts) -> tuple[np.ndarray, np.ndarray]:
+    """Split actions into (verbs, first nouns); all are int64 [N] and count from 0."""
+    verb_K, noun_K = np.array(parts.verbs), np.array(parts.nouns)
+    return verb_K[action_N], noun_K[action_N]
+
+
 def _check_line(line: SplitLine, seen: dict[str, SplitLine], names: dict[str, list[str]], path: str) -> None:
     if seen.setdefault(line.clip, line) != line:
         raise UserError(f"{path}: {line.clip} has other labels here than in another split file")
@@ -171,21 +199,25 @@ def _check_line(line: SplitLine, seen: dict[str, SplitLine], names: dict[str, li
 
 
 def stratified_folds(actions: list[int], roles: list[tuple[str, ...]]) -> list[int]:
-    """Ten folds with every class spread evenly, and its training clips of each official split too.
+    """Return a fold from 0 to 9 for each clip, so that the folds hold about equal parts of each class.
 
-    Clips are dealt out in an order that is shuffled (always the same way) inside each (class, roles) group; every
-    class starts three folds on, or classes of equal size would all put their test clips into the same folds.
+    The training clips of each official split are spread evenly, too. Inside each (class, roles) group the clips are
+    shuffled with a fixed seed and assigned to the folds in turn. Each class starts three folds after the class before:
+    otherwise classes of equal size would all put their test clips into the same folds.
     """
     order = np.random.default_rng(0).permutation(len(actions))
-    dealt = sorted(order, key=lambda index: (actions[index], roles[index]))
+    grouped = sorted(order, key=lambda index: (actions[index], roles[index]))
     folds = [0] * len(actions)
-    for place, index in enumerate(dealt):
+    for place, index in enumerate(grouped):
         folds[index] = (place + 3 * actions[index]) % FOLDS
     return folds
 
 
 def session_folds(sessions: list[str]) -> list[int]:
-    """Ten folds of whole sessions of about equal clip counts (largest session first, to the emptiest fold)."""
+    """Return a fold from 0 to 9 for each clip: folds of whole sessions with about equal numbers of clips.
+
+    Sessions are assigned from the largest to the smallest, each to the fold with the fewest clips so far.
+    """
     unique, counts = np.unique(sessions, return_counts=True)
     sizes = [0] * FOLDS
     fold_of = {}
@@ -196,16 +228,19 @@ def session_folds(sessions: list[str]) -> list[int]:
 
 
 def find_clips(egtea: str | Path) -> dict[str, SourceFile]:
-    """Every mp4 under `cropped_clips`, nested or flat, by clip name; of some of one name, the first not empty."""
+    """Return clip name -> mp4 file, for all mp4 files under `cropped_clips`, nested or flat.
+
+    Of several files with the same name, the first file that is not empty is used.
+    """
     return _by_name(_clip_files(egtea))
 
 
-def find_doubled_clips(egtea: str | Path) -> dict[str, list[SourceFile]]:
-    """The files of every name that more than one mp4 has."""
+def find_duplicate_clips(egtea: str | Path) -> dict[str, list[SourceFile]]:
+    """Return clip name -> mp4 files, for the names that more than one mp4 file has."""
     files: dict[str, list[SourceFile]] = {}
     for file in _clip_files(egtea):
         files.setdefault(Path(file.uri).stem, []).append(file)
-    return {name: found for name, found in files.items() if len(found) > 1}
+    return {name: duplicates for name, duplicates in files.items() if len(duplicates) > 1}
 
 
 def _clip_files(egtea: str | Path) -> list[SourceFile]:
@@ -213,12 +248,15 @@ def _clip_files(egtea: str | Path) -> list[SourceFile]:
 
 
 def find_gaze(egtea: str | Path) -> dict[str, SourceFile]:
-    """Every gaze file under `gaze_data`, nested or flat, by session; of some of one name, the first not empty."""
+    """Return session -> gaze file, for all gaze files under `gaze_data`, nested or flat.
+
+    Of several files with the same name, the first file that is not empty is used.
+    """
     return _by_name(storage.find_files(storage.join(egtea, "gaze_data"), ".txt"))
 
 
 def _by_name(files: list[SourceFile]) -> dict[str, SourceFile]:
-    # Of one name the last one counts: those that are not empty behind those that are, the first path behind the others.
+    # A later file replaces an earlier file of the same name. So empty files come first, and paths are in reverse order.
     ordered = files[::-1]
     ordered.sort(key=lambda file: bool(file.bytes))
     return {Path(file.uri).stem: file for file in ordered}

@@ -1,4 +1,4 @@
-"""`prepare --check`: read a whole EGTEA folder, write nothing, and say what is there, missing and odd."""
+"""`prepare --check`: read a whole EGTEA folder without writing, and report its content and its faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tune_ego.dataset.annotations import (
     AnnotatedClip,
     Annotations,
     find_clips,
-    find_doubled_clips,
+    find_duplicate_clips,
     find_gaze,
     parse_clip_name,
     read_annotations,
@@ -30,34 +30,52 @@ from tune_ego.dataset.annotations import (
 from tune_ego.dataset.gaze import Gaze, no_gaze, read_gaze
 from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings
 from tune_ego.dataset.shards import Problem
-from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_threshold, length_oddity
+from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_missing_limit, length_mismatch
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
-_TRIED_CLIPS = 3
-_TRIED_SECONDS = 20.0
-_SHOWN = 10  # of a kind
-_POOR_COVERAGE = 0.5  # of a session's frames
+_SAMPLED_CLIPS = 3
+"""Clips that are encoded for the estimate."""
+_SAMPLED_SECONDS = 20.0
+"""Most time that the estimate takes."""
+_SHOWN = 10
+"""Most problems of a stage that are printed."""
+_POOR_COVERAGE = 0.5
+"""Share of a session's frames with gaze below which the session is reported."""
 
 
 class Estimate(NamedTuple):
+    """Cost of preparing a folder."""
+
     core_seconds: float
-    """On one core of this machine, and its GPU where the flow method has one."""
+    """Time on one core of this machine, together with its GPU where the flow method uses it."""
     bytes: float
+    """Size of the shards."""
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
+    """Facts and problems of an EGTEA folder."""
+
     facts: dict[str, Any]
+    """Printed label -> value."""
     problems: list[Problem]
-    """As `prepare` would record them, and stages `annotation` and `gaze` for whole files."""
+    """Problems that `prepare` would record, and stages `annotation` and `gaze` for whole files."""
     estimate: Estimate | None
+    """None where no clip can be used."""
 
 
-def check(egtea: str, settings: Settings, out: str | None = None) -> Verdict:
-    """Print the verdict on an EGTEA folder and return it; `out` is where shards would go.
+def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult:
+    """Print and return the facts and problems of an EGTEA folder.
 
-    Every video is read to its end, though not decoded, and every gaze file. Raises `UserError`, after the table,
-    where `prepare` would refuse the folder.
+    Every video is read to its end without decoding, and every gaze file is parsed.
+
+    Args:
+        egtea: Path or URI of the folder.
+        settings: Settings that `prepare` would get.
+        out: Path or URI where the shards would go; its free space is printed.
+
+    Raises:
+        UserError: `prepare` would refuse the folder. The table is printed before.
     """
     settings.check()
     egtea = storage.absolute(egtea)
@@ -65,56 +83,56 @@ def check(egtea: str, settings: Settings, out: str | None = None) -> Verdict:
     videos = find_clips(egtea)
     facts, problems = _look_at_videos(annotations, videos)
     problems += [
-        Problem(name, "annotation", f"{len(files)} mp4 have this name; {videos[name].uri} counts", kept=True)
-        for name, files in find_doubled_clips(egtea).items()
+        Problem(name, "annotation", f"{len(files)} mp4 have this name; {videos[name].uri} is used", kept=True)
+        for name, files in find_duplicate_clips(egtea).items()
     ]
     gaze_facts, gaze_problems, broken = _look_at_gaze(annotations, find_gaze(egtea), facts, settings.frame_offset)
     usable = [clip for clip in annotations.clips if clip.name.name in facts]
     estimate = _estimate(usable, videos, facts, settings) if usable else None
-    known = {clip.name.name for clip in annotations.clips}
-    everything = {
+    annotated_names = {clip.name.name for clip in annotations.clips}
+    folder_facts = {
         "clips annotated": len(annotations.clips),
         "clips usable": len(usable),
         "frames": sum(fact.frames for fact in facts.values()),
         f"clips under {WINDOW_FRAMES} frames": sum(fact.frames < WINDOW_FRAMES for fact in facts.values()),
-        "videos without annotation": len(videos.keys() - known),
+        "videos without annotation": len(videos.keys() - annotated_names),
         "bytes of video": sum(videos[name].bytes for name in facts),
         "sizes": Counter(f"{fact.size[0]}x{fact.size[1]}" for fact in facts.values()),
         **gaze_facts,
     }
-    verdict = Verdict(everything, problems + gaze_problems, estimate)
-    _show(egtea, verdict, settings, out, ready=not broken)
+    result = CheckResult(folder_facts, problems + gaze_problems, estimate)
+    _print_result(egtea, result, settings, out, ready=not broken)
     if broken:
         raise UserError(f"{len(broken)} gaze files cannot be used, first {broken[0]}")
-    check_threshold([problem for problem in problems if not problem.kept], len(annotations.clips), egtea)
-    return verdict
+    check_missing_limit([problem for problem in problems if not problem.kept], len(annotations.clips), egtea)
+    return result
 
 
 def _look_at_videos(
     annotations: Annotations, videos: dict[str, SourceFile]
 ) -> tuple[dict[str, video.VideoFacts], list[Problem]]:
-    """(what each usable clip's video holds, problems)."""
+    """Return (clip name -> facts of the video, for usable clips; problems)."""
 
-    def look(clip: AnnotatedClip) -> video.VideoFacts | str:
+    def probe_clip(clip: AnnotatedClip) -> video.VideoFacts | str:
         file = videos.get(clip.name.name)
         if file is None:
             return "no mp4 of this name"
         try:
-            found = video.probe(file.uri)
+            video_facts = video.probe(file.uri)
         except UserError as error:
             return str(error)
-        return found if found.frames else "the video holds no frame"
+        return video_facts if video_facts.frames else "the video holds no frame"
 
     facts: dict[str, video.VideoFacts] = {}
     problems = []
     with ThreadPoolExecutor(READERS) as pool, clip_progress(len(annotations.clips)) as advance:
-        for clip, found in zip(annotations.clips, pool.map(look, annotations.clips)):
+        for clip, facts_or_reason in zip(annotations.clips, pool.map(probe_clip, annotations.clips)):
             name = clip.name.name
-            if isinstance(found, str):
-                problems.append(Problem(name, "video", found, kept=False))
+            if isinstance(facts_or_reason, str):
+                problems.append(Problem(name, "video", facts_or_reason, kept=False))
             else:
-                facts[name] = found
-                if reason := length_oddity(clip, found.frames):
+                facts[name] = facts_or_reason
+                if reason := length_mismatch(clip, facts_or_reason.frames):
                     problems.append(Problem(name, "length", reason, kept=True))
             advance(1)
     return facts, problems
@@ -123,7 +141,7 @@ def _look_at_videos(
 def _look_at_gaze(
     annotations: Annotations, files: dict[str, SourceFile], facts: dict[str, video.VideoFacts], frame_offset: int
 ) -> tuple[dict[str, Any], list[Problem], list[str]]:
-    """(coverage by gaze, problems, errors of gaze files that end a run) of the usable clips."""
+    """Return (coverage by gaze, problems, gaze files that `prepare` refuses) for the usable clips."""
     sessions = sorted({clip.name.session for clip in annotations.clips})
     gaze: dict[str, Gaze] = {}
     problems, broken = [], []
@@ -139,6 +157,15 @@ def _look_at_gaze(
             continue
         if skipped := gaze[session].skipped:
             problems.append(Problem(session, "gaze", f"{skipped:,} of its samples cannot be read", kept=True))
+    coverage, coverage_problems = _gaze_coverage(annotations, gaze, facts, frame_offset)
+    return {"sessions": len(sessions), **coverage}, problems + coverage_problems, broken
+
+
+def _gaze_coverage(
+    annotations: Annotations, gaze: dict[str, Gaze], facts: dict[str, video.VideoFacts], frame_offset: int
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return (coverage by gaze, sessions and clips with too little gaze) for the usable clips."""
+    problems: list[Problem] = []
     valid: Counter[str] = Counter()
     frames: Counter[str] = Counter()
     without: list[str] = []
@@ -146,10 +173,10 @@ def _look_at_gaze(
         if (fact := facts.get(clip.name.name)) is None:
             continue
         first = clip.name.first_frame + frame_offset
-        found = gaze.get(clip.name.session, no_gaze(0)).frames(first, fact.frames)
-        if not found.valid.any():
+        clip_gaze = gaze.get(clip.name.session, no_gaze(0)).frames(first, fact.frames)
+        if not clip_gaze.valid.any():
             without.append(clip.name.name)
-        valid[clip.name.session] += int(found.valid.sum())
+        valid[clip.name.session] += int(clip_gaze.valid.sum())
         frames[clip.name.session] += fact.frames
     for session in gaze:
         share = valid[session] / max(frames[session], 1)
@@ -158,15 +185,14 @@ def _look_at_gaze(
     problems += [
         Problem(clip, "gaze", NO_USABLE_GAZE, kept=True)
         for clip in without
-        if parse_clip_name(clip).session in gaze  # of the others their session is named
+        if parse_clip_name(clip).session in gaze  # a session without gaze is listed itself
     ]
     coverage = {
-        "sessions": len(sessions),
         "sessions with gaze": len(gaze),
         "clips without gaze": len(without),
         "frames with gaze": valid.total() / max(frames.total(), 1),
     }
-    return coverage, problems, broken
+    return coverage, problems
 
 
 def _estimate(
@@ -175,10 +201,10 @@ def _estimate(
     """Encode a few clips of usual length on one core, for a limited time, and scale to all frames."""
     method = flow.flow_method(settings.flow, settings.flow_weights)
     with flow.one_thread():
-        return _timed(clips, videos, facts, settings, method)
+        return _encode_sample(clips, videos, facts, settings, method)
 
 
-def _timed(
+def _encode_sample(
     clips: list[AnnotatedClip],
     videos: dict[str, SourceFile],
     facts: dict[str, video.VideoFacts],
@@ -186,22 +212,22 @@ def _timed(
     method: flow.FlowMethod,
 ) -> Estimate:
     by_length = sorted(clips, key=lambda clip: (facts[clip.name.name].frames, clip.name.name))
-    places = np.linspace(0.25, 0.75, _TRIED_CLIPS) * (len(by_length) - 1)
-    tried = [videos[by_length[place].name.name].uri for place in places.astype(int)]
-    _encode(tried[0], settings, method, seconds=0)  # loads and compiles what the method needs
+    places = np.linspace(0.25, 0.75, _SAMPLED_CLIPS) * (len(by_length) - 1)
+    sample = [videos[by_length[place].name.name].uri for place in places.astype(int)]
+    _encode(sample[0], settings, method, seconds=0)  # warm-up: loads weights and compiles
     frames, size, start = 0, 0, time.perf_counter()
-    for uri in tried:
-        encoded = _encode(uri, settings, method, start + _TRIED_SECONDS - time.perf_counter())
+    for uri in sample:
+        encoded = _encode(uri, settings, method, start + _SAMPLED_SECONDS - time.perf_counter())
         frames += len(encoded.rgb)
         size += sum(map(len, encoded.rgb)) + sum(map(len, encoded.flow))
-        if time.perf_counter() - start > _TRIED_SECONDS:
+        if time.perf_counter() - start > _SAMPLED_SECONDS:
             break
     total = sum(fact.frames for fact in facts.values())
     return Estimate((time.perf_counter() - start) / max(frames, 1) * total, size / max(frames, 1) * total)
 
 
 def _encode(uri: str, settings: Settings, method: flow.FlowMethod, seconds: float) -> video.EncodedClip:
-    """A clip's frames as far as the time allows, two at least; none of a clip that cannot be decoded."""
+    """Encode a clip's frames for `seconds`, at least two frames. A clip that cannot be decoded gives none."""
     end = time.perf_counter() + seconds
 
     def frames() -> Iterator[np.ndarray]:
@@ -212,13 +238,13 @@ def _encode(uri: str, settings: Settings, method: flow.FlowMethod, seconds: floa
 
     try:
         return video.encode_frames(frames(), method)
-    except UserError:  # `prepare` will tell; here it would only make the estimate worse
+    except UserError:  # `prepare` reports such a clip; here it would only distort the estimate
         return video.EncodedClip([], [])
 
 
-def _show(egtea: str, verdict: Verdict, settings: Settings, out: str | None, ready: bool) -> None:
+def _print_result(egtea: str, result: CheckResult, settings: Settings, out: str | None, ready: bool) -> None:
     rows = []
-    for name, value in verdict.facts.items():
+    for name, value in result.facts.items():
         if isinstance(value, Counter):
             text = ", ".join(f"{key} ({count:,})" for key, count in value.most_common())
         elif isinstance(value, float):
@@ -228,27 +254,27 @@ def _show(egtea: str, verdict: Verdict, settings: Settings, out: str | None, rea
         rows.append((name.replace("bytes of ", ""), text))
     print_table(egtea, ["", ""], rows)
     stages: dict[str, list[Problem]] = {}
-    for problem in verdict.problems:
+    for problem in result.problems:
         stages.setdefault("cannot be used" if not problem.kept else problem.stage, []).append(problem)
-    for stage, found in stages.items():
-        shown = [(problem.clip, problem.reason) for problem in found[:_SHOWN]]
-        more = [("...", f"{len(found) - _SHOWN:,} more")] if len(found) > _SHOWN else []
-        print_table(f"Odd: {stage} ({len(found):,})", ["", ""], [*shown, *more])
-    if verdict.estimate is not None:
-        _show_estimate(verdict.estimate, settings, out)
-    lost = sum(not problem.kept for problem in verdict.problems)
-    if ready and lost <= MISSING_LIMIT * verdict.facts["clips annotated"]:
-        say(f"Ready: prepare would keep {verdict.facts['clips usable']:,} clips and leave out {lost:,}.")
+    for stage, problems in stages.items():
+        shown = [(problem.clip, problem.reason) for problem in problems[:_SHOWN]]
+        more = [("...", f"{len(problems) - _SHOWN:,} more")] if len(problems) > _SHOWN else []
+        print_table(f"Problems: {stage} ({len(problems):,})", ["", ""], [*shown, *more])
+    if result.estimate is not None:
+        _print_estimate(result.estimate, settings, out)
+    left_out = sum(not problem.kept for problem in result.problems)
+    if ready and left_out <= MISSING_LIMIT * result.facts["clips annotated"]:
+        say(f"Ready: prepare would keep {result.facts['clips usable']:,} clips and leave out {left_out:,}.")
 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def _show_estimate(estimate: Estimate, settings: Settings, out: str | None) -> None:
+def _print_estimate(estimate: Estimate, settings: Settings, out: str | None) -> None:
     cores = len(os.sched_getaffinity(0))
     on_gpu = flow.runs_on_gpu(settings.flow)
-    # Tasks share a GPU, and whether it or the cores have time left is not known here.
+    # Tasks share a GPU. Whether the GPU or the cores limit them is not measured, so the time is an upper bound.
     duration = timedelta(seconds=round(estimate.core_seconds / (1 if on_gpu else cores)))
     where = "at most, on a GPU" if on_gpu else f"on {cores} CPU cores"
     disk = _size(estimate.bytes)
@@ -261,4 +287,4 @@ def _show_estimate(estimate: Estimate, settings: Settings, out: str | None) -> N
         (f"time {where}, flow {settings.flow}", str(duration)),
         ("size of the shards", disk),
     ]
-    print_table(f"Estimate, from {_TRIED_CLIPS} clips", ["", ""], rows)
+    print_table(f"Estimate, from {_SAMPLED_CLIPS} clips", ["", ""], rows)

@@ -1,4 +1,4 @@
-"""The files that make finished shards a data set: `clips.parquet`, `problems.parquet` and, last, `dataset.json`."""
+"""Completion of a data set: `clips.parquet`, `problems.parquet` and, last of all, `dataset.json`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from tune_ego import __version__, storage
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import print_table
 from tune_ego.dataset import shards
-from tune_ego.dataset.annotations import Annotations
-from tune_ego.dataset.sources import check_threshold
+from tune_ego.dataset.annotations import Annotations, action_parts
+from tune_ego.dataset.sources import check_missing_limit
 from tune_ego.errors import UserError
 
 _SHOWN = 20
+"""Most clips that are listed in the printed tables."""
 
 
-def reopen(out: str) -> None:
-    """Before shards are made anew: what is closed would point into those that are gone."""
+def mark_unfinished(out: str) -> None:
+    """Remove `dataset.json`, before shards are written again: it would describe shards that no longer exist."""
     storage.remove(storage.join(out, shards.DATASET_FILE))
     shards.open_shards.cache_clear()
 
 
-def close(
+def write_dataset(
     annotations: Annotations,
     records: list[dict[str, Any]],
     problems: list[shards.Problem],
@@ -29,10 +30,22 @@ def close(
     out: str,
     allow_missing: bool,
 ) -> dict[str, Any]:
-    """Write what is not there yet, print a summary, and return what `dataset.json` holds.
+    """Write the missing or outdated files of a data set whose shards are complete, and print a summary.
 
-    `records` are the clips' rows of `clips.parquet`. Raises `UserError` where too many clips were lost; they are in
-    `problems.parquet` then, and the data set stays unfinished.
+    Args:
+        annotations: All annotated clips, also clips that were left out.
+        records: The clips' rows of `clips.parquet`, in any order.
+        problems: The rows of `problems.parquet`, in any order.
+        settings: The settings of `prepare`, as `dataset.json` records them.
+        out: Path or URI of the data set.
+        allow_missing: Accept any number of clips that were left out.
+
+    Returns:
+        The content of `dataset.json`.
+
+    Raises:
+        UserError: Too many clips were left out. They are listed in `problems.parquet`, and the data set stays
+            unfinished.
     """
     records = sorted(records, key=lambda record: record["clip"])
     problems = sorted(problems)
@@ -40,25 +53,47 @@ def close(
     files = shards.closing_files(records, problems)
     try:
         if not allow_missing:
-            check_threshold(left_out, len(annotations.clips), out)
+            check_missing_limit(left_out, len(annotations.clips), out)
         if not records:
             raise UserError(f"{out}: not one clip could be read")
     except UserError as error:
-        if not storage.exists(storage.join(out, shards.DATASET_FILE)):  # else it was finished with --allow-missing
+        # A data set that was finished with --allow-missing keeps its files.
+        if not storage.exists(storage.join(out, shards.DATASET_FILE)):
             storage.write_bytes(storage.join(out, shards.PROBLEMS_FILE), files[shards.PROBLEMS_FILE])
-        print_table(f"Cannot be used ({len(left_out):,})", ["", ""], _table_of(left_out))
-        raise UserError(f"{error}; all of them: {storage.join(out, shards.PROBLEMS_FILE)}") from error
-    info = {
+        print_table(f"Cannot be used ({len(left_out):,})", ["", ""], _rows_of_clips(left_out))
+        raise UserError(f"{error}; full list: {storage.join(out, shards.PROBLEMS_FILE)}") from error
+    info = _describe(annotations, records, problems, settings, files)
+    if not _is_up_to_date(info, out):
+        mark_unfinished(out)
+        for name, data in files.items():
+            storage.write_bytes(storage.join(out, name), data)
+        storage.write_json(storage.join(out, shards.DATASET_FILE), info)
+    storage.remove_partial(out)
+    _print_summary(info, left_out, out)
+    return info
+
+
+def _describe(
+    annotations: Annotations,
+    records: list[dict[str, Any]],
+    problems: list[shards.Problem],
+    settings: dict[str, Any],
+    files: dict[str, bytes],
+) -> dict[str, Any]:
+    """Return the content of `dataset.json`."""
+    parts = action_parts(annotations)
+    return {
         "schema_version": shards.SCHEMA_VERSION,
         "written_by": f"tune_ego {__version__}",
         "settings": settings,
         "actions": annotations.actions,
         "verbs": annotations.verbs,
         "nouns": annotations.nouns,
-        **_parts_of_actions(annotations),
+        "verb_of_action": parts.verbs,
+        "noun_of_action": parts.nouns,
         "clips": len(records),
         "frames": sum(record["frames"] for record in records),
-        "clips_left_out": len(left_out),
+        "clips_left_out": sum(not problem.kept for problem in problems),
         "clips_without_gaze": sum(record["gaze_frames"] == 0 for record in records),
         "clips_shorter_than_a_window": sum(record["frames"] < WINDOW_FRAMES for record in records),
         "clips_of_another_length": sum(problem.stage == "length" for problem in problems),
@@ -66,40 +101,25 @@ def close(
         "problems": [problem._asdict() for problem in problems],
         "sha256": {name: shards.checksum(data) for name, data in files.items()},
     }
-    if not _is_closed(info, out):
-        reopen(out)
-        for name, data in files.items():
-            storage.write_bytes(storage.join(out, name), data)
-        storage.write_json(storage.join(out, shards.DATASET_FILE), info)
-    storage.remove_partial(out)
-    _summarise(info, left_out, out)
-    return info
 
 
-def _is_closed(info: dict[str, Any], out: str) -> bool:
+def _is_up_to_date(info: dict[str, Any], out: str) -> bool:
+    """Whether `dataset.json` holds `info`, and the files that it names have their checksums."""
     try:
         return bool(storage.read_json(storage.join(out, shards.DATASET_FILE)) == info) and all(
             shards.checksum(storage.read_bytes(storage.join(out, name))) == expected
             for name, expected in info["sha256"].items()
         )
-    except (OSError, UserError):  # one of them is not there, or damaged
+    except (OSError, UserError):  # a file is absent or damaged
         return False
 
 
-def _parts_of_actions(annotations: Annotations) -> dict[str, list[int]]:
-    """The verb and the first noun of each action, from 0, as its clips have them; -1 for one without clips."""
-    verbs, nouns = ([-1] * len(annotations.actions) for _ in range(2))
-    for clip in annotations.clips:
-        verbs[clip.action - 1], nouns[clip.action - 1] = clip.verb - 1, clip.nouns[0] - 1
-    return {"verb_of_action": verbs, "noun_of_action": nouns}
-
-
-def _table_of(left_out: list[shards.Problem]) -> list[tuple[str, str]]:
+def _rows_of_clips(left_out: list[shards.Problem]) -> list[tuple[str, str]]:
     rows = [(f"  {problem.clip}", problem.reason) for problem in left_out[:_SHOWN]]
-    return [*rows, ("  ...", f"all of them: {shards.PROBLEMS_FILE}")] if len(left_out) > _SHOWN else rows
+    return [*rows, ("  ...", f"full list: {shards.PROBLEMS_FILE}")] if len(left_out) > _SHOWN else rows
 
 
-def _summarise(info: dict[str, Any], left_out: list[shards.Problem], out: str) -> None:
+def _print_summary(info: dict[str, Any], left_out: list[shards.Problem], out: str) -> None:
     rows = [
         ("clips kept", f"{info['clips']:,} ({info['frames']:,} frames)"),
         ("of these without gaze", f"{info['clips_without_gaze']:,}"),
@@ -107,4 +127,4 @@ def _summarise(info: dict[str, Any], left_out: list[shards.Problem], out: str) -
         ("of these not as long as named", f"{info['clips_of_another_length']:,}"),
         ("left out", f"{info['clips_left_out']:,}"),
     ]
-    print_table(f"Shards in {out}", ["", ""], [*rows, *_table_of(left_out)])
+    print_table(f"Shards in {out}", ["", ""], [*rows, *_rows_of_clips(left_out)])

@@ -1,6 +1,7 @@
-"""Optical flow between consecutive frames, and its 8-bit form.
+"""Optical flow between consecutive frames, and its 8-bit form in the shards.
 
-N pairs of frames, H, W pixels; 2 is x, y. Torch is imported by the methods that need it alone.
+N pairs of frames, H, W pixels; 2 is x, y. Torch is imported inside the methods that use it: DIS and
+Farneback do not need it.
 """
 
 from __future__ import annotations
@@ -19,39 +20,50 @@ from tune_ego import storage
 from tune_ego.errors import UserError
 
 BOUND = 20.0
-"""Flow is clipped to [-BOUND, BOUND] pixels (Lu)."""
+"""Flow is clipped to [-BOUND, BOUND] pixels (Lu, Liao, Li, ICCV Workshops 2019)."""
 FlowName = Literal["dis", "tvl1", "farneback", "raft"]
-RAFT_SMALLEST_SIDE = 128  # pixels: its correlation pyramid halves maps of an eighth of this three times
+RAFT_SMALLEST_SIDE = 128
+"""Pixels. RAFT's feature maps have an eighth of the image's side; its correlation pyramid halves them three times."""
 
 
 class FlowMethod(NamedTuple):
-    view: Callable[[np.ndarray], np.ndarray]
-    """BGR frame, uint8 [H, W, 3] -> what `fields` takes for it."""
+    """Optical flow method, in two steps for each frame."""
+
+    preprocess: Callable[[np.ndarray], np.ndarray]
+    """BGR frame, uint8 [H, W, 3] -> input of `fields`: a grey or RGB image."""
     fields: Callable[[Sequence[np.ndarray]], np.ndarray]
-    """N + 1 consecutive frames' views -> [N, H, W, 2] float32: the motion to the next one, pixels."""
+    """N + 1 consecutive preprocessed frames -> [N, H, W, 2] float32: motion to the next frame, pixels."""
     batch: int
-    """The most pairs it should get at once."""
+    """Largest N to pass at once."""
 
 
 @lru_cache(maxsize=1)
 def flow_method(name: FlowName, weights: str | None = None) -> FlowMethod:
-    """The method of this name, on a GPU where the process has one and the method can use it.
+    """Return the flow method of this name, on a GPU where the process has one and the method can use it.
 
-    `weights` is the path or URI of RAFT's state dict (torchvision's `raft_large` or `raft_small`).
+    Args:
+        name: `dis`, `farneback`, `tvl1` or `raft`.
+        weights: Path or URI of RAFT's state dict (torchvision's `raft_large` or `raft_small`); for `raft` only.
+
+    Raises:
+        ValueError: There is no method of this name.
     """
-    if name == "dis":
-        # Dense inverse search (Kroeger et al., ECCV 2016). Never give it a field to start from: it would look at the
-        # same one in all later calls, and the order of the clips would matter.
-        dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        return FlowMethod(_grey, _each_pair(lambda before, after: dis.calc(before, after, None)), 1)
-    if name == "farneback":
-        return FlowMethod(_grey, _each_pair(_farneback), 1)
-    return _tv_l1() if name == "tvl1" else _raft(weights)
+    match name:
+        case "dis":
+            return _dis()
+        case "farneback":
+            return FlowMethod(_grey, _each_pair(_farneback), 1)
+        case "tvl1":
+            return _tv_l1()
+        case "raft":
+            return _raft(weights)
+        case _:
+            raise ValueError(f"no flow method {name!r}")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """OpenCV, and torch where it is loaded, on one thread each, in this process."""
+    """Limit OpenCV, and torch where it is imported, to one thread each in this process."""
     torch: Any = sys.modules.get("torch")
     before = cv2.getNumThreads(), torch and torch.get_num_threads()
     cv2.setNumThreads(1)
@@ -66,12 +78,12 @@ def one_thread() -> Iterator[None]:
 
 
 def uses_gpu(name: FlowName) -> bool:
-    """Whether the method takes a GPU where there is one."""
+    """Whether the method runs on a GPU where the process has one."""
     return name in ("tvl1", "raft")
 
 
 def runs_on_gpu(name: FlowName) -> bool:
-    """Whether it does in this process."""
+    """Whether the method runs on a GPU in this process."""
     if not uses_gpu(name):
         return False
     import torch
@@ -83,20 +95,31 @@ def _grey(frame: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
 
 
-def _each_pair(between: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+def _each_pair(flow_between: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """Return a `FlowMethod.fields` from a function that computes the flow [H, W, 2] of one pair."""
+
     def fields(frames: Sequence[np.ndarray]) -> np.ndarray:
-        found = [between(before, after) for before, after in pairwise(frames)]
-        return found[0][None] if len(found) == 1 else np.stack(found)
+        fields_HW2 = [flow_between(before, after) for before, after in pairwise(frames)]
+        return fields_HW2[0][None] if len(fields_HW2) == 1 else np.stack(fields_HW2)
 
     return fields
 
 
+def _dis() -> FlowMethod:
+    """Return dense inverse search (Kroeger et al., ECCV 2016)."""
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    # Never pass an initial field: OpenCV would use the same field in all later calls, and results would depend on the
+    # order of the clips.
+    return FlowMethod(_grey, _each_pair(lambda before, after: dis.calc(before, after, None)), 1)
+
+
 def _farneback(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
-    """Polynomial expansion (Farneback, SCIA 2003), with the constants of OpenCV's own example."""
+    """Compute flow by polynomial expansion (Farneback, SCIA 2003), with the constants of OpenCV's own example."""
     return cv2.calcOpticalFlowFarneback(before_HW, after_HW, None, 0.5, 3, 15, 3, 5, 1.2, 0)
 
 
 def _tv_l1() -> FlowMethod:
+    """Return TV-L1 (see `dataset.tv_l1`)."""
     import torch
 
     from tune_ego.dataset.tv_l1 import tv_l1
@@ -107,12 +130,12 @@ def _tv_l1() -> FlowMethod:
         grey = torch.from_numpy(np.stack(frames)).to(device)
         return tv_l1(grey[:-1], grey[1:]).cpu().numpy()
 
-    # On a CPU one pair fits its caches and four do not.
+    # On a CPU one pair fits into its caches and four pairs do not.
     return FlowMethod(_grey, fields, 64 if device.type == "cuda" else 1)
 
 
 def _raft(weights: str | None) -> FlowMethod:
-    """RAFT (Teed, Deng, ECCV 2020), torchvision's implementation with its 12 updates."""
+    """Return RAFT (Teed, Deng, ECCV 2020), torchvision's implementation with its 12 updates."""
     import torch
     import torch.nn.functional as F
 
@@ -132,7 +155,7 @@ def _raft(weights: str | None) -> FlowMethod:
 
 
 def load_raft(weights: str) -> Any:
-    """torchvision's RAFT with a state dict; raises `UserError` where the file is not one."""
+    """Load torchvision's RAFT from a state dict. Raises `UserError` for a file that is not such a state dict."""
     import io
 
     import torch
@@ -140,7 +163,7 @@ def load_raft(weights: str) -> Any:
 
     try:
         state = torch.load(io.BytesIO(storage.read_bytes(weights)), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its unpickler and its zip reader happen to raise
+    except Exception as error:  # torch passes on any exception of its unpickler and zip reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{weights}: cannot be read as weights ({reason})") from error
     for build in (raft_large, raft_small):
@@ -154,7 +177,10 @@ def load_raft(weights: str) -> Any:
 
 
 def quantise(field_HW2: np.ndarray) -> np.ndarray:
-    """[H, W, 2] pixels -> [2H, W] uint8, linear from [-20, 20] to [0, 255]; the x component above the y component."""
+    """Convert flow [H, W, 2] in pixels to levels [2H, W] uint8, the x component above the y component.
+
+    Linear from [-20, 20] to [0, 255]; larger motion is clipped.
+    """
     levels = np.clip(field_HW2.transpose(2, 0, 1).reshape(-1, field_HW2.shape[1]), -BOUND, BOUND)
     levels += BOUND
     levels *= 255 / (2 * BOUND)
@@ -162,10 +188,10 @@ def quantise(field_HW2: np.ndarray) -> np.ndarray:
 
 
 def split_components(grey: np.ndarray) -> np.ndarray:
-    """[2H, W] uint8, as stored -> [2, H, W] uint8, x and y; no copy."""
+    """View stored levels [2H, W] uint8 as [2, H, W], x and y, without a copy."""
     return grey.reshape(2, -1, grey.shape[1])
 
 
-def pixels(levels: np.ndarray) -> np.ndarray:
-    """Stored levels, uint8 -> pixels, float32 of the same shape."""
+def dequantise(levels: np.ndarray) -> np.ndarray:
+    """Convert stored levels, uint8, to pixels, float32 of the same shape."""
     return levels.astype(np.float32) * (2 * BOUND / 255) - BOUND

@@ -1,4 +1,4 @@
-"""`prepare`: EGTEA clips -> shards, as a Ray Data job with one shard a task."""
+"""`prepare`: EGTEA clips -> shards, as a Ray Data job with one task for each shard."""
 
 from __future__ import annotations
 
@@ -16,42 +16,47 @@ from tune_ego.console import clip_progress, say
 from tune_ego.dataset import closing, flow, shards, video
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
-from tune_ego.dataset.sources import check_threshold, find_unusable, identities, length_oddity
+from tune_ego.dataset.sources import check_missing_limit, file_identities, find_unusable_clips, length_mismatch
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
-"""About 40 MB at 320 x 240, in memory until it is written."""
+"""Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
 NO_USABLE_GAZE = "no frame with usable gaze"
-_CLAIM_FILE = "prepare.json"
-"""Which settings an output has, from its first shard on."""
-_SMALLEST, _LARGEST = 32, 4096  # pixels; below, DIS has nothing to match
-_MOST_TASKS_PER_GPU = 8  # each holds a CUDA context of about half a gigabyte
+_SETTINGS_FILE = "prepare.json"
+"""Settings of an output folder; written before its first shard."""
+_SMALLEST, _LARGEST = 32, 4096  # sides in pixels; DIS finds nothing to match in smaller images
+_MOST_TASKS_PER_GPU = 8  # each task holds a CUDA context of about half a gigabyte
 
 
 class ShardTask(NamedTuple):
-    """What one task makes: one shard."""
+    """Input of the task that writes one shard."""
 
     shard: str
+    """Path of the shard, relative to the output folder."""
     clips: list[AnnotatedClip]
     videos: list[str | None]
+    """URI of each clip's video; None where there is no file."""
     gaze: list[str | None]
+    """URI of each clip's gaze file; None where there is no file."""
     sources: dict[str, str]
-    """File name -> identity, of every video and gaze file: a shard is made anew where they changed."""
+    """File name -> identity of every video and gaze file. A shard is written again where an identity changed."""
 
     @property
     def frames(self) -> int:
-        """As the clips' names say."""
+        """Number of frames, computed from the clips' names."""
         return sum(_named_frames(clip) for clip in self.clips)
 
 
 class ShardResult(NamedTuple):
+    """Rows of a shard's clips in `clips.parquet` and `problems.parquet`."""
+
     records: list[dict[str, Any]]
     problems: list[shards.Problem]
 
 
 class Settings(NamedTuple):
-    """What the content of the shards depends on, beside their sources."""
+    """Settings that determine the content of the shards, together with the source files."""
 
     image_size: tuple[int, int] = (320, 240)
     """(width, height), pixels."""
@@ -59,14 +64,15 @@ class Settings(NamedTuple):
     flow_weights: str | None = None
     """Path or URI of RAFT's weights."""
     frame_offset: int = 0
+    """Frames that are added to a clip's first session frame, where its gaze is read."""
 
     def absolute(self) -> Settings:
-        """The same, wherever it is read."""
+        """Return the same settings with an absolute path of the weights, for processes in other folders."""
         weights = self.flow_weights
         return self._replace(flow_weights=None if weights is None else storage.absolute(weights))
 
     def check(self) -> None:
-        """Raise `UserError` for settings that no shard can be made with."""
+        """Raise `UserError` for settings that no shard can be written with."""
         width, height = self.image_size
         smallest = flow.RAFT_SMALLEST_SIDE if self.flow == "raft" else _SMALLEST
         if not all(smallest <= side <= _LARGEST for side in self.image_size):
@@ -79,7 +85,7 @@ class Settings(NamedTuple):
             flow.load_raft(self.flow_weights)
 
     def record(self) -> dict[str, Any]:
-        """As they are written down and compared; of weights, what is in them and not where they were."""
+        """Return the settings as JSON values, for storage and comparison. Weights are represented by their SHA-256."""
         values: dict[str, Any] = {
             "image_size": list(self.image_size),
             "flow": self.flow,
@@ -100,11 +106,21 @@ def prepare(
     jobs: int | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Write the shards of an EGTEA folder to `out`; continues where a killed run stopped.
+    """Write the shards of an EGTEA folder to `out`. Shards that an interrupted run has finished are kept.
 
-    Both are paths or URIs; `jobs` shards are made at a time, else one a CPU of the cluster. Returns what
-    `dataset.json` holds. Raises `UserError` for broken annotations or gaze files, and where more than 5 % of the
-    clips are absent or unreadable.
+    Args:
+        egtea: Path or URI of the folder.
+        out: Path or URI of the data set.
+        settings: Image size, flow method and frame offset.
+        allow_missing: Accept any number of clips that are absent or unreadable.
+        jobs: Shards that are written at a time; by default one for each CPU of the cluster.
+        address: Address of a Ray cluster; by default Ray starts on this machine.
+
+    Returns:
+        The content of `dataset.json`.
+
+    Raises:
+        UserError: Annotations or gaze files are broken, or more than 5 % of the clips are absent or unreadable.
     """
     settings = (settings or Settings()).absolute()
     settings.check()
@@ -116,31 +132,33 @@ def prepare(
     for file in gaze.values():
         check_gaze_layout(file.uri)
     record = settings.record()
-    claim = {"schema_version": shards.SCHEMA_VERSION, **record, "annotations": _fingerprint(annotations)}
-    _check_claim(out, claim)
-    tasks = plan(annotations, videos, gaze)
-    finished = {task.shard: result for task in tasks if (result := _finished(task, out)) is not None}
-    waiting = [task for task in tasks if task.shard not in finished]
-    waiting.sort(key=lambda task: -task.frames)  # the longest first: then all workers end at about the same time
-    if waiting:
+    output_settings = {"schema_version": shards.SCHEMA_VERSION, **record, "annotations": _fingerprint(annotations)}
+    _check_same_settings(out, output_settings)
+    tasks = plan_shards(annotations, videos, gaze)
+    finished = {task.shard: result for task in tasks if (result := _read_finished(task, out)) is not None}
+    pending = [task for task in tasks if task.shard not in finished]
+    pending.sort(key=lambda task: -task.frames)  # longest first: all workers end at about the same time
+    if pending:
         if not allow_missing:
-            lost = [problem for result in finished.values() for problem in result.problems if not problem.kept]
-            lost += find_unusable([clip for task in waiting for clip in task.clips], videos)
-            check_threshold(lost, len(annotations.clips), egtea)
-        storage.write_json(storage.join(out, _CLAIM_FILE), claim)
-        closing.reopen(out)
-        done = sum(len(task.clips) for task in tasks if task.shard in finished)
-        with ray_session(address), clip_progress(len(annotations.clips), done) as advance:
-            for task, result in zip(waiting, _run(waiting, out, settings, jobs)):
+            left_out = [problem for result in finished.values() for problem in result.problems if not problem.kept]
+            left_out += find_unusable_clips([clip for task in pending for clip in task.clips], videos)
+            check_missing_limit(left_out, len(annotations.clips), egtea)
+        storage.write_json(storage.join(out, _SETTINGS_FILE), output_settings)
+        closing.mark_unfinished(out)
+        finished_clips = sum(len(task.clips) for task in tasks if task.shard in finished)
+        with ray_session(address), clip_progress(len(annotations.clips), finished_clips) as advance:
+            for task, result in zip(pending, _run(pending, out, settings, jobs)):
                 finished[task.shard] = result
                 advance(len(task.clips))
     records = [record for result in finished.values() for record in result.records]
     problems = [problem for result in finished.values() for problem in result.problems]
-    return closing.close(annotations, records, problems, record, out, allow_missing)
+    return closing.write_dataset(annotations, records, problems, record, out, allow_missing)
 
 
-def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str, SourceFile]) -> list[ShardTask]:
-    """Which clips go into which shard: the same for the same annotations, whatever is on disk."""
+def plan_shards(
+    annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str, SourceFile]
+) -> list[ShardTask]:
+    """Distribute the clips over shards. The distribution depends on the annotations only, not on the files on disk."""
     groups: dict[str, list[list[AnnotatedClip]]] = {}
     sizes: dict[str, int] = {}
     for clip in annotations.clips:
@@ -151,7 +169,7 @@ def plan(annotations: Annotations, videos: dict[str, SourceFile], gaze: dict[str
             sizes[folder] = 0
         groups[folder][-1].append(clip)
         sizes[folder] += frames
-    identity = identities([*videos.values(), *gaze.values()])
+    identity = file_identities([*videos.values(), *gaze.values()])
     return [
         _task(f"{folder}/part-{number:04d}.parquet", clips, videos, gaze, identity)
         for folder, parts in sorted(groups.items())
@@ -180,10 +198,10 @@ def _task(
 
 
 def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
-    """The result of every task, in their order."""
+    """Write the shards with Ray Data, and yield the results in the order of the tasks."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its import has set a level of its own
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # here, because the import sets a level
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -193,8 +211,8 @@ def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None)
     def work(row: dict[str, Any]) -> dict[str, Any]:
         return {"result": json.dumps(write_task(tasks[int(row["id"])], out, settings))}
 
-    # Always one task a shard: the number of workers changes nothing in what is written. Tasks of one kind run in the
-    # same processes, which keep a flow method and its weights.
+    # One task for each shard, so that the output does not depend on the number of workers. The tasks share worker
+    # processes, which cache the flow method and its weights.
     dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).map(
         work, num_cpus=1, num_gpus=_gpu_share(settings), compute=ray.data.TaskPoolStrategy(size=jobs)
     )
@@ -207,7 +225,7 @@ def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None)
 
 
 def _gpu_share(settings: Settings) -> float:
-    """What of a GPU each task reserves: as many share one as there are CPUs for it, up to a limit."""
+    """Return the share of a GPU that each task reserves: one task for each CPU, up to a limit for each GPU."""
     import ray
 
     resources = ray.cluster_resources()
@@ -217,21 +235,21 @@ def _gpu_share(settings: Settings) -> float:
     return float(min(max(gpus / cpus, 1 / _MOST_TASKS_PER_GPU), 1))
 
 
-def _finished(task: ShardTask, out: str) -> ShardResult | None:
-    """What an earlier run wrote for this task; None where it has to be done (again)."""
+def _read_finished(task: ShardTask, out: str) -> ShardResult | None:
+    """Read the result of a shard from an earlier run; None if it must be written (again)."""
     uri = storage.join(out, task.shard)
     if not storage.exists(uri):
         return None
     try:
         records, problems, sources = shards.read_shard_records(uri)
     except UserError as error:
-        say(f"{error}: made anew")
+        say(f"{error}: writing it again")
         return None
     return ShardResult(records, problems) if sources == task.sources else None
 
 
 def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
-    """Decode, resize, compute flow, encode, and write one shard; a clip that fails becomes a problem."""
+    """Decode, resize, compute flow, encode, and write one shard. A clip that cannot be read becomes a problem."""
     method = flow.flow_method(settings.flow, settings.flow_weights)
     tables, result, row_group = [], ShardResult([], []), 0
     for clip, uri, gaze_uri in zip(task.clips, task.videos, task.gaze):
@@ -244,7 +262,7 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
             result.problems.append(shards.Problem(name, "video", str(error), kept=False))
             continue
         frames = len(encoded.rgb)
-        if reason := length_oddity(clip, frames):
+        if reason := length_mismatch(clip, frames):
             result.problems.append(shards.Problem(name, "length", reason, kept=True))
         gaze = no_gaze(frames)
         if gaze_uri is None:
@@ -263,7 +281,7 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
 
 @lru_cache(maxsize=8)
 def _session_gaze(uri: str, identity: str) -> Gaze:
-    """A worker process outlives a job, and the file may be another in the next one."""
+    """Read a gaze file, cached. The identity is part of the key: worker processes outlive a job, a file may change."""
     return read_gaze(uri)
 
 
@@ -271,18 +289,18 @@ def _fingerprint(annotations: Annotations) -> str:
     return hashlib.sha256(repr(annotations).encode()).hexdigest()[:16]
 
 
-def _check_claim(out: str, settings: dict[str, Any]) -> None:
-    """Refuse to mix the shards of two settings or schema versions, or to write between other files."""
-    marker = storage.join(out, _CLAIM_FILE)
-    if not storage.exists(marker):
+def _check_same_settings(out: str, settings: dict[str, Any]) -> None:
+    """Raise `UserError` for an output with shards of other settings or schema version, or with other files."""
+    settings_uri = storage.join(out, _SETTINGS_FILE)
+    if not storage.exists(settings_uri):
         if any(not storage.is_partial(name) for name in storage.list_names(out)):
             raise UserError(f"{out}: the folder is not empty and was not written by prepare; choose another")
         return
-    before = storage.read_json(marker)
+    existing = storage.read_json(settings_uri)
     different = [
-        f"{key}: {before.get(key)!r} there, {value!r} now"
+        f"{key}: {existing.get(key)!r} there, {value!r} now"
         for key, value in settings.items()
-        if before.get(key) != value
+        if existing.get(key) != value
     ]
     if different:
         raise UserError(

@@ -1,18 +1,19 @@
-"""The Parquet data set that `prepare` writes and the feed reads.
+"""Parquet data set: written by `prepare`, read by the feed.
 
     dataset.json                      schema version, class names, settings, counts, what was left out, checksums
-    clips.parquet                     one row a clip: labels, splits, folds, where its frames are
-    problems.parquet                  one row for each thing that went wrong with a clip
-    frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row a frame
+    clips.parquet                     one row for each clip: labels, splits, folds, place of its frames
+    problems.parquet                  one row for each problem of a clip
+    frames/roles=.../stratified_fold=.../session_fold=.../part-0000.parquet     shards: one row for each frame
 
-A split and a validation fold choose whole shards. Inside a shard each clip starts a row group and row groups hold
-16 frames, so a window of 16 frames reads at most two of them. Class ids count from 0 here, as the model's do.
+A split and a validation fold select whole shards. Inside a shard each clip starts a row group, and row groups hold 16
+frames. So a window of 16 frames needs at most two row groups. Class ids count from 0, as in the model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from tune_ego import storage
 from tune_ego.config import WINDOW_FRAMES, DataConfig
-from tune_ego.dataset.annotations import AnnotatedClip
+from tune_ego.dataset.annotations import ActionParts, AnnotatedClip
 from tune_ego.dataset.gaze import Gaze
 from tune_ego.errors import UserError
 
@@ -71,23 +72,24 @@ PROBLEM_SCHEMA = pa.schema(
 
 
 class Problem(NamedTuple):
-    """Something that went wrong with a clip, or is odd about it."""
+    """Fault or irregularity of a clip."""
 
     clip: str
     stage: str
-    """`video`, `length` or `gaze`."""
+    """`video`, `length` or `gaze`; `annotation`, too, in `prepare --check`."""
     reason: str
     kept: bool
-    """Whether the clip is in the shards all the same."""
+    """Whether the clip is in the shards in spite of the problem."""
 
 
 def shard_folder(clip: AnnotatedClip) -> str:
+    """Return the folder of a clip's shard, relative to the data set."""
     roles = "-".join(role or "none" for role in clip.roles)
     return f"frames/roles={roles}/stratified_fold={clip.stratified_fold}/session_fold={clip.session_fold}"
 
 
 def frame_table(clip: str, rgb: list[bytes], flow: list[bytes], gaze: Gaze) -> pa.Table:
-    """The rows of one clip; `rgb` and `flow` are JPEG files."""
+    """Return the rows of one clip. `rgb` and `flow` hold a JPEG file for each frame."""
     count = len(rgb)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), [clip]),
@@ -103,7 +105,7 @@ def frame_table(clip: str, rgb: list[bytes], flow: list[bytes], gaze: Gaze) -> p
 
 
 def clip_record(clip: AnnotatedClip, frames: int, gaze: Gaze, shard: str, row_group: int) -> dict[str, Any]:
-    """A clip's row of `clips.parquet`."""
+    """Return a clip's row of `clips.parquet`."""
     values = [
         *(clip.name.name, clip.name.session, clip.name.subject),
         *(clip.action - 1, clip.verb - 1, [noun - 1 for noun in clip.nouns]),
@@ -114,6 +116,7 @@ def clip_record(clip: AnnotatedClip, frames: int, gaze: Gaze, shard: str, row_gr
 
 
 def row_groups(frames: int) -> int:
+    """Return the number of row groups of a clip."""
     return -(-frames // FRAMES_PER_ROW_GROUP)
 
 
@@ -124,12 +127,12 @@ def write_shard(
     problems: list[Problem],
     sources: dict[str, str],
 ) -> None:
-    """Write one shard in one piece; its clips' records, problems and source files travel in the file's metadata."""
+    """Write one shard atomically, with its clips' records, problems and source identities in the file's metadata."""
     values = {_CLIPS_KEY: records, _PROBLEMS_KEY: problems, _SOURCES_KEY: sources}
     metadata = {key: json.dumps(value).encode() for key, value in values.items()}
     sink = pa.BufferOutputStream()
-    # JPEGs do not compress further, and statistics of them would only fill the footer. A damaged JPEG often decodes
-    # to something: checksums find it.
+    # JPEG files do not compress further, and statistics of them would only fill the footer. A damaged JPEG file often
+    # decodes without an error, so pages have checksums.
     with pq.ParquetWriter(
         sink,
         FRAME_SCHEMA.with_metadata(metadata),
@@ -144,7 +147,7 @@ def write_shard(
 
 
 def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], dict[str, str]]:
-    """(clip records, problems, identities of its sources) of a finished shard; raises `UserError` for a damaged one."""
+    """Read (clip records, problems, source identities) of a shard. Raises `UserError` for a damaged shard."""
     filesystem, path = storage.resolve(uri)
     try:
         metadata = pq.read_schema(path, filesystem=filesystem).metadata
@@ -155,7 +158,7 @@ def read_shard_records(uri: str) -> tuple[list[dict[str, Any]], list[Problem], d
 
 
 def closing_files(records: list[dict[str, Any]], problems: list[Problem]) -> dict[str, bytes]:
-    """`clips.parquet` and `problems.parquet`."""
+    """Return file name -> content of `clips.parquet` and `problems.parquet`."""
     return {
         CLIPS_FILE: _parquet(records, CLIP_SCHEMA),
         PROBLEMS_FILE: _parquet([problem._asdict() for problem in problems], PROBLEM_SCHEMA),
@@ -169,36 +172,38 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
 
 
 def checksum(data: bytes) -> str:
-    """As `dataset.json` holds them under `sha256`."""
+    """Return the SHA-256 of a file, as in `sha256` of `dataset.json`."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip as the feed sees it."""
+    """Label and place of a clip in the shards."""
 
     name: str
     label: int
     """Action class, from 0."""
     frames: int
     shard: str
-    """URI of its shard."""
+    """URI of the shard."""
     row_group: int
-    """Its first row group there."""
+    """First row group of the clip in its shard."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """An opened data set."""
+    """Opened data set."""
 
     root: str
+    """Absolute path or URI."""
     info: dict[str, Any]
-    """`dataset.json`."""
+    """Content of `dataset.json`."""
     table: pa.Table
-    """`clips.parquet`."""
+    """Content of `clips.parquet`."""
 
     @property
     def actions(self) -> list[str]:
+        """Names of the action classes."""
         return list(self.info["actions"])
 
     @property
@@ -207,12 +212,12 @@ class Shards:
         width, height = self.info["settings"]["image_size"]
         return width, height
 
-    def verbs_and_nouns(self) -> tuple[list[int], list[int]]:
-        """The verb and the first noun of each action; -1 for an action that no annotated clip shows."""
-        return list(self.info["verb_of_action"]), list(self.info["noun_of_action"])
+    def verbs_and_nouns(self) -> ActionParts:
+        """Return the verb and the first noun of each action."""
+        return ActionParts(list(self.info["verb_of_action"]), list(self.info["noun_of_action"]))
 
-    def names(self, role: str, split: int) -> list[str]:
-        """The clips of a role, `train` or `test`, in an official split."""
+    def clip_names(self, role: str, split: int) -> list[str]:
+        """Return the names of the clips of a role, `train` or `test`, in an official split."""
         return [
             row["clip"]
             for row in self.table.select(["clip", f"split{split}"]).to_pylist()
@@ -220,19 +225,21 @@ class Shards:
         ]
 
     def clip(self, row: dict[str, Any]) -> Clip:
-        """The clip of a row of `clips.parquet`."""
+        """Return the clip of a row of `clips.parquet`."""
         return Clip(row["clip"], row["action"], row["frames"], storage.join(self.root, row["shard"]), row["row_group"])
 
     def test(self, split: int) -> list[Clip]:
+        """Return the test clips of an official split."""
         return self._select(lambda row: row[f"split{split}"] == "test", f"test clips of split {split}")
 
     def train(self, data: DataConfig) -> list[Clip]:
-        """Training clips, validation fold left out."""
+        """Return the training clips without the validation fold."""
         return self._select(lambda row: self._in_train(row, data) and not self._validates(row, data), "training clips")
 
     def validation(self, data: DataConfig) -> list[Clip]:
-        what = f"validation clips in {data.validation} fold {data.fold} (data.fold)"
-        return self._select(lambda row: self._in_train(row, data) and self._validates(row, data), what)
+        """Return the validation clips: the training clips of the validation fold."""
+        kind = f"validation clips in {data.validation} fold {data.fold} (data.fold)"
+        return self._select(lambda row: self._in_train(row, data) and self._validates(row, data), kind)
 
     @staticmethod
     def _in_train(row: dict[str, Any], data: DataConfig) -> bool:
@@ -240,20 +247,27 @@ class Shards:
 
     @staticmethod
     def _validates(row: dict[str, Any], data: DataConfig) -> bool:
-        column = "stratified_fold" if data.validation == "stratified" else "session_fold"
+        match data.validation:
+            case "stratified":
+                column = "stratified_fold"
+            case "by_session":
+                column = "session_fold"
+            case _:
+                raise ValueError(f"no validation folds {data.validation!r}")
         return bool(row[column] == data.fold)
 
-    def _select(self, wanted: Any, what: str) -> list[Clip]:
-        columns = self.table.drop_columns(["session", "subject", "verb", "nouns"]).to_pylist()
-        clips = [self.clip(row) for row in columns if wanted(row)]
+    def _select(self, is_selected: Callable[[dict[str, Any]], bool], kind: str) -> list[Clip]:
+        """Return the selected clips. Raises `UserError`, naming their kind, where there are none."""
+        rows = self.table.drop_columns(["session", "subject", "verb", "nouns"]).to_pylist()
+        clips = [self.clip(row) for row in rows if is_selected(row)]
         if not clips:
-            raise UserError(f"{self.root}: there are no {what}")
+            raise UserError(f"{self.root}: there are no {kind}")
         return clips
 
 
 @lru_cache(maxsize=4)
 def open_shards(root: str) -> Shards:
-    """Open a prepared data set; raises `UserError` where it is absent, unfinished or of another schema version."""
+    """Open a prepared data set. Raises `UserError` if it is absent, unfinished or of another schema version."""
     try:
         info = storage.read_json(storage.join(root, DATASET_FILE))
     except (OSError, ValueError) as error:
@@ -272,18 +286,18 @@ def _read_clips(uri: str, info: dict[str, Any]) -> pa.Table:
     try:
         data = storage.read_bytes(uri)
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        table.validate(full=True)  # text that is none
+        table.validate(full=True)  # finds text that is not UTF-8
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(f"{uri}: cannot be read ({error}); run prepare again") from error
-    if checksum(data) != info.get("sha256", {}).get(CLIPS_FILE, checksum(data)):  # the first data sets have none
-        raise UserError(f"{uri}: damaged, or not the one that dataset.json was written with; run prepare again")
+    if checksum(data) != info.get("sha256", {}).get(CLIPS_FILE, checksum(data)):  # early data sets have no checksums
+        raise UserError(f"{uri}: damaged, or written with another dataset.json; run prepare again")
     return table
 
 
-def stray_rows(file: pq.ParquetFile, row_group: int, clip: str, first_frame: int) -> str | None:
-    """What a row group of a shard holds, where that is not the frames of `clip` from `first_frame` on; else None.
+def describe_stray_rows(file: pq.ParquetFile, row_group: int, clip: str, first_frame: int) -> str | None:
+    """Describe a row group of a shard that does not hold the frames of `clip` from `first_frame` on.
 
-    By the statistics in the file's footer: nothing more is read.
+    Returns None for the right row group. Only the statistics in the file's footer are read.
     """
     if row_group >= file.metadata.num_row_groups:
         return f"there is no row group {row_group}"
@@ -295,9 +309,10 @@ def stray_rows(file: pq.ParquetFile, row_group: int, clip: str, first_frame: int
 
 
 def read_clip(shards: Shards, record: dict[str, Any]) -> pa.Table:
-    """All frames of a clip (a row of `clips.parquet`), in their order.
+    """Read all frames of a clip (a row of `clips.parquet`), in their order.
 
-    Raises `UserError` where they are damaged, or where the shard holds other rows there.
+    Raises:
+        UserError: The frames are damaged, or the shard holds other rows in their place.
     """
     uri = storage.join(shards.root, record["shard"])
     filesystem, path = storage.resolve(uri)

@@ -1,4 +1,4 @@
-"""EGTEA's files before anything is made of them: can they be used, and are they still the same?"""
+"""Checks of EGTEA's source files: whether they can be used, and whether they have changed since an earlier run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
 MISSING_LIMIT = 0.05
+"""Largest share of clips that may be absent or unreadable."""
 READERS = 16
 """Threads that open files."""
 _ENDS = 8192
-"""Bytes at a video's head and tail that tell it from others: an mp4 has its table of frames at one of them."""
+"""Bytes at a video's head and at its tail that identify the video. An mp4 has its table of frames at one end."""
 
 
-def length_oddity(clip: AnnotatedClip, frames: int) -> str | None:
-    """What is odd about a clip's number of frames, if anything: its name says how many there should be."""
+def length_mismatch(clip: AnnotatedClip, frames: int) -> str | None:
+    """Describe a difference between a clip's number of frames and the number in its name; None if they are equal."""
     named = clip.name.last_frame - clip.name.first_frame
     return None if frames == named else f"{frames} frames, its name says {named}"
 
 
-def find_unusable(clips: list[AnnotatedClip], videos: dict[str, SourceFile]) -> list[Problem]:
-    """Clips whose video is absent or cannot be opened, found without reading the rest of it.
+def find_unusable_clips(clips: list[AnnotatedClip], videos: dict[str, SourceFile]) -> list[Problem]:
+    """Return a problem for each clip whose video is absent or cannot be opened. Little of each file is read.
 
-    On an object store a video counts as one that opens where it is not empty: nothing is fetched.
+    On an object store only absent and empty files are detected: nothing is fetched.
     """
 
-    def look(clip: AnnotatedClip) -> Problem | None:
+    def check_clip(clip: AnnotatedClip) -> Problem | None:
         file = videos.get(clip.name.name)
         try:
             if file is None:
@@ -46,23 +47,24 @@ def find_unusable(clips: list[AnnotatedClip], videos: dict[str, SourceFile]) -> 
         return None
 
     with ThreadPoolExecutor(READERS) as pool:
-        return [problem for problem in pool.map(look, clips) if problem is not None]
+        return [problem for problem in pool.map(check_clip, clips) if problem is not None]
 
 
-def check_threshold(unusable: list[Problem], clips: int, where: str) -> None:
+def check_missing_limit(unusable: list[Problem], clips: int, where: str) -> None:
+    """Raise `UserError` if more than `MISSING_LIMIT` of the clips cannot be used. `where` begins the message."""
     if len(unusable) > MISSING_LIMIT * clips:
         first = unusable[0]
         raise UserError(
             f"{where}: {len(unusable)} of {clips} clips cannot be used, first {first.clip}: {first.reason}. "
-            f"That is over {MISSING_LIMIT:.0%}; to go on without them: --allow-missing"
+            f"That is over {MISSING_LIMIT:.0%}; to continue without them: --allow-missing"
         )
 
 
-def identities(files: list[SourceFile]) -> dict[str, str]:
-    """URI -> what tells a file from one that replaces it.
+def file_identities(files: list[SourceFile]) -> dict[str, str]:
+    """Return URI -> identity, a text that changes when a file is replaced.
 
-    Of a gaze file a hash, of a video its size and a hash of both its ends; on an object store, where that would
-    fetch them, size and time of writing.
+    Gaze files: a hash. Videos: size and a hash of both ends. On an object store, where a hash would fetch the files:
+    size and modification time.
     """
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip([file.uri for file in files], pool.map(_identity, files)))

@@ -1,8 +1,8 @@
-"""A synthetic EGTEA Gaze+ in the real one's folder layout, file formats and name forms.
+"""Synthetic EGTEA Gaze+ with the folder layout, file formats and name forms of the real data set.
 
-An action is a verb and a noun. A hand reaches from the lower edge to the target; the noun is the target's shape and
-colour, the verb its motion. Distractors carry other nouns and other motions, the camera shakes, and the gaze rests on
-the target. So neither one frame (no verb), nor flow (no colour), nor the whole image (which object?) is enough.
+An action is a verb and a noun. A hand reaches from the lower edge to the target. The noun is the target's shape and
+colour, and the verb is its motion. Distractors have other nouns and motions, the camera shakes, and gaze rests on the
+target. So neither a single frame (no verb), nor flow (no colour), nor the whole image (which object) is enough.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ _COLOURS = ((210, 40, 40), (50, 80, 220), (235, 210, 50), (40, 170, 70), (160, 6
 _SKIN = (226, 172, 138)
 _CLIPS_PER_SESSION = 36
 _GAP_FRAMES = 12  # between two clips of a session
-_TEST_EVERY = 5  # every fifth clip of a class is a test clip of split 1, the next one of split 2, ...
+_TEST_EVERY = 5  # every fifth clip of a class is a test clip of split 1, the clip after it of split 2, ...
 _SAMPLE_RATE = 30  # gaze samples a second
 _CALIBRATION = (1280, 960)
 
 
 class SyntheticClip(NamedTuple):
+    """Plan of a clip; verb and noun count from 0."""
+
     name: str
     session: int
     verb: int
     noun: int
     first_frame: int
+    """Frame of the session."""
     frames: int
     roles: tuple[str, ...]
+    """`train` or `test` in each official split."""
 
 
 def synthesize(
@@ -53,10 +57,20 @@ def synthesize(
     distractors: int = 1,
     seed: int = 0,
 ) -> None:
-    """Write a synthetic EGTEA folder.
+    """Write a synthetic EGTEA folder. The same arguments give the same bytes of annotations and gaze.
 
-    `seconds` is the mean length of a clip (they vary by a third), `size` (width, height) in pixels.
-    The same arguments give the same bytes of annotations and gaze.
+    Args:
+        out: Folder to write; absent or empty.
+        verbs: Number of verbs.
+        nouns: Number of nouns; every verb occurs with every noun.
+        clips: Number of clips.
+        seconds: Mean length of a clip; lengths vary by a third.
+        size: (width, height), pixels.
+        distractors: Further objects in each clip.
+        seed: Seed of all random draws.
+
+    Raises:
+        UserError: An argument is out of range, or the folder is not empty.
     """
     root = Path(out)
     if not (1 <= verbs <= len(VERBS) and 1 <= nouns <= len(NOUNS)):
@@ -69,10 +83,10 @@ def synthesize(
         raise UserError(f"--clips {clips}: {verbs * nouns} classes need at least {verbs * nouns * _TEST_EVERY}")
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another")
-    planned = _plan(verbs, nouns, clips, seconds, seed)
+    planned = _plan_clips(verbs, nouns, clips, seconds, seed)
     _write_annotations(root / "action_annotation", planned, verbs, nouns)
-    paths = np.random.default_rng((seed, 1))
-    tracks = [_target_track(clip, paths) for clip in planned]
+    track_random = np.random.default_rng((seed, 1))
+    tracks = [_target_track(clip, track_random) for clip in planned]
     for session in range(planned[-1].session + 1):
         members = [(clip, track) for clip, track in zip(planned, tracks) if clip.session == session]
         _write_gaze(root / "gaze_data" / "gaze_data", members, np.random.default_rng((seed, 2, session)))
@@ -98,8 +112,8 @@ def _session_name(session: int) -> str:
     return f"{'OP' if session % 2 == 0 else 'P'}{session + 1:02d}-R{session % 7 + 1:02d}-Synthetic"
 
 
-def _plan(verbs: int, nouns: int, clips: int, seconds: float, seed: int) -> list[SyntheticClip]:
-    """Clips with class, session, place in the session and split roles, in session order."""
+def _plan_clips(verbs: int, nouns: int, clips: int, seconds: float, seed: int) -> list[SyntheticClip]:
+    """Return the clips in session order, with class, session, place in the session and split roles."""
     random = np.random.default_rng((seed, 0))
     classes = verbs * nouns
     order = random.permutation(clips)
@@ -143,21 +157,24 @@ def _write_annotations(folder: Path, clips: list[SyntheticClip], verbs: int, nou
 
 
 def _motion(verb: int, phase: np.ndarray) -> np.ndarray:
-    """[T] radians -> [T, 2] displacement in [-1, 1]."""
+    """Return the displacement [T, 2] in [-1, 1] of a verb's motion at phases [T], radians."""
     still = np.zeros_like(phase)
     wave, quarter = np.sin(phase), np.cos(phase)
     return np.stack([(wave, still), (still, wave), (wave, quarter)][verb], axis=1)
 
 
 def _track(verb: int, frames: int, centre: np.ndarray, amplitude: float, random: np.random.Generator) -> np.ndarray:
-    """[T, 2] path in fractions of the image (y by the height, x by 3/4 of the width so that circles are round)."""
+    """Return a path [T, 2] of x, y in fractions of the image's width and height.
+
+    The amplitude in x is 3/4 of that in y: in images with sides 4 : 3, circles are round.
+    """
     period = random.uniform(12, 16)
     phase = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(frames) / period
     return centre + amplitude * _motion(verb, phase) * (0.75, 1.0)
 
 
 def _shake(frames: int, random: np.random.Generator) -> np.ndarray:
-    """[T, 2] smooth camera motion, fractions of the image."""
+    """Return smooth camera motion [T, 2], fractions of the image."""
     times = np.arange(frames)[:, None]
     waves = [
         random.uniform(0.004, 0.014, 2) * np.sin(times * random.uniform(0.1, 0.4, 2) + random.uniform(0, 6.3, 2))
@@ -167,7 +184,7 @@ def _shake(frames: int, random: np.random.Generator) -> np.ndarray:
 
 
 class _Tracks(NamedTuple):
-    """Paths in the camera's image, [T, 2] fractions."""
+    """Paths of a clip in image coordinates, [T, 2], fractions of width and height."""
 
     target: np.ndarray
     shake: np.ndarray
@@ -179,7 +196,7 @@ def _target_track(clip: SyntheticClip, random: np.random.Generator) -> _Tracks:
     return _Tracks(_track(clip.verb, clip.frames, centre, 0.1, random) + shake, shake)
 
 
-# Without `cpu-independent` x264's bytes differ from run to run, even on one thread.
+# Without `cpu-independent`, the bytes that x264 writes differ from run to run, even on one thread.
 _X264 = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
 
 
@@ -206,7 +223,7 @@ def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], i
 def _distractor(
     clip: SyntheticClip, tracks: _Tracks, nouns: int, random: np.random.Generator
 ) -> tuple[int, np.ndarray]:
-    """(noun, path): another noun than the target's and another motion, well away from it."""
+    """Return (noun, path) of a distractor: it differs from the target in noun and motion, and keeps a distance."""
     noun = int((clip.noun + random.integers(1, max(nouns, 2))) % nouns)
     verb = int((clip.verb + random.integers(1, len(VERBS))) % len(VERBS))
     middle = tracks.target.mean(axis=0)
@@ -222,10 +239,11 @@ def _background(random: np.random.Generator, width: int, height: int) -> np.ndar
     return np.clip(image + cv2.resize(fine, (width, height))[..., None], 0, 255).astype(np.uint8)
 
 
-_SUBPIXEL = 4  # bits of OpenCV's fixed-point coordinates
+_SUBPIXEL = 4  # fractional bits of OpenCV's fixed-point coordinates
 
 
 def _fixed(points: np.ndarray) -> np.ndarray:
+    """Convert pixels to OpenCV's fixed-point coordinates."""
     return np.rint(np.asarray(points) * (1 << _SUBPIXEL)).astype(np.int32)
 
 
@@ -276,7 +294,10 @@ _HEADER = """## [BeGaze]
 
 
 def _write_gaze(folder: Path, members: list[tuple[SyntheticClip, _Tracks]], random: np.random.Generator) -> None:
-    """A session's gaze at 30 Hz: on the target within clips, wandering between them; some of it lost, as in life."""
+    """Write a session's gaze at 30 Hz: on the target within clips, at random points between clips.
+
+    Some samples are blinks, lost or outside the image, as in real recordings.
+    """
     last = max(clip.first_frame + clip.frames for clip, _ in members) + _GAP_FRAMES
     point = np.repeat(random.uniform(0.2, 0.8, (-(-last // 6), 2)), 6, axis=0)[:last]
     for clip, tracks in members:

@@ -1,4 +1,4 @@
-"""Reading and encoding a clip's frames: mp4 -> resized frames -> JPEG files of frames and flow."""
+"""Decoding and encoding of a clip: mp4 -> resized frames -> JPEG files of frames and flow."""
 
 from __future__ import annotations
 
@@ -15,68 +15,72 @@ from tune_ego.dataset import flow
 from tune_ego.errors import UserError
 
 JPEG_QUALITY = 90
-# FFmpeg's numbers; with the one for "not said", which FFmpeg takes for the same.
+# FFmpeg's numbers, including the number for "unspecified", which FFmpeg treats in the same way.
 _BT_601 = (2, 5, 6)
 _LIMITED = (0, 1)
 
 
 class EncodedClip(NamedTuple):
+    """Images of a clip; both lists have a JPEG file for each frame."""
+
     rgb: list[bytes]
-    """A JPEG file a frame."""
+    """Colour images."""
     flow: list[bytes]
-    """A grey JPEG file a frame: `flow.quantise` of the motion to the next frame, the last one repeated."""
+    """Grey images: `flow.quantise` of the motion to the next frame. The last frame repeats the image before."""
 
 
 class VideoFacts(NamedTuple):
-    """What a file's own tables and packets say; nothing was decoded."""
+    """Facts from a video's index and packets, without decoding."""
 
     frames: int
-    """Those that are shown: an mp4 that was cut without encoding it anew holds others too, for the decoder alone."""
+    """Displayed frames. An mp4 that was cut without re-encoding holds further frames, which only the decoder needs."""
     size: tuple[int, int]
+    """(width, height), pixels."""
     bytes: int
+    """Size of the displayed frames' packets."""
 
 
 def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) -> EncodedClip:
     """Decode a video, resize it to `image_size` (width, height), compute its flow and encode both.
 
-    Raises `UserError` where it is not whole: nothing of it is used then.
+    Raises `UserError` for a video that is not whole: no part of such a video is used.
     """
     return encode_frames(decode(uri, image_size), method)
 
 
 def encode_frames(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> EncodedClip:
-    """Consecutive BGR frames of one clip, encoded with their flow; raises `UserError` where there are none."""
-    cv2.setNumThreads(1)  # the job runs a task per core
+    """Encode consecutive BGR frames of one clip with their flow. Raises `UserError` where there are no frames."""
+    cv2.setNumThreads(1)  # the job runs a task for each core
     encoded = EncodedClip([], [])
-    pending: list[np.ndarray] = []  # what the method sees of frames whose flow is still to be computed
+    pending: list[np.ndarray] = []  # preprocessed frames without flow yet
 
-    def advance() -> None:
+    def encode_pending_flow() -> None:
         if len(pending) > 1:
             encoded.flow.extend(_jpeg(flow.quantise(field)) for field in method.fields(pending))
             del pending[:-1]
 
     for frame in frames:
         encoded.rgb.append(_jpeg(frame))
-        pending.append(method.view(frame))
+        pending.append(method.preprocess(frame))
         if len(pending) > method.batch:
-            advance()
-    advance()
+            encode_pending_flow()
+    encode_pending_flow()
     if not pending:
         raise UserError("the video holds no frame")
-    still = np.zeros((*pending[-1].shape[:2], 2), np.float32)  # a single frame moves nowhere
+    still = np.zeros((*pending[-1].shape[:2], 2), np.float32)  # a single frame has no motion
     encoded.flow.append(encoded.flow[-1] if encoded.flow else _jpeg(flow.quantise(still)))
     return encoded
 
 
 def decode(uri: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """BGR frames, uint8 [H, W, 3], resized; raises `UserError` at a damaged one and where the video breaks off."""
-    with _opened(uri) as container:
+    """Yield resized BGR frames, uint8 [H, W, 3]. Raises `UserError` for a damaged frame or a truncated video."""
+    with _open(uri) as container:
         declared, count = container.streams.video[0].frames, 0
         try:
             for frame in container.decode(video=0):
                 if frame.is_corrupt:
                     raise UserError(f"frame {count} is damaged")
-                yield _resized(_bgr(frame), image_size)
+                yield _resize(_to_bgr(frame), image_size)
                 count += 1
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(f"frame {count} cannot be decoded ({error})") from error
@@ -85,23 +89,23 @@ def decode(uri: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 def probe(uri: str) -> VideoFacts:
-    """Read a whole file without decoding it; raises `UserError` where it is no video or breaks off."""
-    with _opened(uri) as container:
+    """Read a whole file without decoding it. Raises `UserError` for a file that is no video or is truncated."""
+    with _open(uri) as container:
         stream = container.streams.video[0]
-        declared, size = stream.frames, (stream.width, stream.height)  # 0 frames where its index does not say
-        packets = _packets(container)
+        declared, size = stream.frames, (stream.width, stream.height)  # 0 frames where the index has no number
+        packets = _read_packets(container)
     if len(packets) < declared:
-        # FFmpeg passes over packets that an edit list leaves out: count them all.
-        with _opened(uri, {"ignore_editlist": "1"}) as container:
-            count = len(_packets(container))
+        # FFmpeg skips packets that an edit list leaves out; count these packets, too.
+        with _open(uri, {"ignore_editlist": "1"}) as container:
+            count = len(_read_packets(container))
         if count < declared:
             raise UserError(f"breaks off after {count} of {declared} frames")
     shown = [packet.size for packet in packets if not packet.is_discard]
     return VideoFacts(len(shown), size, sum(shown))
 
 
-def _packets(container: av.container.InputContainer) -> list[av.Packet]:
-    """Those of the video that are whole."""
+def _read_packets(container: av.container.InputContainer) -> list[av.Packet]:
+    """Return the undamaged packets of the video stream."""
     try:
         return [packet for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
     except (av.error.FFmpegError, OSError) as error:
@@ -109,13 +113,13 @@ def _packets(container: av.container.InputContainer) -> list[av.Packet]:
 
 
 def check_opens(uri: str) -> None:
-    """Raise `UserError` where a file is no video; reads little of it."""
-    _opened(uri).close()
+    """Raise `UserError` for a file that is no video. Reads little of the file."""
+    _open(uri).close()
 
 
-def _opened(uri: str, options: dict[str, str] | None = None) -> av.container.InputContainer:
+def _open(uri: str, options: dict[str, str] | None = None) -> av.container.InputContainer:
     try:
-        # A clip is about 2 MB: from an object store in one request, not in one for each seek.
+        # A clip is about 2 MB. From an object store it is read in one request, instead of a request for each seek.
         container = av.open(uri if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri)), options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot be opened ({error})") from error
@@ -125,15 +129,18 @@ def _opened(uri: str, options: dict[str, str] | None = None) -> av.container.Inp
     return container
 
 
-def _bgr(frame: av.VideoFrame) -> np.ndarray:
-    """[H, W, 3] uint8. What nearly all cameras write, OpenCV converts in half the time that FFmpeg takes."""
+def _to_bgr(frame: av.VideoFrame) -> np.ndarray:
+    """Convert a frame to BGR, uint8 [H, W, 3].
+
+    OpenCV converts the format of nearly all cameras in half the time of FFmpeg. FFmpeg converts all others.
+    """
     even = frame.width % 2 == frame.height % 2 == 0
     if even and frame.format.name == "yuv420p" and frame.colorspace in _BT_601 and frame.color_range in _LIMITED:
         return cv2.cvtColor(frame.to_ndarray(), cv2.COLOR_YUV2BGR_I420)
     return frame.to_ndarray(format="bgr24")
 
 
-def _resized(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+def _resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     if image.shape[1::-1] == image_size:
         return image
     shrinks = image.shape[1] >= image_size[0]
@@ -141,6 +148,6 @@ def _resized(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done
+    encoded, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert encoded
     return data.tobytes()

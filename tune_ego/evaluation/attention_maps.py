@@ -1,4 +1,4 @@
-"""What a model sees in windows of clips: its attention maps and class scores, and drawing them over the frames.
+"""Attention maps and class scores of windows, and pictures of the maps over the frames.
 
 T frames of a window, T' slices of its attention map, H, W, K classes.
 """
@@ -70,7 +70,7 @@ def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> li
         piece = windows[first : first + _BATCH]
         batch = reader.read_batch(list(piece))
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            outputs = model(to_device(batch, device).clips())
+            outputs = model(to_device(batch, device).model_input())
         for place, window in enumerate(piece):
             scores = {name: out.logits_BK[place].double().softmax(0).cpu().numpy() for name, out in outputs.items()}
             if len(scores) == 2:
@@ -95,14 +95,14 @@ def as_clip(shards: Shards, name: str) -> Clip:
 def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:
     """Pictures of one frame of a window, RGB uint8 [side, side, 3]: `frame`, and each stream's attention over it."""
     image = cv2.resize(look.frames_THW3[frame], (side, side), interpolation=cv2.INTER_LINEAR)
-    found = {"frame": image.copy()}
+    pictures = {"frame": image.copy()}
     for stream in look.attention:
         light = look.light(stream, frame)
-        found[stream] = overlay(image, light)
+        pictures[stream] = overlay(image, light)
     point = look.gaze(frame)
-    for picture in found.values() if point else ():
+    for picture in pictures.values() if point else ():
         draw_gaze(picture, *point)  # type: ignore[misc]
-    return found
+    return pictures
 
 
 _STRIP_CLIPS, _STRIP_SIDE = 6, 112

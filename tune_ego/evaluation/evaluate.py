@@ -20,10 +20,11 @@ from torch import Tensor
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import clip_progress
+from tune_ego.dataset.annotations import split_actions
 from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluation.gaze_scores import GazeScores
-from tune_ego.feed.batches import on_device
+from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window, centre_window, dense_starts
 from tune_ego.freed_memory import keep_freed_memory
@@ -93,21 +94,21 @@ def evaluate(
     clips = shards.test(split)
     scores, attention = score_clips(model, config, clips, shards)
     weight = config.fusion_weight if fusion_weight is None else fusion_weight
-    found = {name: scores_NK.cpu() for name, scores_NK in scores.reduce(weight).items()}
+    scores_by_name = {name: scores_NK.cpu() for name, scores_NK in scores.reduce(weight).items()}
     label_N = torch.tensor([clip.label for clip in clips])
     result: dict[str, Any] = {
         "split": split,
         "trained_on_split": config.data.split,
         "clips": len(clips),
-        "clips_trained_on": len({clip.name for clip in clips} & set(shards.names("train", config.data.split))),
+        "clips_trained_on": len({clip.name for clip in clips} & set(shards.clip_names("train", config.data.split))),
         "chance": 1 / len(origin.actions),
         "iteration": iteration,
         "checkpoint": source,
-        **action_results(found, label_N, shards),
+        **action_results(scores_by_name, label_N, shards),
         "attention": attention,
     }
     if "fused" in result:
-        result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(found, label_N)}
+        result |= {"fusion_weight": weight, "fusion_sweep": fusion_sweep(scores_by_name, label_N)}
     storage.write_json(out or storage.join(run_of(source), experiment.EVALUATION_FILE), result)
     return result
 
@@ -131,9 +132,9 @@ def score_clips(
     spoilt = _Spoilt(clips, device)
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
         batches = _batches(reader, device, advance)
-        for done, batch in enumerate(on_device(batches, device), start=1):
+        for done, batch in enumerate(batches_to_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                outputs = model(batch.clips())
+                outputs = model(batch.model_input())
             spoilt.add(outputs, batch.clip_B)
             if done % _LOOK_EVERY[device.type] == 0:
                 spoilt.check()
@@ -170,20 +171,21 @@ class _Spoilt:
 
 
 def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:
-    """Accuracies, per-class recall and the confusion matrix [true, predicted] of each entry of `scores` [N, K].
+    """Return accuracies, per-class recall and the confusion matrix [true, predicted] of each entry of `scores` [N, K].
 
-    Verb and noun are those of the predicted action; of several nouns the first.
+    Verb and noun are parts of the predicted action (`dataset.annotations.split_actions`).
     """
-    verb_K, noun_K = (torch.tensor(parts) for parts in shards.verbs_and_nouns())
+    parts = shards.verbs_and_nouns()
+    true_verb_N, true_noun_N = split_actions(label_N.numpy(), parts)
     result: dict[str, Any] = {}
     for name, scores_NK in scores.items():
-        predicted_N = scores_NK.argmax(dim=1)
+        verb_N, noun_N = split_actions(scores_NK.argmax(dim=1).numpy(), parts)
         counts = confusion(scores_NK, label_N)
         result[name] = {
             "micro_accuracy": micro_accuracy(counts),
             "mean_class_accuracy": mean_class_accuracy(counts),
-            "verb_accuracy": (verb_K[predicted_N] == verb_K[label_N]).double().mean().item(),
-            "noun_accuracy": (noun_K[predicted_N] == noun_K[label_N]).double().mean().item(),
+            "verb_accuracy": float((verb_N == true_verb_N).mean()),
+            "noun_accuracy": float((noun_N == true_noun_N).mean()),
             "recall": class_recall(counts),
             "confusion": counts.tolist(),
         }
@@ -194,8 +196,8 @@ def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -
 def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, float]]:
     """The accuracies of the fused scores [N, K] for RGB's weight from 0 to 1."""
     weights = [step / _SWEEP_STEPS for step in range(_SWEEP_STEPS + 1)]
-    found = accuracies({str(weight): fuse(scores, weight) for weight in weights}, label_N)
-    return [{"rgb_weight": weight, **found[str(weight)]} for weight in weights]
+    results = accuracies({str(weight): fuse(scores, weight) for weight in weights}, label_N)
+    return [{"rgb_weight": weight, **results[str(weight)]} for weight in weights]
 
 
 def _check_fusion_weight(weight: float, config: Config, source: str) -> None:
@@ -235,13 +237,16 @@ def _batches(
     ]
     pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
     cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
-    threads, wanted, done = min(cores, _MOST_READERS), _BATCH[device.type] // _READ, 0
+    threads, pieces_per_batch, done = min(cores, _MOST_READERS), _BATCH[device.type] // _READ, 0
     pool = ThreadPoolExecutor(threads)
     try:
-        pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, threads + 2 * wanted)]
+        pending = [pool.submit(reader.read_batch, piece) for piece in islice(pieces, threads + 2 * pieces_per_batch)]
         while pending:
-            parts = [piece.result() for piece in pending[:wanted]]
-            pending = [*pending[wanted:], *(pool.submit(reader.read_batch, piece) for piece in islice(pieces, wanted))]
+            parts = [piece.result() for piece in pending[:pieces_per_batch]]
+            pending = [
+                *pending[pieces_per_batch:],
+                *(pool.submit(reader.read_batch, piece) for piece in islice(pieces, pieces_per_batch)),
+            ]
             batch = (
                 {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
             )

@@ -1,4 +1,4 @@
-"""How well attention agrees with gaze: AUC (Judd), AUC, NSS and F1.
+"""Agreement of attention with gaze: AUC (Judd), AUC, NSS and F1.
 
 Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly on the grid that the gaze loss
 teaches: cell j of W stands for x = j / W. A map that was not taught by it may be right by another grid: half a cell.
@@ -71,7 +71,7 @@ def auc(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
     value_SF = map_SP.gather(1, cell_SF)
 
     def outdone(others: Tensor, counts: Tensor) -> Tensor:
-        """How many of `others` [S, n] lie below each gaze cell's value, equal ones as halves."""
+        """Count the `others` [S, n] below each gaze cell's value; equal values count as halves."""
         below = (others[:, None, :] < value_SF[:, :, None]).double() + (others[:, None, :] <= value_SF[:, :, None])
         return (below * counts[:, None, :]).sum(dim=2) / 2
 
@@ -93,7 +93,7 @@ def nss(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
 
 def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """(precision, recall) [S, F, thresholds] of the cells where the map, scaled to [0, 1], exceeds each threshold,
-    against the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]). Nothing found: precision 0."""
+    against the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]). Nothing counts: precision 0."""
     low, high = map_SP.amin(dim=1, keepdim=True), map_SP.amax(dim=1, keepdim=True)
     scaled_SP = (map_SP - low) / (high - low).clamp(min=torch.finfo(map_SP.dtype).tiny)
     # How many thresholds a cell exceeds; the cells that exceed number k are those of counts over k.
@@ -145,8 +145,8 @@ class GazeScores:
         self._auc += torch.where(seen_S, auc(map_SP, cell_SF, valid_SF) + zero_S, 0).sum()
         self._nss += torch.where(seen_S, nss(map_SP, cell_SF, valid_SF) + zero_S, 0).sum()
         self._maps += seen_S.sum()
-        for total, found in zip((self._precision, self._recall), overlaps(map_SP, point_SF2, self._thresholds)):
-            total += torch.where(valid_SF[..., None], found + zero_S[:, None, None], 0).sum(dim=(0, 1))
+        for total, counts in zip((self._precision, self._recall), overlaps(map_SP, point_SF2, self._thresholds)):
+            total += torch.where(valid_SF[..., None], counts + zero_S[:, None, None], 0).sum(dim=(0, 1))
         self._frames += valid_SF.sum()
 
     def add_centre(self, shape: torch.Size, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> None:

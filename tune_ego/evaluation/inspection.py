@@ -139,7 +139,7 @@ def _column(row: dict[str, Any], target: np.ndarray | None, frame: int) -> np.nd
         np.asarray(cv2.imdecode(np.frombuffer(row[name], np.uint8), flag))
         for name, flag in (("rgb", cv2.IMREAD_COLOR_RGB), ("flow", cv2.IMREAD_GRAYSCALE))
     )
-    moved = flow.pixels(flow.split_components(grey)).transpose(1, 2, 0)
+    moved = flow.dequantise(flow.split_components(grey)).transpose(1, 2, 0)
     scale = min(1.0, _MOST_WIDE / rgb.shape[1])
     size = (round(rgb.shape[1] * scale), round(rgb.shape[0] * scale))
     first, second, third = (

@@ -30,7 +30,7 @@ _TOP = 4
 """Classes whose scores are shown."""
 _PLOT = 168
 _COLOURS = {"rgb": (213, 94, 0), "flow": (0, 114, 178), "fused": (0, 0, 0)}
-"""Of Okabe and Ito: colour-blind people tell them apart."""
+"""Colours of Okabe and Ito, which colour-blind people can distinguish."""
 _INK, _GREY, _TRUE = (20, 20, 20), (205, 205, 205), (0, 130, 95)
 
 
@@ -184,7 +184,7 @@ def _lines(text: str, width: int) -> list[str]:
 
 
 def _fitting(text: str, width: int) -> str:
-    """As much of a text as fits into so many pixels."""
+    """Cut a text to a width in pixels."""
     while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] > width - 4:
         text = text[:-1]
     return text
@@ -203,10 +203,10 @@ def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np
     for place, index in enumerate(shown):
         top = _LINE + place * (_LINE + 12)
         colour = _TRUE if index == label else _INK
-        told = f"{100 * scores_K[index]:.1f} %"
+        text = f"{100 * scores_K[index]:.1f} %"
         mark = " (true)" if index == label else ""
         _put(image, _fitting(actions[index] + mark, _SIDE - 60), (2, top + 14), colour)
-        _put(image, told, (_SIDE - 56, top + 14), colour)
+        _put(image, text, (_SIDE - 56, top + 14), colour)
         cv2.rectangle(image, (2, top + 20), (_SIDE - 2, top + 26), (235, 235, 235), cv2.FILLED)
         end = 2 + round((_SIDE - 4) * float(scores_K[index]))
         cv2.rectangle(image, (2, top + 20), (end, top + 26), colour, cv2.FILLED)

@@ -1,4 +1,4 @@
-"""Crop and mirror: images, flow and gaze. No Ray and no torch here; the functions take NumPy arrays and tensors."""
+"""Cropping and mirroring of images, flow and gaze. No Ray and no torch here; `mirrored_flow_x` takes tensors, too."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ import numpy as np
 from tune_ego.feed.sampling import Window
 
 
+def crop_shape(stream: str, side: int) -> tuple[int, int, int]:
+    """Return the shape of a stream's cropped image in a batch: `rgb` [side, side, 3], `flow` [2, side, side]."""
+    match stream:
+        case "rgb":
+            return (side, side, 3)
+        case "flow":
+            return (2, side, side)
+        case _:
+            raise ValueError(f"no stream {stream!r}")
+
+
 def mirrored_flow_x(levels: Any) -> Any:
-    """Negate the stored x component of flow, uint8 of any shape: in a mirrored image, left is right."""
+    """Return the negated x component of flow, uint8 levels of any shape: mirroring exchanges left and right."""
     return 255 - levels
 
 
 def place_image(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
-    """Copy an image, 8-bit [H, W], into `target`, mirrored with `flip`."""
+    """Copy an image, uint8 [H, W], into `target`. With `flip` the copy is mirrored."""
     if flip:
         cv2.flip(image, 1, target)
     else:
@@ -24,10 +35,16 @@ def place_image(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
 
 
 def crop_gaze(gaze_T2: np.ndarray, image_size: tuple[int, int], window: Window, crop: int) -> np.ndarray:
-    """Gaze points in coordinates of the crop.
+    """Convert gaze points to coordinates of the crop, mirrored if the window is.
 
-    `gaze_T2` holds x, y in [0, 1] of the image, `image_size` is (width, height) and `crop` a side, pixels. Returns
-    x, y in [0, 1] of the crop, or outside it where the gaze is; mirrored with the window.
+    Args:
+        gaze_T2: x, y in [0, 1] of the image.
+        image_size: (width, height), pixels.
+        window: Position of the crop.
+        crop: Side of the crop, pixels.
+
+    Returns:
+        x, y in [0, 1] of the crop, [T, 2]; outside [0, 1] where gaze is outside the crop.
     """
     points_T2 = (gaze_T2 * image_size - (window.left, window.top)) / crop
     if window.flip:

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline over a `FeedPlan`, and batches on the device.
+"""Ray Data pipeline over a `FeedPlan`, and copies of its batches on the device.
 
 B batch, T time, H, W, C channels.
 """
@@ -15,36 +15,40 @@ import torch
 from torch import Tensor
 
 from tune_ego.config import WINDOW_FRAMES
+from tune_ego.feed.augmentation import crop_shape
 from tune_ego.feed.feed_plan import FeedPlan, read_packed
 from tune_ego.feed.pace import Pace
 from tune_ego.feed.packing import Batch, unpack
 
-TASKS = 2000
-"""At most this many reader tasks in a run: each costs Ray some milliseconds."""
-AHEAD = 16
-"""At least so many batches are read ahead of the trainer, where half of Ray's object store holds them."""
+MOST_TASKS = 2000
+"""Upper bound on the reader tasks of a run: each task costs Ray some milliseconds."""
+BATCHES_AHEAD = 16
+"""Smallest number of batches that are read ahead of the trainer, where half of Ray's object store holds them."""
 BLOCK_BYTES = 1 << 23
-"""Batches smaller than this are handed over several at a time, and those of a block are read by one task."""
+"""Target size of a block. Smaller batches share a block; the batches of a block are read by the same task."""
 TASK_BYTES = 1 << 25
-"""A task reads about so much, and two batches at least: until its end has been seen, and the next one starts, up to
-0.2 s pass. Tasks that are much longer have many readers wait, for their batches are taken in order."""
+"""Target size of a task's output, which has at least two batches. Between the end of a task and the start of the next
+task up to 0.2 s pass, so tasks must not be short. Batches are consumed in order, so much longer tasks would make other
+readers wait."""
 
 
 class ClipBatch(NamedTuple):
-    """One forward pass; images are uint8 and are scaled on the device."""
+    """Batch of a forward pass, on the device. Images are uint8; `model_input` scales them."""
 
     rgb_BTHWC: Tensor | None
     flow_BT2HW: Tensor | None
     gaze_BT2: Tensor
-    """x, y in [0, 1] of the crop (or outside it), float32; NaN where not valid."""
+    """float32 x, y in [0, 1] of the crop, or outside [0, 1] where gaze is outside the crop; NaN where not valid."""
     gaze_valid_BT: Tensor
+    """bool"""
     label_B: Tensor
+    """int64 action classes, from 0."""
     clip_B: Tensor
-    """Index in the list of clips the batch was read from."""
+    """int64 indices in the list of clips from which the batch was read."""
     present_B: Tensor
-    """False for the padding of the last validation batch."""
+    """bool; False for the padding of the last validation batch."""
 
-    def clips(self) -> dict[str, Tensor]:
+    def model_input(self) -> dict[str, Tensor]:
         """Return the model's input: stream -> [B, C, T, H, W] float32 in [-1, 1]."""
         return model_input(self.rgb_BTHWC, self.flow_BT2HW)
 
@@ -60,123 +64,169 @@ def model_input(rgb_BTHWC: Tensor | None, flow_BT2HW: Tensor | None) -> dict[str
 
 
 def to_device(batch: Batch, device: torch.device) -> ClipBatch:
-    """What was read, on the device; on a GPU the copies wait for nobody and nobody waits for them.
+    """Copy a batch to the device.
 
-    Only images that come as JPEG files (`data.decode`) are waited for, while the GPU decodes them.
+    On a GPU this call returns before the copies have finished. Only for JPEG images (`data.decode: gpu`) does the call
+    wait, while the GPU decodes them.
     """
-
-    def tensor(name: str) -> Tensor:
-        if device.type != "cuda":
-            return torch.tensor(batch[name])  # a copy: what comes from the object store is read-only
-        value = batch[name]
-        pinned = torch.empty(value.shape, dtype=torch.from_numpy(value[:0].copy()).dtype, pin_memory=True)
-        np.copyto(pinned.numpy(), value)
-        return pinned.to(device, non_blocking=True)
-
-    def images(name: str) -> Tensor | None:
-        if f"{name}_jpeg" in batch:
-            from tune_ego.feed.decoding import decoded  # torchvision: a second to import
-
-            return decoded(batch, name, device)
-        return tensor(name) if name in batch else None
-
     return ClipBatch(
-        images("rgb"),
-        images("flow"),
-        *(tensor(name) for name in ("gaze", "gaze_valid", "label", "clip", "present")),
+        rgb_BTHWC=_images_to_device(batch, "rgb", device),  # uint8 [B, T, H, W, 3]
+        flow_BT2HW=_images_to_device(batch, "flow", device),  # uint8 [B, T, 2, H, W]
+        gaze_BT2=_array_to_device(batch["gaze"], device),
+        gaze_valid_BT=_array_to_device(batch["gaze_valid"], device),
+        label_B=_array_to_device(batch["label"], device),
+        clip_B=_array_to_device(batch["clip"], device),
+        present_B=_array_to_device(batch["present"], device),
     )
 
 
+def _images_to_device(batch: Batch, stream: str, device: torch.device) -> Tensor | None:
+    """Copy the images of a stream to the device, and decode JPEG files there; None if the batch lacks the stream."""
+    if f"{stream}_jpeg" in batch:
+        from tune_ego.feed.decoding import decode_images  # torchvision takes a second to import
+
+        return decode_images(batch, stream, device)
+    return _array_to_device(batch[stream], device) if stream in batch else None
+
+
+def _array_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to the device, on a GPU asynchronously."""
+    if device.type != "cuda":
+        return torch.tensor(array)  # a copy: arrays from the object store are read-only
+    dtype = torch.from_numpy(array[:0].copy()).dtype
+    pinned = torch.empty(
+        array.shape, dtype=dtype, pin_memory=True
+    )  # CUDA copies asynchronously from pinned memory only
+    np.copyto(pinned.numpy(), array)
+    return pinned.to(device, non_blocking=True)
+
+
 def blank_batch(count: int, side: int, streams: tuple[str, ...], device: torch.device) -> ClipBatch:
-    """A batch of `count` black, still windows without gaze, laid out in memory as those that are read."""
-    shapes = {"rgb": (side, side, 3), "flow": (2, side, side)}
+    """Return a batch of black windows without motion and gaze, with the memory layout of a batch that was read.
+
+    Args:
+        count: Number of windows, B.
+        side: Height and width of the images, pixels.
+        streams: `rgb`, `flow` or both.
+        device: Device of all tensors.
+    """
     images = {
-        name: torch.zeros(count, WINDOW_FRAMES, *shapes[name], dtype=torch.uint8, device=device) for name in streams
+        name: torch.zeros(count, WINDOW_FRAMES, *crop_shape(name, side), dtype=torch.uint8, device=device)
+        for name in streams
     }
-    frames = torch.zeros(count, WINDOW_FRAMES, device=device)
-    number = torch.zeros(count, dtype=torch.int64, device=device)
-    gaze = frames[..., None].expand(-1, -1, 2)
-    return ClipBatch(images.get("rgb"), images.get("flow"), gaze, frames > 0, number, number, number == 0)
+    zero_BT = torch.zeros(count, WINDOW_FRAMES, device=device)
+    zero_B = torch.zeros(count, dtype=torch.int64, device=device)
+    return ClipBatch(
+        rgb_BTHWC=images.get("rgb"),
+        flow_BT2HW=images.get("flow"),
+        gaze_BT2=zero_BT[..., None].expand(-1, -1, 2),
+        gaze_valid_BT=zero_BT > 0,
+        label_B=zero_B,
+        clip_B=zero_B,
+        present_B=zero_B == 0,
+    )
 
 
-def begun(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; the first one is read from now on, in a thread, and not only when it is asked for."""
+def prefetch_first(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Start reading the first batch at once, in a thread, and return an iterator over all batches."""
     pool = ThreadPoolExecutor(1)
     first = pool.submit(next, batches)
     pool.shutdown(wait=False)
 
-    def rest() -> Iterator[Batch]:
+    def iterate() -> Iterator[Batch]:
         try:
             yield first.result()
         except StopIteration:
             return
         yield from batches
 
-    return rest()
+    return iterate()
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[ClipBatch]:
-    """The batches on the device. To a GPU they are copied beside what it computes: the loop is an iteration ahead."""
+def batches_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[ClipBatch]:
+    """Copy batches to the device, one after another.
+
+    On a GPU the copies run on a CUDA stream of their own, in parallel with the computation. This works because the
+    training loop queues an iteration's kernels while the GPU still runs the iteration before.
+    """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in batches)
         return
-    copies = torch.cuda.Stream(device)
+    copy_stream = torch.cuda.Stream(device)
     for batch in batches:
-        with torch.cuda.stream(copies):
-            moved, there = to_device(batch, device), torch.cuda.Event()
-            there.record()
-        yield _handed_over(moved, there)
+        with torch.cuda.stream(copy_stream):
+            device_batch = to_device(batch, device)
+            copied = torch.cuda.Event()
+            copied.record()
+        yield _wait_for_copies(device_batch, copied)
 
 
-def _handed_over(batch: ClipBatch, there: torch.cuda.Event) -> ClipBatch:
-    """A batch for the stream that computes, once it is all there."""
-    computing = torch.cuda.current_stream(batch.label_B.device)
-    computing.wait_event(there)
+def _wait_for_copies(batch: ClipBatch, copied: torch.cuda.Event) -> ClipBatch:
+    """Make the current CUDA stream wait for the copies of a batch. The CPU does not wait."""
+    compute_stream = torch.cuda.current_stream(batch.label_B.device)
+    compute_stream.wait_event(copied)
     for tensor in batch:
         if tensor is not None:
-            tensor.record_stream(computing)  # its memory is not for others before that stream is done with it
+            tensor.record_stream(compute_stream)  # its memory is not reused before this stream has finished with it
     return batch
 
 
 def ray_batches(
     plan: FeedPlan, first_item: int, readers: int, batch_bytes: int, throttle: Callable[[Pace], type]
 ) -> Iterator[Batch]:
-    """The plan's items from `first_item` on, read by Ray Data tasks: one pipeline until the end of the run.
+    """Yield the batches of a plan in the order of its items, read by Ray Data tasks in a single pipeline.
 
-    Ray keeps the order whatever the number of readers; `batch_bytes` bounds what is read ahead. `throttle` makes the
-    callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
+    The order does not depend on the number of readers.
+
+    Args:
+        plan: Items of the run.
+        first_item: First item to read; later than 0 where a run resumes.
+        readers: Most reader tasks at a time.
+        batch_bytes: Size of a batch, from which the amount of data that is read ahead is computed.
+        throttle: Constructor of the callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
     """
     import ray.data
 
-    count, pace = plan.items - first_item, Pace()
+    count, pace = plan.item_count - first_item, Pace()
     readers = min(readers, count)
-    items_a_block = max(1, BLOCK_BYTES // batch_bytes)
-    items_a_task = max(min(max(2, TASK_BYTES // batch_bytes), count // readers), -(-count // TASKS))
+    items_per_block = max(1, BLOCK_BYTES // batch_bytes)
+    items_per_task = max(min(max(2, TASK_BYTES // batch_bytes), count // readers), -(-count // MOST_TASKS))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=max(AHEAD, (readers + 1) * items_a_task) * batch_bytes
+        object_store_memory=max(BATCHES_AHEAD, (readers + 1) * items_per_task) * batch_bytes
     )
-    # Ray estimates a task's output from this; with its 128 MB the limit above would never admit a second task.
-    context.target_max_block_size = items_a_block * batch_bytes
+    # Ray estimates a task's output from this size. With the default of 128 MB, the limit above would never admit a
+    # second task.
+    context.target_max_block_size = items_per_block * batch_bytes
     context.custom_execution_callback_classes = [throttle(pace)]
     context.raise_original_map_exception = True
-    context.memory_usage_poll_interval_s = None  # a thread for each task
+    context.memory_usage_poll_interval_s = None  # polling would start a thread for each task
 
-    # Not `ray.data.range`: its tasks ask for a whole CPU each, which a cluster full of trials does not have.
-    dataset = ray.data.from_items(list(range(first_item, plan.items)), override_num_blocks=-(-count // items_a_task))
+    # Not `ray.data.range`: each of its tasks requires a whole CPU, and a cluster full of trials has no free CPU.
+    items = list(range(first_item, plan.item_count))
+    dataset = ray.data.from_items(items, override_num_blocks=-(-count // items_per_task))
     pool = ray.data.TaskPoolStrategy(size=readers)
-    # Without CPUs: the worker reserved them, on this node. One that will be taken away starts no tasks: then on others.
-    node = ray.get_runtime_context().get_node_id()
-    here, elsewhere = {"ray.io/node-id": node}, [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
-    where: dict[str, Any] = {"num_cpus": 0, "label_selector": here, "fallback_strategy": elsewhere}
-    read = partial(read_packed, plan=plan, items_a_block=items_a_block)
-    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", compute=pool, **where)
+    read = partial(read_packed, plan=plan, items_per_block=items_per_block)
+    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", compute=pool, **_reader_resources())
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-    pace.asked()
+    pace.request_block()
     for block in blocks:
-        pace.taken()
+        pace.block_received()
         yield from unpack(block)
-        pace.asked()
+        pace.request_block()
+
+
+def _reader_resources() -> dict[str, Any]:
+    """Return the resources of a reader task: no CPU, on this node if possible.
+
+    The training worker has reserved the readers' CPUs on its own node. A node that will be preempted starts no tasks;
+    then the readers run on other nodes.
+    """
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    other_nodes = [{"label_selector": {"ray.io/node-id": f"!{node}"}}]
+    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": node}, "fallback_strategy": other_nodes}

@@ -1,4 +1,4 @@
-"""Copies of remote shards on a machine's own disk, so that only the first reading of each goes over the network."""
+"""Copies of remote shards on the machine's own disk: only the first read of a shard uses the network."""
 
 from __future__ import annotations
 
@@ -21,23 +21,29 @@ _CHUNK = 1 << 22
 
 
 class ShardCache(NamedTuple):
-    """A folder that is to hold at most so many bytes of shards; several processes may use it at a time.
+    """Folder with copies of shards, shared by several processes.
 
-    What they fetch at the same moment, and what they hold open while others remove it, comes on top.
+    The folder may exceed its limit by the shards that processes fetch at the same moment, and by removed copies that
+    are still open.
     """
 
     folder: str
     limit: int
+    """Largest size of all copies, bytes."""
 
     @classmethod
-    def of(cls, data: DataConfig) -> ShardCache | None:
+    def from_config(cls, data: DataConfig) -> ShardCache | None:
+        """Return the cache of a configuration; None if it has no `cache_dir`."""
         return cls(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir is not None else None
 
     def fetch(self, uri: str) -> str | None:
-        """The path of a copy of a shard, made where there is none; None where the folder cannot take it.
+        """Return the path of a shard's copy, and fetch the shard if there is no copy yet.
 
-        A shard that was written anew has another size or date, and so another copy. Another process may remove a copy
-        before it is opened. Raises `OSError` where the shard cannot be read.
+        Returns None where the folder cannot hold the copy. A shard that was written again has another size or
+        modification time, and so another copy. Another process may remove a copy before it is opened.
+
+        Raises:
+            OSError: The shard cannot be read.
         """
         filesystem, path = storage.resolve(uri)
         info = filesystem.get_file_info(path)
@@ -46,8 +52,8 @@ class ShardCache(NamedTuple):
         identity = f"{uri} {info.size} {info.mtime_ns}"
         copy = Path(self.folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
         if copy.exists():
-            with suppress(PermissionError, FileNotFoundError):  # another user's; removed at this moment
-                os.utime(copy)  # those opened longest ago go first
+            with suppress(PermissionError, FileNotFoundError):  # another user's file; removed at this moment
+                os.utime(copy)  # `_make_room` removes the copies used longest ago
             return str(copy)
         part = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}{_PART}")
         try:
@@ -74,9 +80,10 @@ class ShardCache(NamedTuple):
         return str(copy)
 
     def _make_room(self, size: int) -> None:
-        """Remove copies, those opened longest ago first, until so many bytes more fit; what is open stays readable.
+        """Remove copies, starting with the copies used longest ago, until `size` more bytes fit.
 
-        Of what is being fetched only what is left of processes that ended a day ago is removed.
+        An open copy stays readable. Unfinished copies count towards the limit. They are removed after a day, when they
+        must be left over from a process that was killed.
         """
         copies = []
         for path in Path(self.folder).glob("*.parquet*"):
@@ -88,9 +95,9 @@ class ShardCache(NamedTuple):
                 size += status.st_size
                 continue
             copies.append((status.st_mtime, status.st_size, path))
-        total = sum(held for _, held, _ in copies)
-        for _, held, path in sorted(copies):
+        total = sum(copy_size for _, copy_size, _ in copies)
+        for _, copy_size, path in sorted(copies):
             if total + size <= self.limit:
                 return
             path.unlink(missing_ok=True)
-            total -= held
+            total -= copy_size

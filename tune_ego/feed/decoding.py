@@ -1,4 +1,4 @@
-"""Decoding the images of a batch on the device, with torchvision: nvJPEG on a GPU, libjpeg-turbo on a CPU.
+"""Decoding of a batch's images on the device, with torchvision: nvJPEG on a GPU, libjpeg-turbo on a CPU.
 
 B batch, T time, H, W, C channels.
 """
@@ -17,48 +17,71 @@ from tune_ego.errors import UserError
 from tune_ego.feed.augmentation import mirrored_flow_x
 
 
-def decoded(batch: dict[str, np.ndarray], name: str, device: torch.device) -> Tensor:
-    """The images of a stream of a batch of `WindowReader.read_encoded`, cropped and mirrored: what `read_batch` reads.
+def decode_images(batch: dict[str, np.ndarray], stream: str, device: torch.device) -> Tensor:
+    """Decode, crop and mirror the images of a stream of a batch from `WindowReader.read_encoded`.
 
-    uint8, `rgb` [B, T, H, W, 3] or `flow` [B, T, 2, H, W]; on a GPU pixels may differ a little. Raises `UserError` for
-    an image that cannot be decoded.
+    On a CPU the result equals that of `WindowReader.read_batch`; on a GPU pixels may differ a little.
+
+    Args:
+        batch: Batch of `read_encoded`.
+        stream: `rgb` or `flow`.
+        device: Device on which the images are decoded.
+
+    Returns:
+        uint8, `rgb` [B, T, H, W, 3] or `flow` [B, T, 2, H, W].
+
+    Raises:
+        UserError: An image cannot be decoded.
     """
-    sizes_BT, places_B4 = batch[f"{name}_bytes"], batch["place"].tolist()
-    data = torch.tensor(batch[f"{name}_jpeg"])  # a copy: what comes from the object store is read-only
-    files = [file for file in data.split(sizes_BT.flatten().tolist()) if len(file)]
-    mode = ImageReadMode.RGB if name == "rgb" else ImageReadMode.GRAY
-    images = iter(_decode(files, mode, device) if files else [])
+    mode, channels = _read_mode(stream)
+    sizes_BT = batch[f"{stream}_bytes"]
+    data = torch.tensor(batch[f"{stream}_jpeg"])  # a copy: arrays from the object store are read-only
+    files = [file for file in data.split(sizes_BT.flatten().tolist()) if len(file)]  # padding has empty files
+    images = iter(_decode(files, mode, device) if files else [])  # each [3, H, W] or [1, 2H, W]
     clips = []
-    for sizes_T, (top, left, side, flip) in zip(sizes_BT, places_B4):
+    for sizes_T, (top, left, side, flip) in zip(sizes_BT, batch["place"].tolist()):
         if not sizes_T.any():  # padding
-            shape = (WINDOW_FRAMES, 3 if name == "rgb" else 2, side, side)
-            clips.append(torch.zeros(shape, dtype=torch.uint8, device=device))
+            clips.append(torch.zeros((WINDOW_FRAMES, channels, side, side), dtype=torch.uint8, device=device))
             continue
         frames_TCHW = torch.stack([next(images) for _ in range(WINDOW_FRAMES)])
-        if name == "flow":  # its components lie one above the other
+        if stream == "flow":  # [T, 1, 2H, W], x above y -> [T, 2, H, W]
             frames_TCHW = frames_TCHW.reshape(WINDOW_FRAMES, 2, -1, frames_TCHW.shape[-1])
         crop = frames_TCHW[..., top : top + side, left : left + side]
         if flip:
             crop = crop.flip(-1)
-            if name == "flow":
+            if stream == "flow":
                 crop[:, 0] = mirrored_flow_x(crop[:, 0])
         clips.append(crop)
     images_BTCHW = torch.stack(clips)
-    return images_BTCHW.permute(0, 1, 3, 4, 2) if name == "rgb" else images_BTCHW
+    return images_BTCHW.permute(0, 1, 3, 4, 2) if stream == "rgb" else images_BTCHW
+
+
+def _read_mode(stream: str) -> tuple[ImageReadMode, int]:
+    """Return (torchvision's mode of decoding, channels after the split of flow into x and y) of a stream."""
+    match stream:
+        case "rgb":
+            return ImageReadMode.RGB, 3
+        case "flow":
+            return ImageReadMode.GRAY, 2
+        case _:
+            raise ValueError(f"no stream {stream!r}")
 
 
 def _decode(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> list[Tensor]:
+    """Decode JPEG files, uint8 [bytes] each, to images uint8 [C, H, W] on the device."""
     if device.type == "cuda":
-        # nvJPEG writes on a stream of its own, into memory that work on this one may still read.
+        # nvJPEG writes on a CUDA stream of its own, into memory that kernels on the current stream may still read.
         torch.cuda.current_stream(device).synchronize()
     try:
-        with warnings.catch_warnings():  # since 0.29 it points to torchcodec: one more package, for this option alone
+        # Since 0.29 torchvision recommends torchcodec, which would be a further package for this option alone.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             images: list[Tensor] = decode_jpeg(files, mode=mode, device=device)
             return images
     except RuntimeError as error:
-        # What a GPU raises does not say whether it is the image, memory or the GPU: the CPU decodes what is whole.
+        # An error of the GPU does not tell a damaged image from a lack of memory. The CPU decodes the same files: this
+        # raises `UserError` for a damaged image; else the error of the GPU is passed on.
         if device.type == "cuda":
             _decode(files, mode, torch.device("cpu"))
             raise
-        raise UserError(f"an image cannot be decoded ({error}); `data.decode: cpu` says which clip's it is") from error
+        raise UserError(f"an image cannot be decoded ({error}); `data.decode: cpu` names the clip") from error

@@ -1,4 +1,4 @@
-"""What a worker reads during a run, from its first iteration to its last: a sequence of items. No torch here."""
+"""Sequence of batches that a worker reads during a run, from the first iteration to the last. No torch here."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from tune_ego.freed_memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class FeedPlan:
-    """What one worker reads during a run: a sequence of items, each one forward pass of training or validation.
+    """Sequence of items that one worker reads during a run. An item is the batch of a forward pass.
 
-    An iteration is cut into `passes`, and worker r of n takes those numbered r, r + n, ...: they are its training
-    items. After every `validate_every`-th iteration and after the last come the validation items. Items are numbered
-    from the run's start, so a resumed run begins at an item.
+    An iteration is divided into `passes`, forward passes of all workers. Worker r of n takes the passes r, r + n, ...,
+    its training items. Validation items follow after every `validate_every`-th iteration and after the last. Items are
+    numbered from the start of the run, so a resumed run continues at the number of an item.
     """
 
     root: str
+    """Path or URI of the shards."""
     data: DataConfig
     streams: tuple[str, ...]
     seed: int
@@ -41,10 +42,11 @@ class FeedPlan:
     workers: int = 1
     rank: int = 0
     encoded: bool = False
-    """Images are read as JPEG files, which the trainer decodes."""
+    """Whether batches hold JPEG files, which the trainer decodes, instead of images."""
 
     @classmethod
-    def of(cls, root: str, config: Config, workers: int, rank: int, *, encoded: bool = False) -> FeedPlan:
+    def from_config(cls, root: str, config: Config, workers: int, rank: int, *, encoded: bool = False) -> FeedPlan:
+        """Return the plan of worker `rank` of `workers` in a run with this configuration."""
         train = config.train
         return cls(
             *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
@@ -53,79 +55,87 @@ class FeedPlan:
 
     @property
     def own_passes(self) -> range:
-        """The passes of an iteration that this worker takes."""
+        """Passes of an iteration that this worker computes."""
         return range(self.rank, self.passes, self.workers)
 
     def validates_after(self, iterations: int) -> bool:
-        """Whether a validation follows when `iterations` are done."""
+        """Whether a validation follows after this number of iterations."""
         return iterations % self.validate_every == 0 or iterations == self.iterations
 
     @property
-    def validations(self) -> list[int]:
-        """The iterations after which a validation follows."""
-        return [done for done in range(1, self.iterations + 1) if self.validates_after(done)]
+    def validation_iterations(self) -> list[int]:
+        """Numbers of iterations after which a validation follows, ascending."""
+        return [iterations for iterations in range(1, self.iterations + 1) if self.validates_after(iterations)]
 
     @property
     def validation_items(self) -> int:
-        """Items of one validation; the same for every worker."""
+        """Number of items of a validation; the same for every worker."""
         return -(-len(_sources(self).validation_windows) // (self.workers * self.micro_batch))
 
     def first_item(self, iterations: int) -> int:
-        """The item that follows when `iterations` are done and validated."""
+        """Return the item that follows after `iterations` and their validations."""
         return iterations * len(self.own_passes) + iterations // self.validate_every * self.validation_items
 
     @property
-    def items(self) -> int:
+    def item_count(self) -> int:
+        """Number of items of the run."""
         extra = 0 if self.iterations % self.validate_every == 0 else self.validation_items
         return self.first_item(self.iterations) + extra
 
     def windows(self, item: int) -> tuple[bool, list[Window | None]]:
-        """(is it training, this worker's windows) of an item."""
+        """Return (whether it is a training item, the windows of this worker's batch) of an item; None is padding."""
         passes = self.own_passes
-        cycle = self.validate_every * len(passes) + self.validation_items
-        rounds, place = divmod(item, cycle)
-        training_items = min(self.validate_every, self.iterations - rounds * self.validate_every) * len(passes)
+        # A cycle is `validate_every` iterations and their validation; the last cycle may have fewer iterations.
+        items_per_cycle = self.validate_every * len(passes) + self.validation_items
+        cycle, place = divmod(item, items_per_cycle)
+        training_items = min(self.validate_every, self.iterations - cycle * self.validate_every) * len(passes)
         sources = _sources(self)
         if place < training_items:
             iteration, turn = divmod(place, len(passes))
-            iteration += rounds * self.validate_every
+            iteration += cycle * self.validate_every
             first = (iteration * self.passes + passes[turn]) * self.micro_batch
             samples = range(first, first + self.micro_batch)
             size = sources.image_size
             return True, [training_window(sources.train.clips, self.seed, n, size, self.data.crop) for n in samples]
+        # Workers take the batches of a validation in turn.
         first = ((place - training_items) * self.workers + self.rank) * self.micro_batch
-        chosen = sources.validation_windows[first : first + self.micro_batch]
-        return False, [*chosen, *[None] * (self.micro_batch - len(chosen))]
+        windows = sources.validation_windows[first : first + self.micro_batch]
+        return False, [*windows, *[None] * (self.micro_batch - len(windows))]
 
     @property
     def validation_labels(self) -> list[int]:
+        """Label of each validation clip."""
         return [clip.label for clip in _sources(self).validation.clips]
 
     def read(self, item: int) -> dict[str, np.ndarray]:
-        """A batch, as `WindowReader.read_batch` gives it, or `read_encoded`."""
+        """Read the batch of an item (`WindowReader.read_batch`, or `read_encoded` if the plan is `encoded`)."""
         training, windows = self.windows(item)
         sources = _sources(self)
         reader = sources.train if training else sources.validation
         read = reader.read_encoded if self.encoded else reader.read_batch
-        if not any(windows):  # another worker's clips only: read one, and count it out
+        if not any(windows):  # padding alone: read any window instead, and mark it as absent
             batch = read([sources.validation_windows[0]] * self.micro_batch)
             return {**batch, "present": np.zeros(self.micro_batch, bool)}
         return read(windows)
 
 
 class _Sources(NamedTuple):
+    """Readers and windows that belong to a plan."""
+
     train: WindowReader
     validation: WindowReader
     validation_windows: list[Window]
     image_size: tuple[int, int]
+    """(width, height), pixels."""
 
 
 @lru_cache(maxsize=4)
 def _sources(plan: FeedPlan) -> _Sources:
+    """Open the readers of a plan. The cache keeps them from one item of a reader process to the next."""
     shards = open_shards(plan.root)
     size = shards.image_size
     train, validation = (
-        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.of(plan.data))
+        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.from_config(plan.data))
         for clips in (shards.train(plan.data), shards.validation(plan.data))
     )
     windows = [
@@ -136,15 +146,15 @@ def _sources(plan: FeedPlan) -> _Sources:
     return _Sources(train, validation, windows, size)
 
 
-def read_packed(rows: pa.Table, plan: FeedPlan, items_a_block: int) -> Iterator[pa.Table]:
-    """What a reader does: the batches of the column `item`, packed, so many to a table."""
+def read_packed(rows: pa.Table, plan: FeedPlan, items_per_block: int) -> Iterator[pa.Table]:
+    """Read the batches of the column `item`, and yield them packed, `items_per_block` in a table."""
     keep_freed_memory()
     items = rows["item"].to_pylist()
-    for first in range(0, len(items), items_a_block):
-        yield pack([plan.read(item) for item in items[first : first + items_a_block]])
+    for first in range(0, len(items), items_per_block):
+        yield pack([plan.read(item) for item in items[first : first + items_per_block]])
 
 
 def read_items(plan: FeedPlan, items: Any) -> Any:
-    """The batches of a range of items, one after another, in this process."""
+    """Return a generator that reads the batches of a range of items in this process."""
     cv2.setNumThreads(1)
     return (plan.read(int(item)) for item in items)

@@ -1,37 +1,39 @@
-"""How often Ray Data's executor looks at its tasks. No torch here: it travels to the readers with their settings."""
+"""Pauses of Ray Data's executor between two steps. No torch: the class travels to the readers with their settings."""
 
 from __future__ import annotations
 
 import time
 
-_SHORTEST, _LONGEST = 0.01, 0.25  # seconds
-_WAITS = 0.05
-"""A trainer whose last block took more of the time between two is waiting for the feed."""
+_SHORTEST, _LONGEST = 0.01, 0.25
+"""Bounds of a pause, seconds."""
+_WAITING_SHARE = 0.05
+"""Share of the time between two blocks. A trainer that spent more than this share on waiting is limited by the feed."""
 
 
 class Pace:
-    """How fast the trainer takes blocks, and whether it waits for them."""
+    """Rate at which the trainer consumes blocks, and whether the trainer waits for blocks."""
 
     def __init__(self) -> None:
         self._interval = 0.0
-        self._waits = True
-        self._asked = self._taken = time.monotonic()
+        self._waiting = True
+        self._requested_at = self._received_at = time.monotonic()
 
-    def asked(self) -> None:
-        """The trainer wants a block."""
-        self._asked, self._waits = time.monotonic(), True
+    def request_block(self) -> None:
+        """Record that the trainer needs a block."""
+        self._requested_at, self._waiting = time.monotonic(), True
 
-    def taken(self) -> None:
-        """It has it."""
+    def block_received(self) -> None:
+        """Record that the trainer has received the block."""
         now = time.monotonic()
-        self._interval, self._taken = now - self._taken, now
-        self._waits = now - self._asked > _WAITS * self._interval
+        self._interval, self._received_at = now - self._received_at, now
+        self._waiting = now - self._requested_at > _WAITING_SHARE * self._interval
 
     def pause(self, ready: int) -> float:
-        """Seconds in which half of the blocks that are `ready`, and of one on its way, will be taken; within bounds.
+        """Return the length of the executor's next pause, seconds.
 
-        None of them may be ready while the trainer has enough: some are beyond the executor, on their way to it.
+        In this time the trainer consumes half of the `ready` blocks and of one block in transit, within bounds. `ready`
+        may be 0 while the trainer does not wait: some blocks have left the executor and not yet reached the trainer.
         """
-        if self._waits:
+        if self._waiting:
             return _SHORTEST
         return min(max(_SHORTEST, self._interval * (ready + 1) / 2), _LONGEST)

@@ -1,5 +1,7 @@
-"""Batches as rows of a table of one binary column: as columns, each array of a batch costs Ray a fraction of a
-millisecond, on both sides. No torch here."""
+"""Batches as rows of a table with a single binary column. No torch here.
+
+With a column for each array, every array of a batch would cost Ray a fraction of a millisecond, on both sides.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ _ALIGNED = 64  # bytes
 
 
 def pack(batches: list[Batch]) -> pa.Table:
-    """A row for each batch: what its arrays are as JSON, the length of that, and the arrays, each aligned."""
+    """Return a table with a row for each batch.
+
+    A row holds the length of a JSON header (int64), the header (name, dtype and shape of each array) and the arrays.
+    Each array starts at a multiple of 64 bytes.
+    """
     layouts = [_Layout(batch) for batch in batches]
     ends = np.cumsum([0, *(layout.size for layout in layouts)])
     data = np.empty(int(ends[-1]), np.uint8)
@@ -28,12 +34,12 @@ def pack(batches: list[Batch]) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> Iterator[Batch]:
-    """The batches of `pack`, one after another; read-only and not copied."""
+    """Yield the batches of a table made by `pack`. The arrays are read-only views, not copies."""
     for chunk in table[_COLUMN].chunks:
-        _, offsets, everything = chunk.buffers()
+        _, offsets, data_buffer = chunk.buffers()
         ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
         for start, end in pairwise(ends):  # not the chunk's scalars: their buffers are copies
-            data = np.frombuffer(everything, np.uint8)[start:end]
+            data = np.frombuffer(data_buffer, np.uint8)[start:end]
             length = int(data[:8].view(np.int64)[0])
             batch, place = {}, _aligned(8 + length)
             for name, dtype, shape in json.loads(data[8 : 8 + length].tobytes()):
@@ -44,22 +50,24 @@ def unpack(table: pa.Table) -> Iterator[Batch]:
 
 
 class _Layout:
-    """Where the arrays of a batch lie in its row."""
+    """Positions of a batch's header and arrays in its row."""
 
     def __init__(self, batch: Batch) -> None:
         arrays: list[Any] = [(name, value.dtype.str, value.shape) for name, value in batch.items()]
-        self.about = json.dumps(arrays).encode()
-        self.first = _aligned(8 + len(self.about))
-        self.size = self.first + sum(_aligned(value.nbytes) for value in batch.values())
+        self.header = json.dumps(arrays).encode()
+        self.first_array = _aligned(8 + len(self.header))
+        self.size = self.first_array + sum(_aligned(value.nbytes) for value in batch.values())
 
     def fill(self, row: np.ndarray, batch: Batch) -> None:
-        row[:8] = np.array([len(self.about)], np.int64).view(np.uint8)
-        row[8 : 8 + len(self.about)] = np.frombuffer(self.about, np.uint8)
-        place = self.first
+        """Copy header and arrays into the row, uint8 [size]."""
+        row[:8] = np.array([len(self.header)], np.int64).view(np.uint8)
+        row[8 : 8 + len(self.header)] = np.frombuffer(self.header, np.uint8)
+        place = self.first_array
         for value in batch.values():
             row[place : place + value.nbytes].view(value.dtype).reshape(value.shape)[...] = value
             place += _aligned(value.nbytes)
 
 
 def _aligned(size: int) -> int:
+    """Round a size up to a multiple of the alignment."""
     return -(-size // _ALIGNED) * _ALIGNED

@@ -51,7 +51,7 @@ class AttentionBlock(nn.Module):
         return x.transpose(1, 2).reshape(x_BCTHW.shape)
 
     def position_terms(self, size: torch.Size) -> Tensor:
-        """What each pair of positions adds to the scores, [heads, N, N], for a map of `size` (T, H, W)."""
+        """Return the term of each pair of positions in the scores, [heads, N, N], for a map of `size` (T, H, W)."""
         total: Any = 0
         for axis, length in enumerate(size):
             place = torch.arange(length, device=self.offset_terms.device)

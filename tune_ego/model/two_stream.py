@@ -51,7 +51,7 @@ class Stream(nn.Module):
         self.copy_blocks(self.attention_modules)
 
     def copy_blocks(self, fresh: Container[str]) -> None:
-        """With `copy_init`: make those of STAM's further blocks that are named in `fresh` copies of its first."""
+        """Copy STAM's first block to its later blocks that are named in `fresh`, if the model has `copy_init`."""
         first, *further = self.attention_modules[:-1] or ("",)
         for name in further:
             if self._copy_init and name in fresh:
@@ -76,8 +76,8 @@ class Stream(nn.Module):
     def _layer(self, name: str, x: Tensor) -> Tensor:
         layer = getattr(self, name)
         if not (self.recomputes and torch.is_grad_enabled()):
-            found: Tensor = layer(x)
-            return found
+            output: Tensor = layer(x)
+            return output
         again: Tensor = checkpoint(
             layer,
             x,
@@ -119,7 +119,7 @@ class TwoStream(nn.ModuleDict):
         model: ModelConfig,
         seeds: Mapping[str, int] | None = None,
     ) -> None:
-        """With `seeds` every stream draws its first weights from its own, whatever other streams there are."""
+        """Build the streams. With `seeds` each stream draws its first weights from its own seed."""
         super().__init__()
         for modality in modalities:
             if seeds is not None:
@@ -127,7 +127,7 @@ class TwoStream(nn.ModuleDict):
             self[modality] = build_stream(modality, num_classes, model)
 
     def recompute(self, recomputes: bool) -> None:
-        """Whether what layers keep for their gradients is forgotten, and computed again on the way back."""
+        """Turn activation checkpointing on or off: layers recompute their activations in the backward pass."""
         for stream in self.values():
             assert isinstance(stream, Stream)
             stream.recomputes = recomputes

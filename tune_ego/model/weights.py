@@ -14,14 +14,14 @@ from torch import Tensor
 
 from tune_ego.errors import UserError
 from tune_ego.model.two_stream import Stream
-from tune_ego.results.checkpoint_files import is_final, read_last_whole, read_whole, run_of
+from tune_ego.results.checkpoint_files import is_final, read_last_whole_checkpoint, read_verified, run_of
 
 _CLASSIFIER = ("logits.conv3d.weight", "logits.conv3d.bias")
 _BLOCKS = {"attention_inc": "inception", "attention_self": "attention"}
-"""How the modules of each `stam_block` begin."""
+"""Beginning of the module names of each `stam_block`."""
 _ZIP = b"PK\x03\x04"
 _BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-"""How files begin that torch wrote before 1.6."""
+"""First bytes of files that torch before 1.6 wrote."""
 _NAMES_SHOWN = 5
 
 
@@ -50,19 +50,19 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def load_tensors(uri: str | Path) -> Any:
-    """What `torch.save` wrote, tensors and plain containers only: a file that would run code is refused.
+    """Read a file of `torch.save` with tensors and plain containers only; a file that would run code is refused.
 
     Raises `UserError` where it cannot be read, or is not what was written.
     """
     try:
-        data = read_whole(str(uri))
+        data = read_verified(str(uri))
     except OSError as error:
         raise UserError(f"{uri}: cannot be read ({error})") from error
     return unpack(data, str(uri))
 
 
 def unpack(data: bytes, source: str) -> Any:
-    """As `load_tensors`, of a file's content."""
+    """Read a file's content as `load_tensors` reads a file."""
     fault = _archive_fault(data) if data.startswith(_ZIP) else ""
     if not fault:
         try:
@@ -73,7 +73,7 @@ def unpack(data: bytes, source: str) -> Any:
 
 
 def _archive_fault(data: bytes) -> str:
-    """What is wrong with a zip archive, empty where nothing is: torch itself does not look at its checksums."""
+    """Return the damage of a zip archive, or "". Torch does not check the archive's checksums."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
@@ -85,9 +85,9 @@ def _archive_fault(data: bytes) -> str:
 
 
 def _load_fault(data: bytes, error: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", error)
-    if found or "TorchScript" in error:
-        return f"it holds code ({_shown(found[1]) if found else 'TorchScript'}), not only tensors: refused"
+    match = re.search(r"GLOBAL ([\w.]+)", error)
+    if match or "TorchScript" in error:
+        return f"it holds code ({_shown(match[1]) if match else 'TorchScript'}), not only tensors: refused"
     if not data.startswith((_ZIP, _BEFORE_ZIP)):
         return "not a torch file"
     if "Weights only load failed" in error:
@@ -111,15 +111,15 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     """
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
-    found = _state_dict(content, str(path))
+    tensors = _state_dict(content, str(path))
     ours = f"{stream.modality}."
-    if any(name.startswith(("rgb.", "flow.")) for name in found):
-        found = {name.removeprefix(ours): value for name, value in found.items() if name.startswith(ours)}
-        if not found:
+    if any(name.startswith(("rgb.", "flow.")) for name in tensors):
+        tensors = {name.removeprefix(ours): value for name, value in tensors.items() if name.startswith(ours)}
+        if not tensors:
             raise UserError(f"{path}: holds no {stream.modality} stream")
-    loaded = _load(stream, found, str(path))
+    loaded = _load(stream, tensors, str(path))
     if stream.modality == "flow" and is_final(str(path)):  # weights alone: the run's checkpoints say it
-        last = read_last_whole(run_of(str(path)))
+        last = read_last_whole_checkpoint(run_of(str(path)))
         flow_method = unpack(last[1], str(path)).get("flow_method") if last else None
     return loaded._replace(flow_method=flow_method)
 
@@ -138,37 +138,37 @@ def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
             f"{path}: not a state dict of tensors, at the top or under `model` or `state_dict`; "
             f"its keys: {', '.join(keys[:_NAMES_SHOWN]) or 'none'}{more}"
         )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         plain = name.removeprefix("module.")
-        if plain in found:
+        if plain in tensors:
             raise UserError(f"{path}: holds both {_shown(plain)} and module.{_shown(plain)}; keep one of the two")
-        found[plain] = value
-    return found
+        tensors[plain] = value
+    return tensors
 
 
-def _load(stream: Stream, found: dict[str, Tensor], path: str) -> LoadedWeights:
+def _load(stream: Stream, tensors: dict[str, Tensor], path: str) -> LoadedWeights:
     state = stream.state_dict()
-    for name, value in found.items():
+    for name, value in tensors.items():
         if fault := unusable(value):
             raise UserError(f"{path}: {_shown(name)} is {fault}")
-    left_out = [name for name in found if name.startswith("attention_")] if not stream.attention_modules else []
-    if _has_other_classes(found, state):
+    left_out = [name for name in tensors if name.startswith("attention_")] if not stream.attention_modules else []
+    if _has_other_classes(tensors, state):
         left_out += _CLASSIFIER
-    found = {name: value for name, value in found.items() if name not in left_out}
-    may_be_absent = _may_be_absent(stream, set(_modules(found)))
-    unknown = sorted(found.keys() - state.keys())
-    absent = [name for name in state if name not in found and not name.endswith("num_batches_tracked")]
+    tensors = {name: value for name, value in tensors.items() if name not in left_out}
+    may_be_absent = _may_be_absent(stream, set(_modules(tensors)))
+    unknown = sorted(tensors.keys() - state.keys())
+    absent = [name for name in state if name not in tensors and not name.endswith("num_batches_tracked")]
     fresh = [name for name in absent if name.partition(".")[0] in may_be_absent]
     if unknown or len(fresh) != len(absent):
         missing = sorted(set(absent) - set(fresh))
         differences = [_first("unknown", unknown), _first("absent", missing), _other_blocks(stream, unknown)]
         raise UserError(f"{path}: not weights of this model: {', '.join(filter(None, differences))}")
-    for name, value in found.items():
+    for name, value in tensors.items():
         _check_fits(name, value, state[name], stream.modality, path)
-    stream.load_state_dict(found, strict=False)
+    stream.load_state_dict(tensors, strict=False)
     stream.copy_blocks(_modules(fresh))
-    return LoadedWeights(sorted(found), left_out, fresh)
+    return LoadedWeights(sorted(tensors), left_out, fresh)
 
 
 def _may_be_absent(stream: Stream, there: set[str]) -> set[str]:
@@ -182,7 +182,7 @@ def _may_be_absent(stream: Stream, there: set[str]) -> set[str]:
 
 
 def unusable(value: Tensor) -> str:
-    """What keeps a tensor from being a parameter or buffer of any model; empty where nothing does."""
+    """Return the reason why a tensor cannot be a parameter or buffer of a model, or ""."""
     if value.is_nested or value.layout != torch.strided:
         return "a nested tensor" if value.is_nested else f"of layout {_plain(value.layout)}, not dense"
     if value.is_meta:
@@ -208,9 +208,9 @@ def _check_fits(name: str, value: Tensor, ours: Tensor, modality: str, path: str
         raise UserError(f"{path}: {name} holds values that are not finite")
 
 
-def _has_other_classes(found: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+def _has_other_classes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
     """Whether the file's classifier is a whole one of as many inputs, for another number of classes."""
-    weight, bias = (found.get(name) for name in _CLASSIFIER)
+    weight, bias = (tensors.get(name) for name in _CLASSIFIER)
     if weight is None or bias is None or bias.ndim != 1 or bias.shape == state[_CLASSIFIER[1]].shape:
         return False
     return weight.shape == (len(bias), *state[_CLASSIFIER[0]].shape[1:])
@@ -221,7 +221,7 @@ def _first(what: str, names: list[str]) -> str:
 
 
 def _other_blocks(stream: Stream, unknown: list[str]) -> str:
-    """What to do where the file's attention is made of other blocks than the stream's."""
+    """Return the remedy for a file whose attention module has other blocks than the stream's."""
     for start, block in _BLOCKS.items():
         has = any(name.startswith(start) for name in stream.attention_modules)
         if not has and any(name.startswith(start) for name in unknown):

@@ -1,1 +1,1 @@
-"""`report`: what an experiment's files say, as one HTML page and as the numbers in it."""
+"""The `report` command: an experiment as one HTML page, and its numbers as JSON."""

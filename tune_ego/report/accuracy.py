@@ -1,4 +1,4 @@
-"""What `evaluation.json` says, in the order in which people can read it: classes by their number of clips."""
+"""Test accuracies of a report: `evaluation.json`, with its classes in descending order of test clips."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from tune_ego.results import experiment
 from tune_ego.results.checkpoint_files import run_of
 from tune_ego.results.experiment import Experiment
 
-_PAIRS = 20
+_MOST_CONFUSED = 20
+"""Most pairs of confused classes that a report lists."""
 _STREAMS = ("rgb", "flow", "fused")
 _MODEL_PARTS = ("data.split", "streams", "model.", "init_from.")
-"""Beginnings of the keys that make another model, whatever a search searches."""
+"""Prefixes of the keys that have to be equal for two runs to be the same model, searched or not."""
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _Node(BaseModel):
+class _EvaluationPart(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Class(_Node):
+class _Class(_EvaluationPart):
     action: str
     clips: _Count
 
 
-class _Stream(_Node):
+class _Stream(_EvaluationPart):
     micro_accuracy: float
     mean_class_accuracy: float
     verb_accuracy: float
@@ -39,7 +40,7 @@ class _Stream(_Node):
     confusion: list[list[_Count]]
 
 
-class _Attention(_Node):
+class _Attention(_EvaluationPart):
     auc_judd: float
     auc: float
     nss: float
@@ -49,8 +50,8 @@ class _Attention(_Node):
     frames: int
 
 
-class _Evaluation(_Node):
-    """What is read of `evaluation.json`."""
+class _Evaluation(_EvaluationPart):
+    """Schema of the part of `evaluation.json` that a report reads."""
 
     split: int
     trained_on_split: int
@@ -67,39 +68,46 @@ class _Evaluation(_Node):
     attention: dict[str, _Attention | None]
 
     @model_validator(mode="after")
-    def _belongs_together(self) -> _Evaluation:
-        clips = [one.clips for one in self.classes]
+    def _check_sizes(self) -> _Evaluation:
+        clips = [entry.clips for entry in self.classes]
         streams = {name: stream for name in _STREAMS if (stream := getattr(self, name)) is not None}
         if not streams:
             raise ValueError("streams missing")
         for name, stream in streams.items():
-            if [sum(row) for row in stream.confusion] != clips or any(
-                len(row) != len(clips) for row in stream.confusion
-            ):
-                raise ValueError(f"{name}: the confusion matrix is not of these classes and clips")
+            rows = stream.confusion
+            if [sum(row) for row in rows] != clips or any(len(row) != len(clips) for row in rows):
+                raise ValueError(f"{name}: the confusion matrix does not match the classes and their clips")
             if [recall is not None for recall in stream.recall] != [count > 0 for count in clips]:
-                raise ValueError(f"{name}: the recall is not of these classes")
+                raise ValueError(f"{name}: the recall does not match the classes")
         return self
 
 
 class _Run(NamedTuple):
-    """The run of an evaluation."""
+    """Run whose checkpoint was evaluated."""
 
     uri: str
     config: Config
     data: str | None
-    """The shards that it was trained on, where its files say so."""
+    """Folder or URI of the shards for training; None where `run.json` has none."""
 
 
 def read_evaluation(search: Experiment, given: str | None) -> dict[str, Any]:
-    """What a report shows of the evaluation of a search's best configuration; only `why` where there is none.
+    """Return the numbers of the evaluation that a report shows.
 
-    `given` is an `evaluation.json` or its run, of whatever configuration: `differs` are the keys in which it is not the
-    best one, None where its configuration cannot be read. Without it, that of the one run beside the search that has
-    the best one's values: what `train` makes of what `export` wrote. Raises `UserError` where the given one is not
-    there, or not what `evaluate` writes.
+    Args:
+        search: The experiment.
+        given: An `evaluation.json`, or its run, of any configuration. None: the evaluation of the only run in the
+            search's parent folder that has the best configuration (`export` and `train` make such a run).
+
+    Returns:
+        The result of `evaluation_numbers` and facts about the run. `differs` lists the keys in which the run differs
+        from the best configuration; None where the run's configuration cannot be read. Without an evaluation the only
+        key is `why`, the reason.
+
+    Raises:
+        UserError: `given` does not exist or was not written by `evaluate`.
     """
-    uri, why = (_given(given), "") if given is not None else _find(search)
+    uri, why = (_evaluation_file(given), "") if given is not None else _find_evaluation(search)
     if not uri:
         return {"why": why}
     try:
@@ -109,17 +117,18 @@ def read_evaluation(search: Experiment, given: str | None) -> dict[str, Any]:
             raise
         return {"why": str(error)}
     run = _open_run(uri.rpartition("/")[0]) or _open_run(run_of(numbers["checkpoint"]))
-    best = _best(search)
+    best = _best_config(search)
     return {
         **numbers,
         "run": run.uri if run else None,
         "run_data": run.data if run else None,
         "run_fusion_weight": run.config.fusion_weight if run else None,
-        "differs": _differences(run, search, best) if run and best else [] if best is None else None,
+        "differs": _config_differences(run, search, best) if run and best else [] if best is None else None,
     }
 
 
-def _given(given: str) -> str:
+def _evaluation_file(given: str) -> str:
+    """Return the URI of the `evaluation.json` that `--evaluation` names."""
     uri = storage.absolute(given)
     uri = uri if storage.is_file(uri) else storage.join(uri, experiment.EVALUATION_FILE)
     if not storage.is_file(uri):
@@ -127,23 +136,27 @@ def _given(given: str) -> str:
     return uri
 
 
-def _find(search: Experiment) -> tuple[str, str]:
-    """(URI of the `evaluation.json` of the best configuration's run beside a search, why there is none)."""
-    best = _best(search)
+def _find_evaluation(search: Experiment) -> tuple[str, str]:
+    """Find the evaluated run of the best configuration in the search's parent folder.
+
+    Returns:
+        URI of the run's `evaluation.json`, or an empty string, and the reason where the URI is empty.
+    """
+    best = _best_config(search)
     if best is None:
         return "", "no trial has been validated yet, so there is nothing to evaluate"
     folder = search.root.rpartition("/")[0]
-    beside = [run for name in storage.list_names(folder) if (run := storage.join(folder, name)) != search.root]
-    runs = [_open_run(run) for run in beside if storage.is_file(storage.join(run, experiment.EVALUATION_FILE))]
-    found = [run.uri for run in runs if run and not _differences(run, search, best)]
-    if len(found) == 1:
-        return storage.join(found[0], experiment.EVALUATION_FILE), ""
-    if found:
-        return "", f"{len(found)} runs beside the search have the best configuration; choose one with --evaluation"
-    return "", "no evaluated run of the best configuration lies beside the search; name one with --evaluation"
+    neighbours = [run for name in storage.list_names(folder) if (run := storage.join(folder, name)) != search.root]
+    runs = [_open_run(run) for run in neighbours if storage.is_file(storage.join(run, experiment.EVALUATION_FILE))]
+    matching = [run.uri for run in runs if run and not _config_differences(run, search, best)]
+    if len(matching) == 1:
+        return storage.join(matching[0], experiment.EVALUATION_FILE), ""
+    if matching:
+        return "", f"{len(matching)} runs beside the search have the best configuration; choose one with --evaluation"
+    return "", "no evaluated run of the best configuration lies beside the search; choose a run with --evaluation"
 
 
-def _best(search: Experiment) -> Config | None:
+def _best_config(search: Experiment) -> Config | None:
     try:
         return search.best.config
     except UserError:  # nothing has been validated yet
@@ -151,20 +164,24 @@ def _best(search: Experiment) -> Config | None:
 
 
 def _open_run(uri: str) -> _Run | None:
-    """A run's folder; None where it has no configuration that can be read."""
-    config, run = (storage.join(uri, file) for file in (experiment.CONFIG_FILE, experiment.RUN_FILE))
-    if not storage.is_file(config):
+    """Read the run in a folder; None where the folder has no readable configuration."""
+    config_uri, run_uri = (storage.join(uri, file) for file in (experiment.CONFIG_FILE, experiment.RUN_FILE))
+    if not storage.is_file(config_uri):
         return None
     try:
-        read = load_config(config)
-        content = storage.read_json(run) if storage.is_file(run) else None
+        config = load_config(config_uri)
+        content = storage.read_json(run_uri) if storage.is_file(run_uri) else None
     except UserError:
         return None
-    return _Run(uri, read, content.get("data") if isinstance(content, dict) else None)
+    return _Run(uri, config, content.get("data") if isinstance(content, dict) else None)
 
 
-def _differences(run: _Run, search: Experiment, best: Config) -> list[str]:
-    """In what a run is not the best configuration's; the length and the like of a final run are its own."""
+def _config_differences(run: _Run, search: Experiment, best: Config) -> list[str]:
+    """Return the keys in which a run differs from the best configuration.
+
+    Compared are the searched keys, except the seed, the keys of `_MODEL_PARTS`, and the data set. Other keys, such as
+    `train.iterations`, may differ in a final run.
+    """
     keys = [key for key in search.space.searched_keys if key != "seed"]
     keys += [key for key in config_keys() if key.startswith(_MODEL_PARTS) and key not in keys]
     differing = [key for key in keys if raw_value(run.config, key) != raw_value(best, key)]
@@ -172,9 +189,12 @@ def _differences(run: _Run, search: Experiment, best: Config) -> list[str]:
 
 
 def evaluation_numbers(uri: str) -> dict[str, Any]:
-    """Accuracies, classes and confusion in descending order of test clips.
+    """Read an `evaluation.json`; return accuracies, classes and confusion matrix in descending order of test clips.
 
-    `confusion` is of the last of rgb, flow, fused: counts [true, predicted]. Raises `UserError` for another file.
+    `confusion` holds counts [true class, predicted class] of the last stream among rgb, flow and fused.
+
+    Raises:
+        UserError: The file was not written by `evaluate`.
     """
     content = storage.read_json(uri)
     try:
@@ -182,8 +202,8 @@ def evaluation_numbers(uri: str) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        what = f"{place}: {message}" if place else message
-        raise UserError(f"{uri}: not what `tune-ego evaluate` writes: {what}") from error
+        reason = f"{place}: {message}" if place else message
+        raise UserError(f"{uri}: not written by `tune-ego evaluate`: {reason}") from error
     names = [name for name in _STREAMS if content.get(name) is not None]
     classes = content["classes"]
     order = sorted(range(len(classes)), key=lambda index: (-classes[index]["clips"], classes[index]["action"]))
@@ -213,7 +233,7 @@ def evaluation_numbers(uri: str) -> dict[str, Any]:
 
 
 def _confused(counts: list[list[int]], classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs of true and predicted class with the most clips, off the diagonal."""
+    """Return the pairs of true and predicted class with the most clips, without the diagonal."""
     pairs = [
         {
             "true": classes[true]["action"],
@@ -225,4 +245,4 @@ def _confused(counts: list[list[int]], classes: list[dict[str, Any]]) -> list[di
         for predicted, count in enumerate(row)
         if count and true != predicted
     ]
-    return sorted(pairs, key=lambda pair: (-pair["clips"], -pair["share"], pair["true"]))[:_PAIRS]
+    return sorted(pairs, key=lambda pair: (-pair["clips"], -pair["share"], pair["true"]))[:_MOST_CONFUSED]

@@ -1,4 +1,4 @@
-"""The commands that show: `report` and `visualize`. What they need is imported inside them, as in `cli`."""
+"""The commands `report` and `visualize`. Imports are inside the functions so that `--help` prints at once."""
 
 from __future__ import annotations
 
@@ -11,36 +11,40 @@ from tune_ego.errors import UserError
 
 def report(
     experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
-    other: Annotated[Optional[str], typer.Argument(help="Another search, to compare the two.")] = None,
+    other: Annotated[Optional[str], typer.Argument(help="STORAGE/NAME of a second search, to compare.")] = None,
     out: Annotated[
-        str, typer.Option("--out", help="Page to write, or URI, ending in .html; its numbers go beside it as .json.")
+        str,
+        typer.Option("--out", help="File or URI of the page, ending in .html; its numbers go to the same name, .json."),
     ] = "report.html",
     evaluation: Annotated[
         Optional[str],
         typer.Option(
             "--evaluation",
-            help="An evaluation.json or its run; else that of the run beside the search that has its best values.",
+            help="An evaluation.json or its run; default: the evaluated run of the best configuration in STORAGE.",
         ),
     ] = None,
     checkpoint: Annotated[
         Optional[str],
-        typer.Option("--checkpoint", help="Whose attention is drawn: a run, or checkpoint; else what was evaluated."),
+        typer.Option("--checkpoint", help="Run or checkpoint whose attention is drawn; default: the evaluated one."),
     ] = None,
     data: Annotated[
-        Optional[str], typer.Option("--data", help="Shards: draws attention maps, best and worst test clips.")
+        Optional[str],
+        typer.Option("--data", help="Folder or URI of the shards, to draw attention on the best and worst test clips."),
     ] = None,
 ) -> None:
-    """Write what an experiment found as one HTML page that needs no network, or compare two.
+    """Write the results of a search, or a comparison of two, as one HTML page that needs no network.
 
-    Reads the experiment's files, running or not, and evaluation.json. Writes a page of a few MB at most and its numbers
-    as JSON. Takes seconds; with --data also a forward pass of one window of up to 200 test clips.
+    Reads the files of a search, running or not, and evaluation.json. Writes a page of a few MB at most, and its numbers
+    as JSON. Takes seconds; --data adds a forward pass of one window of up to 200 test clips.
     """
     from tune_ego.report.write import write_comparison, write_report
 
     if other is None:
         write_report(experiment, out, evaluation, checkpoint, data)
     elif evaluation or checkpoint or data:
-        raise UserError("report A B compares searches: --evaluation, --checkpoint and --data belong to a report of one")
+        raise UserError(
+            "report A B compares two searches: --evaluation, --checkpoint and --data are for a report of one"
+        )
     else:
         write_comparison((experiment, other), out)
 
@@ -50,13 +54,14 @@ def visualize(
     clip: Annotated[str, typer.Argument(help="Name of a clip in the shards.")],
     data: Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")],
     out: Annotated[
-        Optional[str], typer.Option("--out", help="Path of the files without their endings; else CLIP here.")
+        Optional[str],
+        typer.Option("--out", help="Path of the two files without .mp4 and .png; default: CLIP in this folder."),
     ] = None,
 ) -> None:
-    """Draw what a model sees in one clip: attention, gaze, and the class scores of each window.
+    """Draw a model's attention on one clip, with the gaze and the class scores of each window.
 
-    Reads a checkpoint and shards. Writes OUT.mp4 (H.264) and OUT.png, a strip of 8 frames. Costs a forward
-    pass of every 8th frame's window: seconds.
+    Reads a checkpoint and shards. Writes OUT.mp4 (H.264) and OUT.png, a strip of 8 frames. Takes seconds: a forward
+    pass of the window at every 8th frame.
     """
     from tune_ego.evaluation.visualize import visualize as run
 

@@ -1,4 +1,4 @@
-"""What a search has cost, from what its trials logged."""
+"""Cost of a search, from the lines that its trials logged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from tune_ego.results.experiment import REPORT_SECONDS, VALIDATION_SECONDS, Expe
 
 
 def trial_seconds(trial: Trial) -> float:
-    """Seconds of training, validation and reporting: clips seen by clips a second, and what the other two took.
+    """Return the seconds that a trial spent in training, validation and reporting.
 
-    Starting it, and what was lost with a process and done again, is not in the log.
+    Training time is the number of clips divided by the logged clips/s. The start of a trial is not in the log, nor are
+    iterations that were repeated after an interruption.
     """
     seconds, before, batch = 0.0, 0, trial.config.train.batch_size
     for line in trial.metrics:
@@ -22,7 +23,7 @@ def trial_seconds(trial: Trial) -> float:
 
 
 def cost_numbers(search: Experiment) -> dict[str, Any]:
-    """Hours of all trials, times their GPUs (or, without any, their training processes)."""
+    """Return the hours of all trials, multiplied by their GPUs or, without GPUs, by their workers."""
     gpus = float(search.spec.get("gpus_per_worker", 0.0))
     workers = search.trials[0].config.compute.most_workers if search.trials else 1
     hours = [trial_seconds(trial) / 3600 for trial in search.trials]

@@ -1,4 +1,4 @@
-"""Figures that become part of the page: SVG whose colours are the page's, so they follow its light or dark theme."""
+"""SVG charts whose colours are CSS variables of the page, so that charts follow the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-# Stand-ins that matplotlib writes and the page's variables replace. The hues are those of Okabe and Ito, which
-# colour-blind people tell apart.
+# Placeholder colours: matplotlib writes them into the SVG, and `_adapt_tag` replaces them by CSS variables. The
+# variables' hues are those of Okabe and Ito, which colour-blind readers can distinguish.
 INK, LINE, MUTED, PAPER = "#010101", "#010102", "#010103", "#010104"
 BLUE, ORANGE, RED, GREEN = "#010105", "#010106", "#010107", "#010108"
 _VARIABLES = {
@@ -29,10 +29,10 @@ _VARIABLES = {
     GREEN: "green",
 }
 WIDTH = 11.5
-"""Inches of a figure; it is shown at the page's width, where 8 points are about 11 pixels."""
+"""Width of a figure, inches. At the width of the page, 8 points are about 11 pixels."""
 _STYLE: Any = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a search space's words may have dollars
+    "text.parse_math": False,  # values of a search space may contain dollar signs
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -60,10 +60,14 @@ _STYLE: Any = {
 }
 
 
-def drawn(name: str, told: str) -> Callable[[Callable[..., Figure | None]], Callable[..., str]]:
-    """Make a function that draws a figure return it as SVG for the page; `told` says to a screen reader what it is.
+def as_svg(name: str, label: str) -> Callable[[Callable[..., Figure | None]], Callable[..., str]]:
+    """Decorate a function that draws a figure: the decorated function returns the figure as SVG text.
 
-    No figure, no SVG: an empty string.
+    Where the function returns None, the decorated function returns an empty string.
+
+    Args:
+        name: Prefix of the ids in the SVG, unique on the page.
+        label: Description of the chart for screen readers.
     """
 
     def decorate(draw: Callable[..., Figure | None]) -> Callable[..., str]:
@@ -71,48 +75,48 @@ def drawn(name: str, told: str) -> Callable[[Callable[..., Figure | None]], Call
         def wrapped(*args: Any, **kwargs: Any) -> str:
             with rc_context({**_STYLE, "svg.hashsalt": name}):
                 figure = draw(*args, **kwargs)
-                return "" if figure is None else _svg(figure, name, told)
+                return "" if figure is None else _svg(figure, name, label)
 
         return wrapped
 
     return decorate
 
 
-def _svg(figure: Figure, name: str, told: str) -> str:
+def _svg(figure: Figure, name: str, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<[^>]*>", lambda tag: _for_the_page(tag[0], name), text)  # what is between tags are labels
+    text = re.sub(r"<[^>]*>", lambda tag: _adapt_tag(tag[0], name), text)  # not the text between tags
     text = re.sub(r'<svg height="[^"]*"|<svg ', "<svg ", text, count=1)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def _for_the_page(tag: str, name: str) -> str:
-    """A tag with the page's colours, and with names that are the figure's own: the page holds several."""
-    for stand_in, variable in _VARIABLES.items():
-        tag = tag.replace(stand_in, f"var(--{variable})")
+def _adapt_tag(tag: str, name: str) -> str:
+    """Return an SVG tag with the page's colour variables, and with ids that are unique among the page's figures."""
+    for placeholder, variable in _VARIABLES.items():
+        tag = tag.replace(placeholder, f"var(--{variable})")
     tag = re.sub(r'\bid="', f'id="{name}-', tag)
     tag = re.sub(r"url\(#", f"url(#{name}-", tag)
     return re.sub(r'href="#', f'href="#{name}-', tag)
 
 
 def log_labels(axis: Axis) -> None:
-    """Plain numbers for a logarithmic axis: matplotlib's own are mathematics, which is off here."""
+    """Label a logarithmic axis with plain numbers: matplotlib's default labels need `text.parse_math`, which is off."""
     axis.set_major_formatter(LogFormatter())
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in rows of `columns`, `height` inches each."""
+    """Return a figure and its `count` panels, in rows of `columns`, each row `height` inches high."""
     rows = -(-count // columns)
     figure = Figure((WIDTH, rows * height), layout="constrained")
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     return figure, axes
 
 
-def short(text: str, most: int = 28) -> str:
-    """A text cut to so many letters."""
+def shorten(text: str, most: int = 28) -> str:
+    """Return a text cut to at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,6 +1,6 @@
-"""Everything that a report shows, computed from an experiment's files into plain containers: `report.json`.
+"""Numbers of a report: the content of `report.json`, computed from an experiment's files.
 
-Accuracies are fractions in [0, 1], times are in the unit that their key ends with. No drawing here.
+Accuracies are fractions in [0, 1]. The key of a time ends with its unit. Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
-from tune_ego.report.reading import Found
+from tune_ego.report.reading import CheckedExperiment
 from tune_ego.report.reproduce import reproduction
 from tune_ego.report.stopping import stopping_numbers
-from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration, config_value
+from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration
+from tune_ego.results.tables import config_value
 
-RANGES = ("uniform", "loguniform", "randint")
+_NUMERIC_FORMS = ("uniform", "loguniform", "randint")
 _MOST_BINS, _LEAST_IN_BIN = 4, 3
+"""Bins of a numeric range at most; trials in a bin at least."""
 _MOST_AXES = 13
-"""Parameters of the parallel coordinates."""
+"""Most parameters with an axis in the parallel coordinates."""
 _POINTS, _LEAST_POINTS, _MOST_POINTS = 8000, 12, 400
-"""Points of a panel of learning curves over all trials; of a curve at least and at most."""
+"""Points in a panel of learning curves, summed over all trials; least and most points of one curve."""
 SERIES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
@@ -34,25 +36,31 @@ SERIES = {
     METRIC: "validation mean class accuracy",
     "learning_rate": "learning rate",
 }
-"""Key of metrics.jsonl -> what it is."""
+"""Key of metrics.jsonl -> title of its learning curves."""
 
 
-def experiment_numbers(found: Found, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
-    """All numbers of one experiment; `evaluation` is what `read_evaluation` gave, `options` are the command's."""
-    search = found.experiment
+def experiment_numbers(checked: CheckedExperiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
+    """Return all numbers of one experiment.
+
+    Args:
+        checked: The experiment.
+        evaluation: The result of `read_evaluation`.
+        options: Options of the `report` command, as words of its command line.
+    """
+    search = checked.experiment
     trials = sorted(search.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True)
-    best, shares = _best(search), importance_numbers(search)
+    best, importance = _best_configuration(search), importance_numbers(search)
     return {
         "report": {"version": __version__, "made": datetime.now(timezone.utc).isoformat(timespec="seconds")},
-        "experiment": _overview(found),
-        "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(found.damaged.items())],
+        "experiment": _overview(checked),
+        "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(checked.damaged.items())],
         "answer": _answer(search, best),
         "choices": _choices(search),
-        "trials": [_trial(search, trial) for trial in trials],
+        "trials": [_trial_row(search, trial) for trial in trials],
         "curves": _curves(trials, best),
-        "stopping": stopping_numbers(found),
-        "parallel": _parallel(search.space.searched_keys, shares),
-        "importance": shares,
+        "stopping": stopping_numbers(checked),
+        "parallel": _parallel(search.space.searched_keys, importance),
+        "importance": importance,
         "published": published_numbers(search, best, evaluation),
         "evaluation": evaluation,
         "cost": cost_numbers(search),
@@ -60,25 +68,26 @@ def experiment_numbers(found: Found, evaluation: dict[str, Any], options: list[s
     }
 
 
-def _best(search: Experiment) -> Configuration | None:
+def _best_configuration(search: Experiment) -> Configuration | None:
     try:
         return search.best
     except UserError:  # nothing has been validated yet
         return None
 
 
-def _overview(found: Found) -> dict[str, Any]:
-    search = found.experiment
+def _overview(checked: CheckedExperiment) -> dict[str, Any]:
+    """Return name, state, settings and numbers of trials of an experiment."""
+    search = checked.experiment
     states = [trial.state for trial in search.trials]
     base = search.space.base
     config = search.trials[0].config if search.trials else None
     return {
         "name": search.root.rpartition("/")[2],
         "root": search.root,
-        "state": _state(found),
+        "state": _describe_state(checked),
         "started": search.spec.get("started", ""),
         "trials_planned": search.spec["trials"],
-        "trials_drawn": len(states) + len(found.damaged),
+        "trials_drawn": len(states) + len(checked.damaged),
         "states": {state: states.count(state) for state in sorted(set(states))},
         "searcher": search.space.searcher,
         "scheduler": search.space.scheduler.name,
@@ -90,39 +99,41 @@ def _overview(found: Found) -> dict[str, Any]:
     }
 
 
-def _state(found: Found) -> str:
-    """In words that follow "the search is"."""
-    trials, spec = found.experiment.trials, found.experiment.spec
+def _describe_state(checked: CheckedExperiment) -> str:
+    """Return the state of a search in words that complete "The search is"."""
+    trials, spec = checked.experiment.trials, checked.experiment.spec
     ended = f"{sum(trial.ended for trial in trials)} of {spec['trials']} trials have ended"
-    if found.alive:
-        return f"running: {ended}, and what follows is what is known so far"
+    if checked.alive:
+        return f"running: {ended}; this report shows the results so far"
     if not trials:
         return "empty: no trial has been started, or none can be read"
     failed = all(trial.state == "failed" for trial in trials)
-    if failed and len(trials) >= spec["trials"] and not found.damaged:
-        return f"over, and every trial failed, the first for: {trials[0].reason}"
-    if failed or sum(trial.ended for trial in trials) < spec["trials"] - len(found.damaged):
-        return f"interrupted: {ended}; to go on: tune-ego resume {found.experiment.root}"
+    if failed and len(trials) >= spec["trials"] and not checked.damaged:
+        return f"over, and every trial failed; the first one failed with: {trials[0].reason}"
+    if failed or sum(trial.ended for trial in trials) < spec["trials"] - len(checked.damaged):
+        return f"interrupted: {ended}; to resume: tune-ego resume {checked.experiment.root}"
     return f"over: {ended}"
 
 
 def validation_name(search: Experiment) -> str:
-    """Which clips the validation accuracies are of."""
+    """Return the name of the clips on which the validation accuracies were measured."""
     kinds = {trial.config.data for trial in search.trials}
     names = sorted(f"{data.validation} fold {data.fold} of split {data.split}" for data in kinds)
-    return " and ".join(names) or "not known: there is no trial"
+    return " and ".join(names) or "unknown: there is no trial"
 
 
 def raw_value(config: Config, key: str) -> Any:
-    """A dotted key's value in a configuration; None where it has no such key."""
+    """Return the value of a dotted key in a configuration; None where the configuration has no such key."""
     return reduce(lambda node, part: getattr(node, part, None), key.split("."), config)  # type: ignore[arg-type,return-value]
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:
+    """Return mean, sample standard deviation (None for one value) and maximum."""
     return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None, "best": max(values)}
 
 
-def _trial(search: Experiment, trial: Trial) -> dict[str, Any]:
+def _trial_row(search: Experiment, trial: Trial) -> dict[str, Any]:
+    """Return the row of one trial in the table of all trials."""
     keys, best = search.space.searched_keys, trial.best or {}
     numbers = {key: value for key in keys if _is_number(value := raw_value(trial.config, key))}
     return {
@@ -146,13 +157,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _answer(search: Experiment, best: Configuration | None) -> dict[str, Any] | None:
-    """The best configuration; None where nothing has been validated."""
+    """Return the best configuration and its accuracies; None where no trial has been validated."""
     if best is None:
         return None
     lines = [line for trial in best.trials if (line := trial.best) is not None]
     prefix = f"{METRIC}_"
     streams = sorted({key.removeprefix(prefix) for line in lines for key in line if key.startswith(prefix)})
-    seen = [trial.accuracy for trial in search.trials if trial.accuracy is not None]
+    accuracies = [trial.accuracy for trial in search.trials if trial.accuracy is not None]
     keys = [key for key in search.space.searched_keys if raw_value(best.config, key) is not None]
     return {
         "configuration": best.id,
@@ -167,51 +178,58 @@ def _answer(search: Experiment, best: Configuration | None) -> dict[str, Any] | 
             {"stream": name, "accuracy": mean(line[prefix + name] for line in lines if prefix + name in line)}
             for name in streams
         ],
-        "all_trials": {"validated": len(seen), **_spread(seen), "worst": min(seen)},
+        "all_trials": {"validated": len(accuracies), **_spread(accuracies), "worst": min(accuracies)},
         "warnings": [f"{trial.id}: {trial.warning}" for trial in best.trials if trial.warning],
     }
 
 
 def _mean_micro(lines: list[dict[str, Any]]) -> float | None:
-    """None where no validation has it."""
-    known = [line["val_micro_accuracy"] for line in lines if "val_micro_accuracy" in line]
-    return mean(known) if known else None
+    """Return the mean micro accuracy of validation lines; None where no line has one."""
+    accuracies = [line["val_micro_accuracy"] for line in lines if "val_micro_accuracy" in line]
+    return mean(accuracies) if accuracies else None
 
 
-def even_iteration(trials: list[Trial]) -> int | None:
-    """The last iteration at which all validated trials have a validation: there they can be compared."""
+def last_common_iteration(trials: list[Trial]) -> int | None:
+    """Return the last iteration at which every validated trial was validated; None where there is no such iteration.
+
+    Trials that were stopped early can be compared with finished trials at this iteration.
+    """
     validated = [{line["iteration"] for line in trial.validations} for trial in trials if trial.validations]
     return max(set.intersection(*validated), default=None) if validated else None
 
 
 def _choices(search: Experiment) -> dict[str, Any]:
-    """What each value of each searched parameter was worth; a range in bins, in each branch on its own."""
+    """Return the accuracies reached with each value of each searched parameter.
+
+    The values of a numeric range are grouped into bins. A parameter with several branches has an entry for each.
+    """
     trials = [trial for trial in search.trials if trial.accuracy is not None]
-    even = even_iteration(trials)
+    common = last_common_iteration(trials)
     parameters: list[dict[str, Any]] = []
     for key in search.space.searched_keys:
-        drawn: dict[int, list[Trial]] = {}
-        named: dict[str, list[Trial]] = {}
+        by_branch: dict[int, list[Trial]] = {}  # numeric ranges: index of the branch -> trials
+        by_value: dict[str, list[Trial]] = {}  # choices: value -> trials
         for trial in trials:
             index = search.space.branch_of(trial.sampled).get(key)
-            if index is not None and search.space.branches[key][index].domain.form in RANGES:
-                drawn.setdefault(index, []).append(trial)
+            if index is not None and search.space.branches[key][index].domain.form in _NUMERIC_FORMS:
+                by_branch.setdefault(index, []).append(trial)
             elif raw_value(trial.config, key) is not None:  # this trial's branch has the parameter
-                named.setdefault(config_value(trial.config, key), []).append(trial)
-        for index, chosen in sorted(drawn.items()):
+                by_value.setdefault(config_value(trial.config, key), []).append(trial)
+        for index, branch_trials in sorted(by_branch.items()):
             branch = search.space.branches[key][index]
             when = ", ".join(f"{name} {'/'.join(map(str, allowed))}" for name, allowed in branch.when.items())
-            groups = _bins(key, chosen)
             form, ends = branch.domain.form, list(branch.domain.values)
-            parameters.append({"key": key, "when": when, "form": form, "range": ends, "values": _worth(groups, even)})
-        if named:
-            ordered = {value: named[value] for value in _in_order(search, key, set(named))}
-            parameters.append({"key": key, "when": "", "form": "choice", "values": _worth(ordered, even)})
-    return {"even_iteration": even, "parameters": parameters}
+            rows = _value_rows(_bins(key, branch_trials), common)
+            parameters.append({"key": key, "when": when, "form": form, "range": ends, "values": rows})
+        if by_value:
+            ordered = {value: by_value[value] for value in _in_order(search, key, set(by_value))}
+            rows = _value_rows(ordered, common)
+            parameters.append({"key": key, "when": "", "form": "choice", "values": rows})
+    return {"even_iteration": common, "parameters": parameters}
 
 
 def _parallel(keys: list[str], importance: dict[str, Any]) -> dict[str, Any]:
-    """Which parameters get an axis: the most important ones, where importance is known, else the first ones."""
+    """Return the parameters with an axis: the most important ones, or the first ones where no importance is known."""
     shares = dict.fromkeys(keys, 0.0)
     for entry in importance["entries"]:
         shares[entry["key"]] += entry["share"]
@@ -224,17 +242,18 @@ def _parallel(keys: list[str], importance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_order(search: Experiment, key: str, values: set[str]) -> list[str]:
-    """The values of a choice as the search space lists them."""
-    listed = [_text(value) for branch in search.space.branches[key] for value in branch.domain.values]
+    """Return the values of a choice in the order of the search space, unlisted values last."""
+    listed = [_format_value(value) for branch in search.space.branches[key] for value in branch.domain.values]
     return sorted(values, key=lambda value: (listed.index(value) if value in listed else len(listed), value))
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
+    """Return a value of the search space as `config_value` prints it."""
     return f"{value:.4g}" if isinstance(value, float) else str(tuple(value) if isinstance(value, list) else value)
 
 
 def _bins(key: str, trials: list[Trial]) -> dict[str, list[Trial]]:
-    """Trials in up to four groups of equally many, ascending in the key's value."""
+    """Return trials in up to four groups of equal size (within one), ascending in the value of `key`."""
     ordered = sorted(trials, key=lambda trial: float(raw_value(trial.config, key)))
     count = max(1, min(_MOST_BINS, len(ordered) // _LEAST_IN_BIN))
     groups: dict[str, list[Trial]] = {}
@@ -245,17 +264,19 @@ def _bins(key: str, trials: list[Trial]) -> dict[str, list[Trial]]:
     return groups
 
 
-def _worth(groups: dict[str, list[Trial]], even: int | None) -> list[dict[str, Any]]:
+def _value_rows(groups: dict[str, list[Trial]], common: int | None) -> list[dict[str, Any]]:
+    """Return a row for each group of trials; `common` is the last common iteration."""
     rows = []
     for value, trials in groups.items():
         accuracies = [trial.accuracy for trial in trials if trial.accuracy is not None]
-        at_even = [line[METRIC] for trial in trials for line in trial.validations if line["iteration"] == even]
+        validations = [line for trial in trials for line in trial.validations]
+        at_common = [line[METRIC] for line in validations if line["iteration"] == common]
         rows.append(
             {
                 "value": value,
                 "trials": len(accuracies),
                 **_spread(accuracies),
-                "mean_at_even": mean(at_even) if at_even else None,
+                "mean_at_even": mean(at_common) if at_common else None,
                 "members": [trial.id for trial in trials],
             }
         )
@@ -263,7 +284,7 @@ def _worth(groups: dict[str, list[Trial]], even: int | None) -> list[dict[str, A
 
 
 def _curves(trials: list[Trial], best: Configuration | None) -> dict[str, Any]:
-    """The learning curves, thinned to what can be seen."""
+    """Return the learning curves, thinned to a number of points that a figure can show."""
     logged = {key for trial in trials for line in trial.metrics for key in line}
     started = [trial for trial in trials if trial.metrics]
     most = min(_MOST_POINTS, max(_LEAST_POINTS, _POINTS // max(len(started), 1)))
@@ -280,7 +301,7 @@ def _curves(trials: list[Trial], best: Configuration | None) -> dict[str, Any]:
 
 
 def _series(trial: Trial, most: int, logged: set[str]) -> dict[str, list[list[float]]]:
-    """Key -> [iterations, values]."""
+    """Return key -> [iterations, values] of one trial, at most `most` points a key."""
     series = {}
     for key in SERIES:
         points = [(line["iteration"], line[key]) for line in trial.metrics if key in line] if key in logged else []
@@ -292,27 +313,33 @@ def _series(trial: Trial, most: int, logged: set[str]) -> dict[str, list[list[fl
 
 
 def published_numbers(search: Experiment, best: Configuration | None, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The published results, and ours beside them, fractions; each row says what it was measured on."""
-    seen = evaluation.get("clips_trained_on")
+    """Return the published results and ours; accuracies are fractions.
+
+    Args:
+        search: The experiment. Where it searches `label`, each labelled configuration gets a row.
+        best: The best configuration, whose row is shown otherwise.
+        evaluation: The result of `read_evaluation`; a row for each stream.
+    """
+    trained_on = evaluation.get("clips_trained_on")
     ours = [
         {
             "model": f"evaluated checkpoint, {row['stream']}",
             "micro": row["micro_accuracy"],
             "mean_class": row["mean_class_accuracy"],
             "on": f"test clips of split {evaluation['split']}"
-            + (f"; not a test: {seen} of them were trained on" if seen else ""),
+            + (f"; not a test: the model was trained on {trained_on} of these clips" if trained_on else ""),
         }
         for row in evaluation.get("streams", [])
     ]
-    labels = "label" in search.space.searched_keys
-    shown = [found for found in by_configuration(search.trials) if found.accuracies] if labels else []
-    for found in shown or ([best] if best else []):
-        lines = [line for trial in found.trials if (line := trial.best) is not None]
+    has_labels = "label" in search.space.searched_keys
+    labelled = [entry for entry in by_configuration(search.trials) if entry.accuracies] if has_labels else []
+    for configuration in labelled or ([best] if best else []):
+        lines = [line for trial in configuration.trials if (line := trial.best) is not None]
         ours.append(
             {
-                "model": f"trial {found.config.label or found.id}",
+                "model": f"trial {configuration.config.label or configuration.id}",
                 "micro": _mean_micro(lines),
-                "mean_class": found.accuracy,
+                "mean_class": configuration.accuracy,
                 "on": f"validation clips: {validation_name(search)}",
             }
         )

@@ -1,6 +1,6 @@
-"""The page: one HTML file that needs nothing else. Every number in it comes from the report's numbers by its place.
+"""HTML pages of reports. A page is one file that loads nothing else.
 
-A number stands in `<span data-key="cost/gpu_hours">`, the way to it in `report.json`.
+Every number on a page is in `report.json`: `<span data-key="cost/gpu_hours">` holds the path of its number there.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from markupsafe import Markup
 from tune_ego.report import charts
 
 SECTIONS = {
-    "answer": "The answer",
-    "choices": "What each choice was worth",
+    "answer": "Best configuration",
+    "choices": "Accuracy by parameter value",
     "curves": "Learning curves",
-    "stopping": "Stopped early",
+    "stopping": "Early stopping",
     "parallel": "Parallel coordinates",
     "importance": "Importance of the parameters",
-    "published": "Beside the published results",
-    "evaluation": "Test",
+    "published": "Comparison with published results",
+    "evaluation": "Test results",
     "attention": "Attention and gaze",
     "cost": "Cost",
     "reproduce": "How to reproduce",
     "trials": "All trials",
 }
-"""Id -> heading of what every report of one experiment has."""
+"""Id -> heading of each section in the report of one experiment."""
 COMPARED = {
-    "answers": "The answers side by side",
-    "differences": "What differs",
+    "answers": "Best configurations",
+    "differences": "Differences in setup",
     "distributions": "Accuracies of all trials",
     "best": "The best trials",
-    "parameters": "What each choice was worth",
+    "parameters": "Accuracy by parameter value",
 }
+"""Id -> heading of each section in the comparison of two experiments."""
 FORMATS: dict[str, Callable[[Any], str]] = {
     "percent": lambda value: f"{100 * value:.1f} %",
     "fine": lambda value: f"{100 * value:.2f} %",
@@ -47,10 +48,16 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "speed": lambda value: f"{value:.1f}",
     "general": lambda value: f"{value:.4g}",
 }
+"""Name of a number format -> function from the number to its text."""
 
 
 def render(numbers: dict[str, Any], pictures: list[str]) -> str:
-    """The page of one experiment; `pictures` are the images of `attention_cases`, in their order, as data URIs."""
+    """Return the page of one experiment as HTML.
+
+    Args:
+        numbers: Content of `report.json`.
+        pictures: Images of `attention_cases` in the order of the cases, as data URIs.
+    """
     figures = {
         name: Markup(draw(numbers))
         for name, draw in {
@@ -67,12 +74,13 @@ def render(numbers: dict[str, Any], pictures: list[str]) -> str:
 
 
 def render_comparison(numbers: dict[str, Any]) -> str:
-    """The page of two experiments; `numbers` are `{"experiments": [of one, of the other], "differences": ...}`."""
+    """Return the page that compares two experiments as HTML; `numbers` is the result of `write_comparison`."""
     figures = {"distributions": Markup(charts.distributions(numbers["experiments"]))}
     return _page("comparison.html.jinja", numbers, sections=COMPARED, figures=figures)
 
 
-def _page(template: str, numbers: dict[str, Any], **more: Any) -> str:
+def _page(template: str, numbers: dict[str, Any], **variables: Any) -> str:
+    """Fill a template; templates name the numbers `r`, and `n(path, format)` prints one of them."""
     environment = Environment(
         loader=PackageLoader("tune_ego.report"),
         autoescape=True,
@@ -81,15 +89,15 @@ def _page(template: str, numbers: dict[str, Any], **more: Any) -> str:
         lstrip_blocks=True,
     )
 
-    def number(key: str, kind: str) -> Markup:
-        value = look_up(numbers, key)
+    def format_number(path: str, name: str) -> Markup:
+        value = look_up(numbers, path)
         if value is None:
             return Markup("&ndash;")
-        return Markup('<span data-key="{}" data-format="{}">{}</span>').format(key, kind, FORMATS[kind](value))
+        return Markup('<span data-key="{}" data-format="{}">{}</span>').format(path, name, FORMATS[name](value))
 
-    return environment.get_template(template).render(r=numbers, n=number, **more)
+    return environment.get_template(template).render(r=numbers, n=format_number, **variables)
 
 
-def look_up(numbers: Any, key: str) -> Any:
-    """The value at a place like `trials/0/accuracy`."""
-    return reduce(lambda node, part: node[int(part) if isinstance(node, list) else part], key.split("/"), numbers)
+def look_up(numbers: Any, path: str) -> Any:
+    """Return the value at a path like `trials/0/accuracy`."""
+    return reduce(lambda node, part: node[int(part) if isinstance(node, list) else part], path.split("/"), numbers)

@@ -1,4 +1,4 @@
-"""Attention maps for the report: the test clips on which a model is surest, and those on which it is most wrong."""
+"""Attention maps for a report, on the test clips with the highest and the lowest scores of the true class."""
 
 from __future__ import annotations
 
@@ -15,49 +15,60 @@ from tune_ego.evaluation.evaluate import open_model
 from tune_ego.feed.sampling import centre_window, spread_starts
 
 _MOST_CLIPS = 200
-_CASES = 6
-"""Of each kind."""
-_SIDE = 224  # pixels of a picture
+"""Most test clips that are scored."""
+_CASES_PER_GROUP = 6
+_PICTURE_SIDE = 224
+"""Width and height of a frame in a picture, pixels."""
 
 
 def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[str]]:
-    """(numbers of the cases, their pictures as data URIs) on test clips of the split that the model was trained on.
+    """Score the middle window of up to 200 test clips and draw the attention of the best and worst cases.
 
-    Up to 200 of them, evenly spread, one window in the middle of each. Raises `UserError` where checkpoint and shards
-    do not belong together.
+    Args:
+        checkpoint: A run, a checkpoint's folder or its file.
+        data: Folder or URI of the shards. Its test clips are those of the split that the model was trained on, evenly
+            spread where there are more than 200.
+
+    Returns:
+        Numbers of the cases, and a picture of each case as data URI, in the same order. `best` cases are the right
+        predictions with the highest score of the true class, `worst` cases the wrong ones with the lowest.
+
+    Raises:
+        UserError: The checkpoint does not fit the shards.
     """
     opened = open_model(checkpoint, data)
     split = opened.config.data.split
-    everything = opened.shards.test(split)
-    places = np.unique(np.linspace(0, len(everything) - 1, min(_MOST_CLIPS, len(everything))).round().astype(int))
-    clips = [everything[place] for place in places]
+    test_clips = opened.shards.test(split)
+    places = np.unique(np.linspace(0, len(test_clips) - 1, min(_MOST_CLIPS, len(test_clips))).round().astype(int))
+    clips = [test_clips[place] for place in places]
     size, crop = opened.shards.image_size, opened.config.data.crop
     windows = [centre_window(n, spread_starts(clip.frames, 1)[0], size, crop) for n, clip in enumerate(clips)]
-    found: list[tuple[dict[str, Any], Look]] = []
+    cases: list[tuple[dict[str, Any], Look]] = []
     for look in look_at(opened, clips, windows):
-        found.append((_case(look, clips[look.window.clip], opened.shards.actions), look))
-    right = sorted((one for one in found if one[0]["right"]), key=lambda one: -one[0]["label_score"])
-    wrong = sorted((one for one in found if not one[0]["right"]), key=lambda one: one[0]["label_score"])
-    chosen = [({**case, "group": "best"}, look) for case, look in right[:_CASES]]
-    chosen += [({**case, "group": "worst"}, look) for case, look in wrong[:_CASES]]
+        cases.append((_describe_case(look, clips[look.window.clip], opened.shards.actions), look))
+    right = sorted((entry for entry in cases if entry[0]["right"]), key=lambda entry: -entry[0]["label_score"])
+    wrong = sorted((entry for entry in cases if not entry[0]["right"]), key=lambda entry: entry[0]["label_score"])
+    chosen = [({**case, "group": "best"}, look) for case, look in right[:_CASES_PER_GROUP]]
+    chosen += [({**case, "group": "worst"}, look) for case, look in wrong[:_CASES_PER_GROUP]]
     numbers = {
         "why": "",
         "checkpoint": opened.source,
         "split": split,
-        "clips": len(everything),
+        "clips": len(test_clips),
         "clips_seen": len(clips),
         "right": len(right),
-        "fused": main_score(found[0][1]),
+        "fused": main_score(cases[0][1]),
         "cases": [case for case, _ in chosen],
     }
     return numbers, [_picture(look, case["frame"] - look.window.start) for case, look in chosen]
 
 
-def _case(look: Look, clip: Clip, actions: list[str]) -> dict[str, Any]:
+def _describe_case(look: Look, clip: Clip, actions: list[str]) -> dict[str, Any]:
+    """Return the numbers of one case: its clip, the frame to draw, its gaze point, and the scores."""
     scores = look.scores[main_score(look)]
     predicted = int(scores.argmax())
     middle = WINDOW_FRAMES // 2
-    # The frame nearest to the middle that has gaze, else the middle.
+    # The frame with gaze that is nearest to the middle of the window, else the middle frame.
     order = sorted(range(min(WINDOW_FRAMES, clip.frames)), key=lambda frame: abs(frame - middle))
     frame = next((frame for frame in order if look.gaze(frame)), order[0])
     point = look.gaze(frame)
@@ -74,10 +85,11 @@ def _case(look: Look, clip: Clip, actions: list[str]) -> dict[str, Any]:
 
 
 def _picture(look: Look, frame: int) -> str:
-    """Frame and attention side by side, a JPEG as data URI."""
-    parts = list(panels(look, frame, _SIDE).values())
-    gap = np.full((_SIDE, 4, 3), 128, np.uint8)
-    image = np.concatenate([part for one in parts for part in (gap, one)][1:], axis=1)
-    done, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
-    assert done
+    """Draw frame and attention maps side by side; return a JPEG as data URI."""
+    parts = list(panels(look, frame, _PICTURE_SIDE).values())
+    gap = np.full((_PICTURE_SIDE, 4, 3), 128, np.uint8)
+    gapped = [column for part in parts for column in (gap, part)][1:]
+    image = np.concatenate(gapped, axis=1)  # [224, width, RGB], uint8
+    encoded, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
+    assert encoded
     return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()

@@ -1,4 +1,4 @@
-"""Reading an experiment of which some records may be damaged: those are named, and the others read."""
+"""Reading of an experiment whose records may be damaged: damaged trials are listed, the others are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tune_ego.results.experiment import Decision, Experiment, Trial
 
 _READERS = 16
 """Threads that read files."""
-_NEEDED = {
+_REQUIRED_KEYS = {
     "space": str,
     "space_source": str,
     "overrides": dict,
@@ -27,50 +27,59 @@ _NEEDED = {
     "version": str,
     "ray": str,
 }
-"""Key of experiment.json -> its type."""
-_STATES = ("pending", "running", "interrupted", *experiment.ENDED)
+"""Required key of experiment.json -> its type."""
+_TRIAL_STATES = ("pending", "running", "interrupted", *experiment.ENDED)
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
 _DAMAGE = (ValueError, OSError, *_MISREAD)
-"""What reading raises where a file does not hold what was written."""
+"""Exceptions that reading a damaged file raises."""
 
 
 @dataclass
-class Found:
-    """An experiment as far as its files can be read."""
+class CheckedExperiment:
+    """Experiment with the trials whose files are valid, and a list of the damaged ones."""
 
     experiment: Experiment
     alive: bool
-    """Whether a process drives the search now."""
+    """Whether a driver process runs the search now."""
     decisions: list[Decision] = field(default_factory=list)
+    """Decisions of the scheduler for all trials, in their order."""
     damaged: dict[str, str] = field(default_factory=dict)
-    """Trial -> what is wrong with its record."""
+    """Name of a damaged trial -> reason."""
 
 
-def read(root: str) -> Found:
-    """Read an experiment's folder or URI; raises `UserError` where it is something else."""
+def read(root: str) -> CheckedExperiment:
+    """Read and check an experiment.
+
+    Args:
+        root: Folder or URI of the experiment.
+
+    Raises:
+        UserError: The folder holds no experiment, or its `experiment.json` or `trials.json` is damaged.
+    """
     opened = _open(storage.absolute(root))
-    found = Found(opened, _is_driven(opened.root))
+    checked = CheckedExperiment(opened, _is_driven(opened.root))
     records = experiment.read_records(opened.root)
     if not isinstance(records, dict):
-        raise UserError(f"{storage.join(opened.root, experiment.TRIALS_FILE)}: damaged: expected trials by name")
+        uri = storage.join(opened.root, experiment.TRIALS_FILE)
+        raise UserError(f"{uri}: damaged: expected a mapping from trial names to records")
 
     def read_one(item: tuple[str, Any]) -> tuple[Trial | None, list[Decision]]:
         try:
-            return _read_trial(opened, *item, dead=not found.alive)
+            return _read_trial(opened, *item, dead=not checked.alive)
         except _DAMAGE as error:
-            found.damaged[item[0]] = _what(error)
+            checked.damaged[item[0]] = _describe(error)
             return None, []
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for trial, made in pool.map(read_one, records.items()):
+        for trial, decisions in pool.map(read_one, records.items()):
             opened.trials += [trial] if trial else []
-            found.decisions += made
-    found.decisions.sort()
-    return found
+            checked.decisions += decisions
+    checked.decisions.sort()
+    return checked
 
 
 def _is_driven(root: str) -> bool:
-    """As `driver.is_alive`; a damaged `driver.json` is of nobody."""
+    """Return whether a driver runs the search; a damaged `driver.json` counts as no driver."""
     try:
         return driver.is_alive(root)
     except (UserError, *_MISREAD):
@@ -78,48 +87,51 @@ def _is_driven(root: str) -> bool:
 
 
 def _read_trial(opened: Experiment, name: str, record: Any, dead: bool) -> tuple[Trial, list[Decision]]:
-    """A trial and what was decided of it; raises one of `_DAMAGE` where one of its files is not as it was written."""
-    if not isinstance(record, dict) or record.get("state") not in _STATES:
+    """Read a trial and the scheduler's decisions for it.
+
+    Raises one of `_DAMAGE` where a file of the trial is damaged.
+    """
+    if not isinstance(record, dict) or record.get("state") not in _TRIAL_STATES:
         state = record.get("state") if isinstance(record, dict) else record
-        raise ValueError(f"its entry in {experiment.TRIALS_FILE} has an unknown state: {state!r}")
+        raise ValueError(f"the trial's entry in {experiment.TRIALS_FILE} has an unknown state: {state!r}")
     run = experiment.run_folder(opened.root, name)
     try:
         trial = experiment.read_trial(opened, name, record, dead)
-    except _MISREAD:  # of a stopped trial all three files are looked into
+    except _MISREAD:  # a stopped trial is read from three files: name the damaged one
         _check_lines(run, experiment.read_metrics(run))
-        _decisions(opened.root, name)
+        _read_decisions(opened.root, name)
         raise
     _check_lines(run, trial.metrics)
     _check_end(trial)
-    return trial, _decisions(opened.root, name)
+    return trial, _read_decisions(opened.root, name)
 
 
-def _what(error: Exception) -> str:
+def _describe(error: Exception) -> str:
+    """Return the reason, for a message, that an exception of `_DAMAGE` stands for."""
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-        return f"{experiment.METRICS_FILE} is not lines of JSON ({error})"
+        return f"{experiment.METRICS_FILE} does not hold one JSON object a line ({error})"
     if isinstance(error, KeyError):
-        return f"its entry in {experiment.TRIALS_FILE} has no {error}, or one that the search space does not know"
+        return f"the trial's entry in {experiment.TRIALS_FILE} lacks {error}, or the search space does not define it"
     return str(error)
 
 
 def _open(root: str) -> Experiment:
-    """The experiment without its trials."""
+    """Read an experiment without its trials."""
     uri = storage.join(root, experiment.EXPERIMENT_FILE)
     if not storage.exists(uri):
-        run = storage.exists(storage.join(root, experiment.METRICS_FILE))
-        what = (
-            "this is a run; `report` is for a search, --evaluation for its final run" if run else "no experiment here"
-        )
-        raise UserError(f"{root}: {what} (no {experiment.EXPERIMENT_FILE})")
+        is_run = storage.exists(storage.join(root, experiment.METRICS_FILE))
+        reason = "this is a run, not a search; add a final run with --evaluation" if is_run else "no experiment here"
+        raise UserError(f"{root}: {reason} (no {experiment.EXPERIMENT_FILE})")
     spec = storage.read_json(uri)
-    missing = [key for key in _NEEDED if key not in spec] if isinstance(spec, dict) else ["everything"]
+    missing = [key for key in _REQUIRED_KEYS if key not in spec] if isinstance(spec, dict) else ["everything"]
     if missing:
         raise UserError(f"{uri}: not an experiment of tune_ego: {', '.join(missing)} missing")
-    wrong = [key for key, kind in _NEEDED.items() if isinstance(spec[key], bool) or not isinstance(spec[key], kind)]
-    wrong += [] if _is_number(spec.get("gpus_per_worker", 0)) else ["gpus_per_worker"]
+    kinds = _REQUIRED_KEYS.items()
+    wrong = [key for key, kind in kinds if isinstance(spec[key], bool) or not isinstance(spec[key], kind)]
+    wrong += [] if _is_finite_number(spec.get("gpus_per_worker", 0)) else ["gpus_per_worker"]
     if wrong:
-        told = ", ".join(f"{key} is {spec[key]!r:.40}" for key in wrong)
-        raise UserError(f"{uri}: damaged: {told}")
+        values = ", ".join(f"{key} is {spec[key]!r:.40}" for key in wrong)
+        raise UserError(f"{uri}: damaged: {values}")
     opened = Experiment(root, spec, [])
     try:
         assert opened.space.samples
@@ -131,7 +143,7 @@ def _open(root: str) -> Experiment:
 
 
 def _check_lines(run: str, lines: list[Any]) -> None:
-    """Raise `ValueError` for lines of metrics that no run writes."""
+    """Raise `ValueError` where lines of metrics are not such as a run writes."""
     before = 0
     for number, line in enumerate(lines, start=1):
         place = f"{run}/{experiment.METRICS_FILE}: line {number}"
@@ -141,34 +153,33 @@ def _check_lines(run: str, lines: list[Any]) -> None:
             raise ValueError(f"{place}: iteration {line['iteration']} comes after {before}")
         before = line["iteration"]
         for key, value in line.items():
-            if not _is_number(value):
+            if not _is_finite_number(value):
                 raise ValueError(f"{place}: {key} is {value!r}")
 
 
 def _check_end(trial: Trial) -> None:
-    """Raise `ValueError` for a trial whose metrics do not go as far as its state says."""
+    """Raise `ValueError` where a trial's metrics end earlier than its state implies."""
     budget, file = trial.config.train.iterations, f"{trial.run}/{experiment.METRICS_FILE}"
     if trial.state == "finished" and trial.iteration < budget:
-        raise ValueError(f"it has finished, but {file} ends at iteration {trial.iteration} of {budget}")
+        raise ValueError(f"the trial has finished, but {file} ends at iteration {trial.iteration} of {budget}")
     if trial.state == "stopped" and not trial.metrics:
-        raise ValueError(f"it was stopped, but {file} has no line of it")
+        raise ValueError(f"the trial was stopped early, but {file} has no line")
 
 
-def _decisions(root: str, trial: str) -> list[Decision]:
-    """What the scheduler decided of a trial; raises `ValueError` where the file says something else."""
+def _read_decisions(root: str, trial: str) -> list[Decision]:
+    """Read the scheduler's decisions for a trial; raises `ValueError` where the file is damaged."""
     place = f"{experiment.run_folder(root, trial)}/{experiment.DECISIONS_FILE}"
     try:
-        found = experiment.trial_decisions(root, trial)
+        decisions = experiment.trial_decisions(root, trial)
     except _MISREAD as error:
         raise ValueError(f"{place}: damaged: expected lists of {', '.join(Decision._fields)}") from error
-    for decision in found:
+    for decision in decisions:
         whole = isinstance(decision.order, int) and isinstance(decision.iteration, int)
-        if not (
-            whole and decision.trial == trial and _is_number(decision.accuracy) and isinstance(decision.action, str)
-        ):
-            raise ValueError(f"{place}: damaged: {list(decision)} is no decision of it")
-    return found
+        numeric = _is_finite_number(decision.accuracy)
+        if not (whole and decision.trial == trial and numeric and isinstance(decision.action, str)):
+            raise ValueError(f"{place}: damaged: {list(decision)} is not a decision for trial {trial}")
+    return decisions
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

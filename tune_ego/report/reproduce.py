@@ -1,4 +1,4 @@
-"""What someone needs to do a search again: commands, versions, seeds, and which data it was."""
+"""Information to reproduce a search: commands, versions, seeds, and checksums of the data set."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from tune_ego.errors import UserError
 from tune_ego.results.checkpoint_files import MODEL_FILE
 from tune_ego.results.experiment import CONFIG_FILE, Experiment
 
-_FINGERPRINTED = ("dataset.json", "clips.parquet")
+_DESCRIBING_FILES = ("dataset.json", "clips.parquet")
 
 
 def reproduction(search: Experiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
-    """Commands in their order, versions, seeds, the search space's text, and the data set's fingerprints.
+    """Return commands in the order of their use, versions, seeds, the search space, and checksums of the data set.
 
-    `evaluation` is what `read_evaluation` gave; `options` are those of this report.
+    Args:
+        search: The experiment.
+        evaluation: The result of `read_evaluation`.
+        options: Options of the `report` command, as words of its command line.
     """
     spec, root, data = search.spec, search.root, search.spec["data"]
     folder, _, name = root.rpartition("/")
+    final = _train_command("best.yaml", data, folder, f"{name}-final")
+    export = ["tune-ego", "export", root, "--out", "best.yaml"]
     commands = [
-        {"what": "the search, as it was started", "command": spec.get("command", "not recorded")},
-        {"what": "go on with it", "command": shlex.join(["tune-ego", "resume", root])},
-        {"what": "the best configuration", "command": shlex.join(["tune-ego", "export", root, "--out", "best.yaml"])},
-        {"what": "train and test it", "command": shlex.join(_train("best.yaml", data, folder, f"{name}-final"))},
+        {"what": "start the search", "command": spec.get("command", "not recorded")},
+        {"what": "resume the search", "command": shlex.join(["tune-ego", "resume", root])},
+        {"what": "export the best configuration", "command": shlex.join(export)},
+        {"what": "train and test the best configuration", "command": shlex.join(final)},
     ]
     if run := evaluation.get("run"):
         trained_on = evaluation["run_data"] or data
-        again = _train(storage.join(run, CONFIG_FILE), trained_on, folder, f"{run.rpartition('/')[2]}-again")
-        commands[-1] = {"what": "train and test the run that is shown here again", "command": shlex.join(again)}
+        again = _train_command(storage.join(run, CONFIG_FILE), trained_on, folder, f"{run.rpartition('/')[2]}-again")
+        commands[-1] = {"what": "train and test the run shown here again", "command": shlex.join(again)}
     if evaluation.get("checkpoint"):
-        commands.append({"what": "the test that is shown here", "command": shlex.join(_test(evaluation, data))})
-    commands.append({"what": "this report", "command": shlex.join(["tune-ego", "report", root, *options])})
+        command = shlex.join(_evaluate_command(evaluation, data))
+        commands.append({"what": "evaluate the checkpoint shown here again", "command": command})
+    commands.append({"what": "write this report again", "command": shlex.join(["tune-ego", "report", root, *options])})
     return {
         "commands": commands,
         "versions": {
@@ -45,31 +51,31 @@ def reproduction(search: Experiment, evaluation: dict[str, Any], options: list[s
         "trial_seeds": sorted({trial.config.seed for trial in search.trials}),
         "data": data,
         "data_settings": spec["data_settings"],
-        "fingerprints": _fingerprints(data),
+        "fingerprints": _checksums(data),
         "space_source": spec["space_source"],
         "space": spec["space"],
         "overrides": spec["overrides"],
     }
 
 
-def _train(config: str, data: str, folder: str, name: str) -> list[str]:
+def _train_command(config: str, data: str, folder: str, name: str) -> list[str]:
     return ["tune-ego", "train", config, "--data", data, "--storage", folder, "--name", name]
 
 
-def _test(evaluation: dict[str, Any], data: str) -> list[str]:
+def _evaluate_command(evaluation: dict[str, Any], data: str) -> list[str]:
     checkpoint, weight = evaluation["checkpoint"].removesuffix(f"/{MODEL_FILE}"), evaluation["fusion_weight"]
     command = ["tune-ego", "evaluate", checkpoint, "--data", evaluation["run_data"] or data]
     command += ["--split", str(evaluation["split"])]
     return command + (["--fusion-weight", str(weight)] if weight not in (None, evaluation["run_fusion_weight"]) else [])
 
 
-def _fingerprints(data: str) -> list[dict[str, str]]:
-    """SHA-256 of the files that describe the shards, as they are now; why not, where they cannot be read."""
-    found = []
-    for file in _FINGERPRINTED:
+def _checksums(data: str) -> list[dict[str, str]]:
+    """Return the current SHA-256 of the files that describe the shards, or the reason where a file cannot be read."""
+    checksums = []
+    for file in _DESCRIBING_FILES:
         try:
             digest = hashlib.sha256(storage.read_bytes(storage.join(data, file))).hexdigest()
         except (OSError, UserError) as error:
             digest = f"cannot be read now ({type(error).__name__})"
-        found.append({"file": file, "sha256": digest})
-    return found
+        checksums.append({"file": file, "sha256": digest})
+    return checksums

@@ -1,32 +1,33 @@
-"""What the scheduler stopped, where, and what that saved."""
+"""Numbers of early stopping: the rungs, the stopped trials and the iterations saved."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from typing import Any
 
-from tune_ego.report.reading import Found
+from tune_ego.report.reading import CheckedExperiment
 from tune_ego.results.experiment import Decision
 from tune_ego.results.progress import rungs
 
-_STOP = "STOP"  # Ray's word, in decisions.json
+_STOP = "STOP"  # Ray Tune's name of the action, as in decisions.json
 
 
-def stopping_numbers(found: Found) -> dict[str, Any]:
-    """Rungs with how many trials they saw and stopped; iterations spent by the trials that finished or were stopped.
+def stopping_numbers(checked: CheckedExperiment) -> dict[str, Any]:
+    """Return the number of trials that reached, and were stopped at, each rung, and the iterations spent and saved.
 
-    What failed or still runs is in neither of the sums.
+    Iterations are summed over the trials that finished or were stopped early. Failed, running and interrupted trials
+    are not counted.
     """
-    search = found.experiment
+    search = checked.experiment
     settings = search.space.scheduler
     ended = [trial for trial in search.trials if trial.state in ("finished", "stopped")]
     budget = search.trials[0].config.train.iterations if search.trials else 0
     steps = rungs(settings, budget)
     reported: dict[int, set[str]] = {rung: set() for rung in steps}
-    for decision in found.decisions:
+    for decision in checked.decisions:
         for rung in steps[: bisect_right(steps, decision.iteration)]:
             reported[rung].add(decision.trial)
-    stops = [decision for decision in found.decisions if decision.action == _STOP]
+    stops = [decision for decision in checked.decisions if decision.action == _STOP]
     stopped = [_stop(decision, steps) for decision in stops]
     full, spent = budget * len(ended), sum(trial.iteration for trial in ended)
     return {
@@ -53,6 +54,7 @@ def stopping_numbers(found: Found) -> dict[str, Any]:
 
 
 def _stop(decision: Decision, steps: list[int]) -> dict[str, Any]:
+    """Return the row of a stopped trial; `rung` is the last rung that it had reached."""
     place = bisect_right(steps, decision.iteration)
     return {
         "trial": decision.trial,

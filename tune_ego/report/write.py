@@ -1,4 +1,4 @@
-"""`report`: read, compute, draw, write."""
+"""Writing of reports: read an experiment, compute its numbers, draw the page, write both files."""
 
 from __future__ import annotations
 
@@ -22,109 +22,123 @@ def write_report(
     checkpoint: str | None = None,
     data: str | None = None,
 ) -> dict[str, Any]:
-    """Write the page `out` (`.html`) and its numbers beside it (`.json`); returns the numbers.
+    """Write the page of one experiment, and its numbers beside the page; return the numbers.
 
-    `evaluation` as in `read_evaluation`. With shards in `data` the attention of `checkpoint`, else of what was
-    evaluated, is drawn. Raises `UserError` for what is not there or not what it should be.
+    Args:
+        root: Folder or URI of the experiment.
+        out: Path or URI of the page, ending in `.html`. The numbers go to the same name with `.json`.
+        evaluation: An `evaluation.json` or its run; see `read_evaluation`.
+        checkpoint: Checkpoint or run whose attention is drawn; None: the evaluated checkpoint.
+        data: Folder or URI of the shards; None: no attention is drawn.
+
+    Raises:
+        UserError: An input is missing or damaged, or `out` cannot be written.
     """
     numbers_out = _numbers_file(out)
     if checkpoint is not None and data is None:
-        raise UserError("--checkpoint: the pictures are of clips; say with --data where the shards are")
-    found = reading.read(root)
+        raise UserError("--checkpoint: attention is drawn on test clips; name their shards with --data")
+    checked = reading.read(root)
     given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
-    numbers = experiment_numbers(found, read_evaluation(found.experiment, evaluation), options)
-    cases, pictures = _cases(checkpoint or numbers["evaluation"].get("checkpoint"), data)
+    numbers = experiment_numbers(checked, read_evaluation(checked.experiment, evaluation), options)
+    cases, pictures = _attention(checkpoint or numbers["evaluation"].get("checkpoint"), data)
     numbers["attention_cases"] = cases
-    _write(out, numbers_out, page.render(numbers, pictures), numbers)
-    for one in numbers["damaged"]:
-        say(f"{one['trial']}: damaged: {one['reason']}")
+    _write_page(out, numbers_out, page.render(numbers, pictures), numbers)
+    for trial in numbers["damaged"]:
+        say(f"{trial['trial']}: damaged: {trial['reason']}")
     if numbers["answer"] is None:
-        say(f"{numbers['experiment']['name']} is {numbers['experiment']['state']}")
+        say(f"search {numbers['experiment']['name']} is {numbers['experiment']['state']}")
     else:
-        say(f"best: {numbers['answer']['configuration']}, {percent(numbers['answer']['accuracy'])} in validation")
+        accuracy = percent(numbers["answer"]["accuracy"])
+        say(f"best configuration: {numbers['answer']['configuration']}, validation mean class accuracy {accuracy}")
     return numbers
 
 
-def _cases(checkpoint: str | None, data: str | None) -> tuple[dict[str, Any], list[str]]:
-    """(numbers of the attention cases, their images as data URIs); without shards `why` there are none."""
+def _attention(checkpoint: str | None, data: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the numbers of the attention cases and their images as data URIs; without shards, `why` and no images."""
     if data is None:
-        return {"why": "they need the shards: --data SHARDS, and --checkpoint RUN where nothing was evaluated"}, []
+        return {"why": "add --data SHARDS, and --checkpoint RUN where no run was evaluated"}, []
     if checkpoint is None:
-        raise UserError("--data: nothing was evaluated whose attention could be drawn; name a run with --checkpoint")
-    from tune_ego.report.pictures import attention_cases  # torch
+        raise UserError("--data: no run was evaluated, so no attention can be drawn; name a run with --checkpoint")
+    from tune_ego.report.pictures import attention_cases  # late: imports torch, which a report without pictures spares
 
-    # Of final weights their run, which tells what model they are of.
+    # The run instead of its final weights: the run's config.yaml describes the model.
     return attention_cases(checkpoint.removesuffix(f"/{MODEL_FILE}"), data)
 
 
 def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[str, Any]:
-    """Write the page that compares two experiments, and its numbers beside it; returns the numbers."""
+    """Write the page that compares two experiments, and its numbers beside the page; return the numbers."""
     numbers_out = _numbers_file(out)
     pair = []
     for root in roots:
-        found = reading.read(root)
-        pair.append(experiment_numbers(found, read_evaluation(found.experiment, None), []))
+        checked = reading.read(root)
+        pair.append(experiment_numbers(checked, read_evaluation(checked.experiment, None), []))
     numbers = {
         "experiments": pair,
         "best_values": _best_values(pair),
-        "differences": _differences(pair),
-        "not_comparable": _not_comparable(pair),
+        "differences": _search_differences(pair),
+        "not_comparable": _comparison_warnings(pair),
     }
-    _write(out, numbers_out, page.render_comparison(numbers), numbers)
+    _write_page(out, numbers_out, page.render_comparison(numbers), numbers)
     return numbers
 
 
 def _best_values(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The best configurations' values of what one of the two searched; `-` where it has no such key."""
-    found = [{row["key"]: row["value"] for row in (one["answer"] or {"values": []})["values"]} for one in pair]
-    told = [
-        {
-            key: values.get(key, "-" if key in one["experiment"]["keys"] else "not searched")
-            for key in {**found[0], **found[1]}
-        }
-        for one, values in zip(pair, found)
-    ]
-    return [{"key": key, "a": told[0][key], "b": told[1][key]} for key in told[0]]
+    """Return the best configurations' values of each parameter that either experiment searched.
+
+    A value is `-` where the best configuration does not have the parameter.
+    """
+    best = [{row["key"]: row["value"] for row in (numbers["answer"] or {"values": []})["values"]} for numbers in pair]
+    keys = list({**best[0], **best[1]})
+
+    def text(numbers: dict[str, Any], values: dict[str, str], key: str) -> str:
+        return values.get(key, "-" if key in numbers["experiment"]["keys"] else "not searched")
+
+    return [{"key": key, "a": text(pair[0], best[0], key), "b": text(pair[1], best[1], key)} for key in keys]
 
 
-def _differences(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
-    def facts(one: dict[str, Any]) -> dict[str, str]:
+def _search_differences(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the settings, data and versions in which two experiments differ."""
+
+    def facts(numbers: dict[str, Any]) -> dict[str, str]:
+        experiment, reproduce = numbers["experiment"], numbers["reproduce"]
         overview = {
-            key.replace("_", " "): str(one["experiment"][key])
+            key.replace("_", " "): str(experiment[key])
             for key in ("searcher", "scheduler", "samples", "repeats", "budget_iterations", "validation")
         }
-        data = {"data": one["reproduce"]["data"], "data settings": str(one["reproduce"]["data_settings"])}
-        searched = ", ".join(one["experiment"]["keys"])
-        return {**overview, **data, "searched parameters": searched, **one["reproduce"]["versions"]}
+        data = {"data": reproduce["data"], "data settings": str(reproduce["data_settings"])}
+        return {**overview, **data, "searched parameters": ", ".join(experiment["keys"]), **reproduce["versions"]}
 
     a, b = map(facts, pair)
-    return [{"what": what, "a": a[what], "b": b[what]} for what in a if a[what] != b[what]]
+    return [{"what": name, "a": a[name], "b": b[name]} for name in a if a[name] != b[name]]
 
 
-def _not_comparable(pair: list[dict[str, Any]]) -> list[str]:
-    """Why one accuracy should not be held against the other."""
+def _comparison_warnings(pair: list[dict[str, Any]]) -> list[str]:
+    """Return the reasons why the accuracies of two experiments may not be comparable."""
     a, b = pair
-    found = []
+    warnings = []
     if a["experiment"]["validation"] != b["experiment"]["validation"]:
-        found.append("The two were validated on other clips: their accuracies cannot be compared.")
+        warnings.append("The two searches were validated on different clips: their accuracies cannot be compared.")
     if a["reproduce"]["data"] != b["reproduce"]["data"]:
-        found.append("The two have other data: compare their accuracies only if it is the same in another place.")
+        warnings.append("The shards lie in different places: compare the accuracies only if the data is the same.")
     if a["experiment"]["budget_iterations"] != b["experiment"]["budget_iterations"]:
-        found.append("The two have other budgets: a trial of one had more time than one of the other.")
-    return found
+        warnings.append("The budgets differ: trials of one search had more iterations than trials of the other.")
+    return warnings
 
 
 def _numbers_file(out: str) -> str:
+    """Return the path of the JSON file beside a page; raises `UserError` where another file would be overwritten."""
     if not out.endswith(_HTML):
-        raise UserError(f"--out {out}: the report is a page; let its name end with {_HTML}")
+        raise UserError(f"--out {out}: the report is an HTML page; its name has to end with {_HTML}")
     numbers = out.removesuffix(_HTML) + ".json"
-    if storage.exists(numbers) and not _is_a_reports(numbers):
-        raise UserError(f"--out {out}: the numbers would go to {numbers}, which is there and no report's")
+    if storage.exists(numbers) and not _is_report(numbers):
+        raise UserError(
+            f"--out {out}: the numbers would overwrite {numbers}, which no report wrote; choose another name"
+        )
     return numbers
 
 
-def _is_a_reports(uri: str) -> bool:
+def _is_report(uri: str) -> bool:
     try:
         content = storage.read_json(uri)
     except (OSError, ValueError):
@@ -132,7 +146,7 @@ def _is_a_reports(uri: str) -> bool:
     return isinstance(content, dict) and not {"report", "experiments"}.isdisjoint(content)
 
 
-def _write(out: str, numbers_out: str, text: str, numbers: dict[str, Any]) -> None:
+def _write_page(out: str, numbers_out: str, text: str, numbers: dict[str, Any]) -> None:
     storage.write_json(storage.absolute(numbers_out), numbers)
     storage.write_text(storage.absolute(out), text)
-    say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, and every number of it in {numbers_out}")
+    say(f"report: {out} ({len(text.encode()) / 1e6:.1f} MB); its numbers: {numbers_out}")

@@ -1,6 +1,8 @@
-"""Where the checkpoints and final weights of a run lie, which of them are whole, and which one a path means: no torch.
+"""Files of a run's checkpoints and final weights: names, checksums, and the file that a path refers to. No torch.
 
 <run>/iteration-000100/checkpoint.{pt,json}, <run>/final/model.pt
+
+A checkpoint is whole if its content was written to the end and matches the checksum beside it.
 """
 
 from __future__ import annotations
@@ -15,40 +17,45 @@ from tune_ego.errors import UserError
 
 CHECKPOINT_FILE = "checkpoint.pt"
 CHECKSUM_FILE = "checkpoint.json"
-"""Beside a checkpoint: its size and SHA-256. Written last: a checkpoint without it is not whole."""
+"""Size and SHA-256 of the checkpoint beside it. Written last: a checkpoint without this file is not whole."""
 MODEL_FILE = "final/model.pt"
+"""Final weights, relative to the run's folder."""
 _PREFIX = "iteration-"
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose content does not match its checksum."""
 
 
 def checkpoint_name(iteration: int) -> str:
+    """Return the name of a checkpoint's folder."""
     return f"{_PREFIX}{iteration:06d}"
 
 
 def is_checkpoint_name(name: str) -> bool:
+    """Return whether this is the name of a checkpoint's folder."""
     return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
 
 
 def checkpoint_uri(run: str, iteration: int, file: str = CHECKPOINT_FILE) -> str:
+    """Return the path or URI of a checkpoint's file."""
     return storage.join(run, checkpoint_name(iteration), file)
 
 
 def checkpoint_iterations(run: str) -> list[int]:
-    """The iterations of a run's checkpoints that were written to their end, ascending."""
+    """Return the iterations of a run's checkpoints that have both files, ascending. No checksum is verified."""
     files = (CHECKPOINT_FILE, CHECKSUM_FILE)
     return [n for n in _named_iterations(run) if all(storage.exists(checkpoint_uri(run, n, file)) for file in files)]
 
 
 def _named_iterations(run: str) -> list[int]:
+    """Return the iterations of all checkpoint folders of a run, complete or not, ascending."""
     names = filter(is_checkpoint_name, storage.list_names(run))
     return sorted(int(name.removeprefix(_PREFIX)) for name in names)
 
 
 def remove_checkpoints(run: str, keep: Container[int] = ()) -> None:
-    """Delete a run's checkpoints, broken ones too, but those of the iterations to keep."""
+    """Delete a run's checkpoints, incomplete ones too, except those of the iterations in `keep`."""
     for iteration in _named_iterations(run):
         if iteration not in keep:
             storage.remove(checkpoint_uri(run, iteration, CHECKSUM_FILE))  # first: half a checkpoint is none
@@ -56,48 +63,59 @@ def remove_checkpoints(run: str, keep: Container[int] = ()) -> None:
 
 
 def checksum(data: bytes) -> dict[str, Any]:
-    """What stands in a checkpoint's `CHECKSUM_FILE`."""
+    """Return the content of a checkpoint's `CHECKSUM_FILE`."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def read_whole(uri: str) -> bytes:
-    """A file's content; of a checkpoint that has a checksum beside it, `DamagedCheckpoint` where it is another."""
+def read_verified(uri: str) -> bytes:
+    """Read a file, and verify its checksum if it is a checkpoint with a checksum file beside it.
+
+    Raises:
+        DamagedCheckpoint: The content does not match the checksum, or the checksum file itself is damaged.
+    """
     uri = storage.absolute(uri)
     data = storage.read_bytes(uri)
     folder, _, name = uri.rpartition("/")
-    beside = storage.join(folder, CHECKSUM_FILE)
-    if name != CHECKPOINT_FILE or not storage.exists(beside):
+    checksum_uri = storage.join(folder, CHECKSUM_FILE)
+    if name != CHECKPOINT_FILE or not storage.exists(checksum_uri):
         return data
     try:
-        right = storage.read_json(beside) == checksum(data)
-    except UserError:  # it is damaged itself
+        right = storage.read_json(checksum_uri) == checksum(data)
+    except UserError:  # the checksum file is damaged
         right = False
     if not right:
-        raise DamagedCheckpoint(f"{uri}: damaged, it is not what was written")
+        raise DamagedCheckpoint(f"{uri}: damaged, its content does not match its checksum")
     return data
 
 
-def read_last_whole(run: str) -> tuple[int, bytes] | None:
-    """(iteration, content) of a run's last checkpoint whose checksum is right; each damaged one after it is named."""
+def read_last_whole_checkpoint(run: str) -> tuple[int, bytes] | None:
+    """Return (iteration, content) of a run's last whole checkpoint, or None. Print each damaged one after it."""
     for iteration in reversed(checkpoint_iterations(run)):
         try:
-            return iteration, read_whole(checkpoint_uri(run, iteration))
+            return iteration, read_verified(checkpoint_uri(run, iteration))
         except DamagedCheckpoint as error:
-            say(f"{error}; going back to the one before")
+            say(f"{error}; using the checkpoint before it")
     return None
 
 
-def last_whole(run: str) -> int | None:
-    """The iteration of a run's last checkpoint whose checksum is right; each damaged one after it is named."""
-    found = read_last_whole(run)
-    return found[0] if found else None
+def last_whole_iteration(run: str) -> int | None:
+    """Return the iteration of a run's last whole checkpoint, or None. Print each damaged one after it."""
+    last = read_last_whole_checkpoint(run)
+    return last[0] if last else None
 
 
 def find_checkpoint(uri: str) -> str:
-    """The file meant by a file, a checkpoint's folder or a run's folder.
+    """Return the file of weights that a path refers to.
 
-    A run that has ended means its final weights, another its last whole checkpoint. Raises `UserError` for another
-    folder; what is not there stays as given.
+    Args:
+        uri: A file, a checkpoint's folder or a run's folder. A run's folder refers to its final weights, or to its last
+            whole checkpoint if it has no final weights.
+
+    Returns:
+        The absolute path or URI of the file. A path that does not exist is returned as it is, made absolute.
+
+    Raises:
+        UserError: The folder is neither a checkpoint's nor that of a run with a whole checkpoint.
     """
     uri = storage.absolute(uri)
     if storage.is_file(uri) or not storage.exists(uri):
@@ -105,19 +123,19 @@ def find_checkpoint(uri: str) -> str:
     for file in (storage.join(uri, MODEL_FILE), storage.join(uri, CHECKPOINT_FILE)):
         if storage.is_file(file):
             return file
-    found = read_last_whole(uri)
-    if found is None:
-        raise UserError(f"{uri}: no whole checkpoint in this folder; give a run, of a search one below runs/")
-    return checkpoint_uri(uri, found[0])
+    last = read_last_whole_checkpoint(uri)
+    if last is None:
+        raise UserError(f"{uri}: no whole checkpoint in this folder; give a run (in a search, a folder in runs/)")
+    return checkpoint_uri(uri, last[0])
 
 
 def run_of(uri: str) -> str:
-    """The run's folder of a checkpoint's or final weights' file; of a file that lies elsewhere, its own folder."""
+    """Return the run's folder of a checkpoint file or final weights. For another file, return its own folder."""
     folder = uri.rpartition("/")[0]
     above, _, name = folder.rpartition("/")
     return above if is_checkpoint_name(name) or is_final(uri) else folder
 
 
 def is_final(uri: str) -> bool:
-    """Whether a file is where a run's final weights lie."""
+    """Return whether a file has the place of a run's final weights."""
     return uri.endswith(f"/{MODEL_FILE}")

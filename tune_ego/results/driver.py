@@ -1,7 +1,8 @@
-"""The process that drives a search or a run: one at a time, and ended by a signal only after checkpoints.
+"""The driver of a search or run: the process that starts it, prints its progress and handles signals.
 
-`driver.json` in the folder says who drives it, and is renewed while that lives; `stop` asks its runs to write a
-checkpoint and end. Both are files because drivers and workers may be on different machines.
+At most one process drives a folder at a time. `driver.json` in the folder names this process and is renewed while it
+is alive. At the first SIGINT or SIGTERM the driver writes the file `stop`; the runs then write a checkpoint and end.
+Both are files because drivers and workers may be on different machines.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from tune_ego.errors import Interrupted, UserError
 DRIVER_FILE = "driver.json"
 STOP_FILE = "stop"
 # Seconds.
-_BEAT_EVERY = 15.0
+_HEARTBEAT_EVERY = 15.0
 _DEAD_AFTER = 60.0
-_CLAIM_STANDS_AFTER = 0.5
-"""Two that claimed a folder at the same moment both see who wrote last."""
+"""Age of the last heartbeat from which on a driver counts as dead."""
+_CLAIM_SETTLES_AFTER = 0.5
+"""Wait between claiming a folder and reading the claim back. If two processes claim at once, the last writer wins."""
 _CHECKPOINTS_WITHIN = 60.0
-"""After the first signal; then the driver ends without them."""
+"""Time that the runs have for their checkpoints after the first signal. Then the driver ends without them."""
 
 
 def stop_uri(root: str) -> str:
+    """Return the path or URI of the stop file of a search or run."""
     return storage.join(root, STOP_FILE)
 
 
 def is_alive(root: str) -> bool:
-    """Whether a process drives the search or run in this folder or at this URI."""
+    """Return whether a process drives the search or run in this folder or at this URI."""
     record = _record(root)
     if record is None or time.time() - record["beat"] > _DEAD_AFTER:
         return False
@@ -56,13 +59,16 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         return True
     return True
 
 
 class Interruption:
-    """What the first SIGINT or SIGTERM sets off: the runs write checkpoints and end. A second one ends at once."""
+    """Handler of SIGINT and SIGTERM; true after the first signal.
+
+    At the first signal the runs write checkpoints, within 60 s, and end. A second signal ends the driver at once.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -72,79 +78,88 @@ class Interruption:
         return self._event.is_set()
 
     def __reduce__(self) -> Any:
-        """Ray pickles what holds this, and never reads it back."""
+        """Pickle without event and timer: Ray pickles the searcher, which refers to this object, but never loads it."""
         return Interruption, (self._root,)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._event.is_set():
             raise KeyboardInterrupt
         self._event.set()
-        say("Interrupted: a checkpoint is written first; once more to end at once")
-        # Not here: a handler should not wait for an object store.
+        say(
+            f"Interrupted: writing checkpoints, for at most {_CHECKPOINTS_WITHIN:.0f} s; interrupt again to end at once"
+        )
+        # In a thread: a signal handler should not wait for an object store.
         threading.Thread(target=storage.write_text, args=(stop_uri(self._root), ""), daemon=True).start()
         self._timer = threading.Timer(_CHECKPOINTS_WITHIN, _thread.interrupt_main)
         self._timer.daemon = True
         self._timer.start()
 
-    def over(self) -> None:
+    def cancel_timer(self) -> None:
+        """Cancel the time limit of the checkpoints, if it is running."""
         if self._event.is_set():
             self._timer.cancel()
 
 
 @contextmanager
-def driving(root: str, to_go_on: str) -> Iterator[Interruption]:
-    """Drive the search or run at `root` in the body; raises `UserError` where another process does.
+def driving(root: str, resume_command: str) -> Iterator[Interruption]:
+    """Make this process the driver of the search or run at `root` while the body runs.
 
-    Interrupted, the process ends with a line that says `to_go_on` and an exit code of its own.
+    Args:
+        root: The folder or URI.
+        resume_command: The command that is printed if the body was interrupted. The process then ends with exit
+            code 130.
+
+    Raises:
+        UserError: Another process drives this search or run.
     """
     other = _record(root) or {}
-    ours = (other.get("host"), other.get("pid")) == (socket.gethostname(), os.getpid())  # of an earlier life
+    ours = (other.get("host"), other.get("pid")) == (socket.gethostname(), os.getpid())  # of an earlier call
     if is_alive(root) and not ours:
-        raise _driven_by(root, other)
+        raise _already_driven(root, other)
     record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     uri, ended = storage.join(root, DRIVER_FILE), threading.Event()
 
-    def beat() -> None:
+    def write_heartbeat() -> None:
         storage.write_json(uri, {**record, "beat": time.time()})
 
-    def keep_beating() -> None:
-        while not ended.wait(_BEAT_EVERY):
+    def keep_writing() -> None:
+        while not ended.wait(_HEARTBEAT_EVERY):
             try:
-                beat()
-            except UserError as error:  # the next one may work
+                write_heartbeat()
+            except UserError as error:  # the next write may succeed
                 say(str(error))
 
-    beat()
-    time.sleep(_CLAIM_STANDS_AFTER)
+    write_heartbeat()
+    time.sleep(_CLAIM_SETTLES_AFTER)
     if (winner := _record(root) or record)["id"] != record["id"]:
-        raise _driven_by(root, winner)
+        raise _already_driven(root, winner)
     storage.remove(stop_uri(root))
     storage.remove_partial(root)
     interruption = Interruption(root)
-    heart = threading.Thread(target=keep_beating, daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=keep_writing, daemon=True)
+    heartbeat.start()
     try:
-        with _handled(interruption):
+        with _signals_handled(interruption):
             yield interruption
     except (KeyboardInterrupt, Interrupted):
-        end_interrupted(to_go_on)
+        end_interrupted(resume_command)
     finally:
         ended.set()
-        heart.join()
-        interruption.over()
+        heartbeat.join()
+        interruption.cancel_timer()
         for file in (DRIVER_FILE, STOP_FILE):
             storage.remove(storage.join(root, file))
 
 
-def _driven_by(root: str, record: dict[str, Any]) -> UserError:
+def _already_driven(root: str, record: dict[str, Any]) -> UserError:
     return UserError(
-        f"{root}: process {record.get('pid')} on {record.get('host')} drives it; end that one first (one that died on "
-        f"another machine is forgotten after {_DEAD_AFTER:.0f} seconds)"
+        f"{root}: process {record.get('pid')} on {record.get('host')} drives this search or run; end that process "
+        f"first (if it died on another machine, wait {_DEAD_AFTER:.0f} seconds)"
     )
 
 
 @contextmanager
-def _handled(interruption: Interruption) -> Iterator[None]:
+def _signals_handled(interruption: Interruption) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -30,13 +30,13 @@ _READERS = 16
 METRIC = "val_mean_class_accuracy"
 VALIDATION_SECONDS = "validation_seconds"
 GPU_BYTES = "gpu_bytes"
-"""The most of a GPU's memory that a worker has had; logged where there is one."""
+"""Peak GPU memory of a worker, bytes; logged on GPUs only."""
 FEED_WAIT = "feed_wait"
 """Share of the time since the last line that the loop waited for batches."""
 REPORT_SECONDS = "report_seconds"
-"""What the last line before took to be reported and written, with its checkpoint where it had one."""
+"""Seconds that reporting and writing the previous line took, with its checkpoint."""
 TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES, FEED_WAIT, REPORT_SECONDS)
-"""What differs between two runs that are the same to the bit."""
+"""Metrics that differ between two runs whose weights are equal to the bit."""
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"
 DECISIONS_FILE = "decisions.json"
@@ -93,7 +93,7 @@ def learning_rates(line: dict[str, Any]) -> dict[str, float]:
 
 
 def collapsed_rate(config: Config, lines: list[dict[str, Any]]) -> str:
-    """Where a learning rate fell under a thousandth of its start before half its horizon; empty where none did."""
+    """Return a warning if a learning rate fell below a thousandth of its start before half of its horizon, else ""."""
     for line in lines:
         early = config.schedule.warmup < line["iteration"] < config.horizon / 2
         for stream, rate in learning_rates(line).items():
@@ -112,13 +112,13 @@ class Trial:
     """pending, running, interrupted (with its driver), finished, stopped (by the scheduler) or failed."""
     run: str
     sampled: dict[str, Any]
-    """What was drawn for it: name -> value."""
+    """Values drawn for the trial: name -> value."""
     repeat: int
-    """Which of its configuration's repeats it is."""
+    """Number of the repeat of its configuration, from 0."""
     config: Config
     metrics: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
-    """Why it failed."""
+    """Reason of its failure."""
 
     @property
     def ended(self) -> bool:
@@ -134,7 +134,7 @@ class Trial:
 
     @property
     def warning(self) -> str:
-        """What should make its result be doubted; empty where nothing does."""
+        """Warning about the trial's result; empty where there is none."""
         return collapsed_rate(self.config, self.metrics)
 
     @property
@@ -162,16 +162,16 @@ class Experiment:
 
     @property
     def best(self) -> Configuration:
-        """The configuration with the highest mean of its repeats' best validation accuracies.
+        """Configuration with the highest mean of its repeats' best validation accuracies.
 
-        One of which not all repeats have been validated comes after all of which they have. Raises `UserError` where
-        nothing has been validated yet.
+        Configurations whose repeats have all been validated come first. Raises `UserError` where no trial has been
+        validated yet.
         """
-        scored = [found for found in by_configuration(self.trials) if found.accuracies]
+        scored = [configuration for configuration in by_configuration(self.trials) if configuration.accuracies]
         if not scored:
             raise UserError(f"{self.root}: no trial has been validated yet")
         whole = self.space.repeats
-        return max(scored, key=lambda found: (len(found.accuracies) == whole, found.accuracy))
+        return max(scored, key=lambda one: (len(one.accuracies) == whole, one.accuracy))
 
     def to_arrow(self) -> pa.Table:
         """Return one row for each trial (`arrow_table.trials_table` lists the columns)."""
@@ -186,7 +186,7 @@ class Experiment:
 
 @dataclass
 class Configuration:
-    """The trials that differ in nothing but their seed."""
+    """Trials that differ in their seed only."""
 
     trials: list[Trial]
 
@@ -196,38 +196,38 @@ class Configuration:
 
     @property
     def config(self) -> Config:
-        """With the first repeat's seed."""
+        """Configuration of the first repeat."""
         return self.trials[0].config
 
     @property
     def accuracies(self) -> list[float]:
-        """The best validation mean class accuracies of those that have been validated."""
+        """Best validation mean class accuracy of each validated repeat."""
         return [trial.accuracy for trial in self.trials if trial.accuracy is not None]
 
     @property
     def accuracy(self) -> float | None:
-        """The mean of these."""
+        """Mean of `accuracies`."""
         return mean(self.accuracies) if self.accuracies else None
 
     @property
     def spread(self) -> float | None:
-        """Their standard deviation."""
+        """Standard deviation of `accuracies`."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
 def by_configuration(trials: list[Trial]) -> list[Configuration]:
-    """In the order of their drawing."""
-    found: dict[str, Configuration] = {}
+    """Group trials by configuration, in the order in which they were drawn."""
+    configurations: dict[str, Configuration] = {}
     for trial in sorted(trials, key=lambda trial: trial.id):
-        found.setdefault(trial.id.partition(_REPEAT)[0], Configuration([])).trials.append(trial)
-    return list(found.values())
+        configurations.setdefault(trial.id.partition(_REPEAT)[0], Configuration([])).trials.append(trial)
+    return list(configurations.values())
 
 
 _REPEAT = "-"
 
 
 def trial_name(number: int, repeat: int, repeats: int) -> str:
-    """Of repeat `repeat` of configuration `number`: 00007, or 00007-2."""
+    """Return the name of repeat `repeat` of configuration `number`: 00007, or 00007-2."""
     return f"{number:05d}" + (f"{_REPEAT}{repeat}" if repeats > 1 else "")
 
 
@@ -235,7 +235,7 @@ ENDED = ("finished", "stopped", "failed")
 
 
 class TrialRecords:
-    """`trials.json` in the hands of the one process that writes it: each trial's draw, state and reason."""
+    """The file `trials.json` for the driver, its only writer: each trial's draw, state and reason."""
 
     def __init__(self, root: str) -> None:
         self._uri = storage.join(root, TRIALS_FILE)
@@ -251,7 +251,7 @@ class TrialRecords:
         return str(self._records[trial]["state"])
 
     def draws(self) -> list[dict[str, Any]]:
-        """What Tune gets as configuration of each trial that has not ended."""
+        """Return the trials that have not ended, as the configurations that Tune passes to them."""
         return [
             {"trial": trial, "repeat": record["repeat"], "sampled": record["sampled"]}
             for trial, record in self._records.items()
@@ -289,10 +289,10 @@ def run_folder(root: str, trial: str) -> str:
 
 
 class Decision(NamedTuple):
-    """What the scheduler was told of a trial, and what it said."""
+    """A report of a trial to the scheduler, and the scheduler's decision."""
 
     order: int
-    """Its place among all of the search."""
+    """Position among all decisions of the search."""
     trial: str
     iteration: int
     accuracy: float
@@ -310,96 +310,56 @@ def trial_decisions(root: str, trial: str) -> list[Decision]:
 
 
 def read_decisions(root: str) -> list[Decision]:
-    """All of a search, in the order in which they were made."""
+    """Return all decisions of a search, in the order in which they were made."""
     trials = storage.list_names(storage.join(root, "runs"))
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda trial: trial_decisions(root, trial), trials)
-        return sorted(decision for decisions in found for decision in decisions)
+        by_trial = pool.map(lambda trial: trial_decisions(root, trial), trials)
+        return sorted(decision for decisions in by_trial for decision in decisions)
 
 
-def read_trial(found: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
-    """One trial of an opened experiment, from its entry in `trials.json`; `dead`: nobody drives the search."""
-    run, state, drawn, repeat = run_folder(found.root, trial), record["state"], record["sampled"], record["repeat"]
+def read_trial(experiment: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
+    """Read one trial of an experiment, given its entry in `trials.json`; `dead`: the search has no live driver."""
+    run, state, drawn, repeat = run_folder(experiment.root, trial), record["state"], record["sampled"], record["repeat"]
     state = "interrupted" if state == "running" and dead else state
     metrics = read_metrics(run)
-    decisions = trial_decisions(found.root, trial) if state == "stopped" else []
-    if decisions:  # what it did before the scheduler's word reached it depends on how long that took
+    decisions = trial_decisions(experiment.root, trial) if state == "stopped" else []
+    if decisions:  # the trial may have logged more iterations before it was stopped: their number depends on timing
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
-    return Trial(trial, state, run, drawn, repeat, found.space.config(drawn, repeat), metrics, record["reason"])
+    return Trial(trial, state, run, drawn, repeat, experiment.space.config(drawn, repeat), metrics, record["reason"])
 
 
 def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
-    """An experiment from its folder or URI alone, running or not; trials `known` to have ended are not read again."""
+    """Read an experiment, running or not, from its folder or URI. Trials that are `known` to have ended are reused."""
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
-    found = Experiment(storage.absolute(root), storage.read_json(uri), [])
-    dead = not driver.is_alive(found.root)
+    experiment = Experiment(storage.absolute(root), storage.read_json(uri), [])
+    dead = not driver.is_alive(experiment.root)
 
     def read(trial: str, record: dict[str, Any]) -> Trial:
         if trial in known and known[trial].state == record["state"]:
             return known[trial]
         try:
-            return read_trial(found, trial, record, dead)
+            return read_trial(experiment, trial, record, dead)
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{run_folder(found.root, trial)}: its files or its entry are damaged ({error!r})"
+                f"{run_folder(experiment.root, trial)}: its files or its entry are damaged ({error!r})"
             ) from error
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found.trials += pool.map(lambda item: read(*item), read_records(found.root).items())
-    return found
+        experiment.trials += pool.map(lambda item: read(*item), read_records(experiment.root).items())
+    return experiment
 
 
 def follower(root: str) -> Callable[[], Experiment]:
-    """What reads an experiment again and again, and trials that have ended once."""
+    """Return a function that reads the experiment at each call, and each trial that has ended only once."""
     known: dict[str, Trial] = {}
 
     def look() -> Experiment:
-        found = read_experiment(root, known)
-        known.update({trial.id: trial for trial in found.trials if trial.ended})
-        return found
+        experiment = read_experiment(root, known)
+        known.update({trial.id: trial for trial in experiment.trials if trial.ended})
+        return experiment
 
     return look
-
-
-def config_value(config: Config, key: str) -> str:
-    """A dotted key's value as text; `-` where the configuration has no such key."""
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part, None)
-    if isinstance(node, float):
-        return f"{node:.4g}"
-    return "-" if node is None else str(node)
-
-
-def trial_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
-    """(column names, rows) of the trials, best first."""
-    keys = experiment.space.searched_keys
-    columns = ["trial", "state", "iterations", "best val. mean class acc.", *keys]
-    rows = []
-    for trial in sorted(
-        experiment.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True
-    ):
-        accuracy = "-" if trial.accuracy is None else f"{100 * trial.accuracy:.1f} %"
-        state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
-        rows.append(
-            [trial.id, state, str(trial.iteration), accuracy, *(config_value(trial.config, key) for key in keys)]
-        )
-    return columns, rows
-
-
-def configuration_table(experiment: Experiment) -> tuple[list[str], list[list[str]]]:
-    """(column names, rows) of the configurations with the mean and spread of their repeats, best first."""
-    keys = experiment.space.searched_keys
-    columns = ["configuration", "repeats validated", "mean of best val. mean class acc.", "standard deviation", *keys]
-    rows = []
-    found = by_configuration(experiment.trials)
-    for one in sorted(found, key=lambda one: -1 if one.accuracy is None else one.accuracy, reverse=True):
-        middle = "-" if one.accuracy is None else f"{100 * one.accuracy:.1f} %"
-        spread = "-" if one.spread is None else f"{100 * one.spread:.1f} points"
-        values = [config_value(one.config, key) for key in keys]
-        rows.append([one.id, str(len(one.accuracies)), middle, spread, *values])
-    return columns, rows

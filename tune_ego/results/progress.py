@@ -1,4 +1,4 @@
-"""Where a search or a run stands, from its files alone: what `status` prints and `tune` and `train` show."""
+"""Progress of a search or run, read from its files, for `status`, `tune` and `train`."""
 
 from __future__ import annotations
 
@@ -19,38 +19,30 @@ from tune_ego.config import Config
 from tune_ego.console import console, percent, say
 from tune_ego.results import driver, experiment
 from tune_ego.results.checkpoint_files import MODEL_FILE
-from tune_ego.results.experiment import (
-    GPU_BYTES,
-    METRIC,
-    VALIDATION_SECONDS,
-    Configuration,
-    Experiment,
-    Trial,
-    config_value,
-    trial_table,
-)
+from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial
+from tune_ego.results.tables import config_value, trial_table
 from tune_ego.search_space import SchedulerSettings, SearchSpace
 
 # Seconds.
 _REDRAW_EVERY = 2.0
 _REDRAW_REMOTE_EVERY = 15.0
-"""Where each look is a request for each file to an object store."""
+"""On object stores, where each redraw requests every file."""
 _LINE_EVERY = 60.0
-"""Where there is no terminal."""
+"""Without a terminal."""
 _TRIALS_SHOWN = 12
 
 
 def rungs(settings: SchedulerSettings, budget: int) -> list[int]:
-    """The iterations at which ASHA decides, ascending; none for other schedulers."""
-    found, rung = [], settings.grace
+    """Return the iterations at which ASHA decides, ascending; none for other schedulers."""
+    iterations, rung = [], settings.grace
     while settings.name == "asha" and rung < budget:
-        found.append(rung)
+        iterations.append(rung)
         rung *= settings.reduction
-    return found
+    return iterations
 
 
 def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
-    """The part of all trials' iterations that ASHA runs when at each rung one in `reduction` goes on; None: unknown."""
+    """Return the expected share of iterations if one trial in `reduction` continues at each rung; None: unknown."""
     if space.scheduler.name == "median":
         return None
     spent, reaching, before = 0.0, 1.0, 0
@@ -61,12 +53,12 @@ def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
 
 
 class Speed(NamedTuple):
-    """Of a run, by its last line of metrics."""
+    """Speed of a run in its last line of metrics."""
 
     seconds: float
-    """An iteration takes, its share of the validations included."""
+    """Seconds of an iteration, with its share of the validations."""
     clips_per_second: float
-    """Without validations."""
+    """Clips per second, validations not counted."""
 
 
 def speed(config: Config, metrics: list[dict[str, Any]]) -> Speed | None:
@@ -79,55 +71,55 @@ def speed(config: Config, metrics: list[dict[str, Any]]) -> Speed | None:
 
 
 class Standing(NamedTuple):
-    """Of a search."""
+    """State and speed of a search."""
 
     states: dict[str, int]
-    """State -> trials; those that are not drawn yet are pending."""
+    """State -> number of trials; trials that are not drawn yet are pending."""
     best: Configuration | None
     iterations_per_second: float
-    """Of the running trials together."""
+    """Sum over the running trials."""
     clips_per_second: float
     gpu_bytes: int | None
-    """The most that a running trial has had of a GPU's memory."""
+    """Peak GPU memory of a running trial."""
     seconds_left: float | None
-    """At this pace, and when ASHA stops as many as it is expected to; None: unknown."""
+    """Estimate at this speed, if ASHA stops as many trials as expected; None: unknown."""
 
 
-def standing(found: Experiment) -> Standing:
+def standing(search: Experiment) -> Standing:
     states = dict.fromkeys(("running", "pending", "interrupted", *experiment.ENDED), 0)
-    for trial in found.trials:
+    for trial in search.trials:
         states[trial.state] += 1
-    states["pending"] += max(0, found.spec.get("trials", 0) - len(found.trials))
-    running = [trial for trial in found.trials if trial.state == "running"]
+    states["pending"] += max(0, search.spec.get("trials", 0) - len(search.trials))
+    running = [trial for trial in search.trials if trial.state == "running"]
     speeds = [pace for trial in running if (pace := speed(trial.config, trial.metrics))]
     memory = [
         int(trial.metrics[-1][GPU_BYTES]) for trial in running if trial.metrics and GPU_BYTES in trial.metrics[-1]
     ]
-    scored = any(trial.accuracy is not None for trial in found.trials)
+    scored = any(trial.accuracy is not None for trial in search.trials)
     return Standing(
         {state: count for state, count in states.items() if count},
-        found.best if scored else None,
+        search.best if scored else None,
         sum(1 / pace.seconds for pace in speeds),
         sum(pace.clips_per_second for pace in speeds),
         max(memory, default=None),
-        _seconds_left(found, running, states["pending"], speeds),
+        _seconds_left(search, running, states["pending"], speeds),
     )
 
 
-def _seconds_left(found: Experiment, running: list[Trial], pending: int, speeds: list[Speed]) -> float | None:
+def _seconds_left(search: Experiment, running: list[Trial], pending: int, speeds: list[Speed]) -> float | None:
     if not speeds:
         return None
     budget = running[0].config.train.iterations
-    share = share_of_iterations(found.space, budget)
+    share = share_of_iterations(search.space, budget)
     if share is None:
         return None
-    iterations = sum(_still_expected(found.space, trial.iteration, budget) for trial in running)
+    iterations = sum(_still_expected(search.space, trial.iteration, budget) for trial in running)
     iterations += pending * share * budget
     return iterations * mean(pace.seconds for pace in speeds) / len(running)
 
 
 def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
-    """The iterations that a trial goes on for when at each rung ahead one in `reduction` goes on."""
+    """Return a trial's expected further iterations if one trial in `reduction` continues at each rung ahead."""
     ahead, reaching, before = 0.0, 1.0, done
     for rung in [rung for rung in rungs(space.scheduler, budget) if rung > done]:
         ahead += reaching * (rung - before)
@@ -136,22 +128,22 @@ def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
 
 
 def rung_of(space: SearchSpace, trial: Trial) -> str:
-    """The last of ASHA's rungs that a trial has come to: `2 of 4`; `-` for other schedulers."""
+    """Return the last of ASHA's rungs that a trial has reached, e.g. `2 of 4`; `-` for other schedulers."""
     steps = rungs(space.scheduler, trial.config.train.iterations)
     reached = sum(any(line["iteration"] >= rung for line in trial.validations) for rung in steps)
     return f"{reached} of {len(steps)}" if steps else "-"
 
 
-def search_state(found: Experiment, alive: bool) -> str:
-    """In words, and how to go on where nobody drives the search."""
-    ended = sum(trial.ended for trial in found.trials)
+def search_state(search: Experiment, alive: bool) -> str:
+    """Return the state of a search in words, with the command that resumes an interrupted one."""
+    ended = sum(trial.ended for trial in search.trials)
     if alive:
         return "running"
-    return "over" if ended >= found.spec["trials"] else f"interrupted; to go on: tune-ego resume {found.root}"
+    return "over" if ended >= search.spec["trials"] else f"interrupted; to go on: tune-ego resume {search.root}"
 
 
 def run_state(run: str) -> str:
-    """Of a run of `train`, or of a trial's, from its files."""
+    """Return the state of a run of `train` or of a trial, from its files."""
     root, _, trial = run.rpartition("/runs/")
     if root and storage.exists(storage.join(root, experiment.TRIALS_FILE)):
         state = str(experiment.read_records(root).get(trial, {}).get("state", "unknown"))
@@ -161,12 +153,12 @@ def run_state(run: str) -> str:
     return "running" if driver.is_alive(run) else "interrupted; to go on: the same tune-ego train again"
 
 
-def facts(found: Experiment) -> list[tuple[str, str]]:
-    """What stands above the table of trials: (what, value)."""
-    now = standing(found)
+def facts(search: Experiment) -> list[tuple[str, str]]:
+    """Return the lines above the table of trials, as (name, value)."""
+    now = standing(search)
     rows = [("trials", ", ".join(f"{count} {state}" for state, count in now.states.items()))]
     if now.best is not None:
-        chosen = ", ".join(f"{key} {config_value(now.best.config, key)}" for key in found.space.searched_keys)
+        chosen = ", ".join(f"{key} {config_value(now.best.config, key)}" for key in search.space.searched_keys)
         rows.append(("best so far", f"{percent(now.best.accuracy)} ({now.best.id}: {chosen})"))
         data = now.best.config.data
         rows.append(
@@ -178,34 +170,34 @@ def facts(found: Experiment) -> list[tuple[str, str]]:
         rows.append(("speed", pace))
     if now.seconds_left is not None:
         rows.append(("left, about", duration(now.seconds_left)))
-    return [*rows, ("results", found.root)]
+    return [*rows, ("results", search.root)]
 
 
 def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def search_view(found: Experiment) -> RenderableType:
-    """What `tune` shows of its search while it runs."""
-    live = [trial for trial in found.trials if trial.state == "running"]
-    ended = sorted((trial for trial in found.trials if trial.ended), key=lambda trial: -(trial.accuracy or 0))
+def search_view(search: Experiment) -> RenderableType:
+    """Return the display of `tune` for a running search."""
+    live = [trial for trial in search.trials if trial.state == "running"]
+    ended = sorted((trial for trial in search.trials if trial.ended), key=lambda trial: -(trial.accuracy or 0))
     chosen = [*live, *ended][:_TRIALS_SHOWN]
     names, rows = ["trial", "state", "rung", "iteration", "best"], []
     for trial in chosen:
         done = f"{trial.iteration} of {trial.config.train.iterations}"
-        rows.append([trial.id, trial.state, rung_of(found.space, trial), done, percent(trial.accuracy)])
+        rows.append([trial.id, trial.state, rung_of(search.space, trial), done, percent(trial.accuracy)])
     left = console.width - sum(_width(column) for column in zip(names, *rows))
-    keys = found.space.searched_keys
+    keys = search.space.searched_keys
     for place, key in enumerate(keys):
         column = [key.replace(".", ".\n"), *(config_value(trial.config, key) for trial in chosen)]
         left -= _width(column)
         if left < 0:
             more = f"and {len(keys) - place} searched parameters more, for which the terminal is too narrow"
-            return Group("", _grid(facts(found)), "", _table(names, rows), more)
+            return Group("", _grid(facts(search)), "", _table(names, rows), more)
         names.append(column[0])
         for row, value in zip(rows, column[1:]):
             row.append(value)
-    return Group("", _grid(facts(found)), "", _table(names, rows))
+    return Group("", _grid(facts(search)), "", _table(names, rows))
 
 
 def _width(column: Sequence[str]) -> int:
@@ -222,11 +214,11 @@ def _table(names: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def status_table(found: Experiment) -> tuple[list[str], list[list[str]]]:
-    """(column names, rows) of the trials, best first, with the rung that each has come to; reasons stand elsewhere."""
-    plain = Experiment(found.root, found.spec, [replace(trial, reason="") for trial in found.trials])
+def status_table(search: Experiment) -> tuple[list[str], list[list[str]]]:
+    """Return (column names, rows) of the trials, best first, with the rungs that they have reached, without reasons."""
+    plain = Experiment(search.root, search.spec, [replace(trial, reason="") for trial in search.trials])
     names, rows = trial_table(plain)
-    rungs_of = {trial.id: rung_of(found.space, trial) for trial in found.trials}
+    rungs_of = {trial.id: rung_of(search.space, trial) for trial in search.trials}
     names = [*names[:2], "rung", *(name.replace(".", ".\n") for name in names[2:])]
     return names, [[*row[:2], rungs_of[row[0]], *row[2:]] for row in rows]
 
@@ -241,8 +233,10 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
     validated = [line for line in lines if METRIC in line]
     if validated:
         best = max(validated, key=lambda line: line[METRIC])
-        told = f"{percent(validated[-1][METRIC])}, best {percent(best[METRIC])} at iteration {best['iteration']:,}"
-        rows.append(("validation mean class accuracy", told))
+        accuracies = (
+            f"{percent(validated[-1][METRIC])}, best {percent(best[METRIC])} at iteration {best['iteration']:,}"
+        )
+        rows.append(("validation mean class accuracy", accuracies))
     pace = speed(config, lines)
     if pace is not None and state == "running":
         memory = f", {last[GPU_BYTES] / 2**30:.1f} GiB of GPU memory" if GPU_BYTES in last else ""
@@ -252,7 +246,7 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
 
 
 def run_view(config: Config, run: str) -> RenderableType:
-    """What `train` shows of its run while it runs."""
+    """Return the display of `train` for its running run."""
     return Group("", _grid(run_facts(config, run)))
 
 
@@ -265,7 +259,7 @@ def _grid(rows: list[tuple[str, str]]) -> Table:
 
 @contextmanager
 def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]) -> Iterator[None]:
-    """While the body runs: `view` on a terminal, drawn anew every few seconds; elsewhere `line` every minute."""
+    """Show `view` on a terminal while the body runs, redrawn every few seconds; elsewhere print `line` every minute."""
     terminal = console.is_terminal
     every = _REDRAW_REMOTE_EVERY if not storage.is_local(root) else _REDRAW_EVERY
     every = every if terminal else _LINE_EVERY
@@ -278,7 +272,7 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
                 live.update(view(), refresh=True)
             else:
                 say(line())
-        except Exception:  # an object store did not answer, or a file is damaged: what is shown must not end a search
+        except Exception:  # an object store did not answer, or a file is damaged: the display must not end a search
             return
 
     def follow() -> None:
@@ -314,5 +308,5 @@ def run_shown(config: Config, run: str) -> Iterator[None]:
 
 
 def _line(rows: list[tuple[str, str]]) -> str:
-    """All but the last, where the results are."""
+    """Return all but the last line, the place of the results, as one line of text."""
     return "  " + "; ".join(f"{what} {value}" for what, value in rows[:-1])

@@ -41,7 +41,7 @@ _MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
 
 
 class Tracker(Protocol):
-    """What follows the runs of one search or final run."""
+    """A tracker for the runs of one search or final run."""
 
     def begin(self, trial: Trial) -> Any:
         """Open the tracker's own run, the one of an earlier start where there is one."""
@@ -100,13 +100,13 @@ def tracked(trackers: dict[str, Tracker], look: Callable[[], list[Trial]]) -> It
 
 
 class _Follower:
-    """What one tracker has been told."""
+    """Passes new lines of metrics to one tracker."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
         self._runs: dict[str, Any] = {}
-        self._told: dict[str, int] = {}
-        """Trial -> the last iteration."""
+        self._last_logged: dict[str, int] = {}
+        """Trial -> the last iteration that was logged."""
         self._over: set[str] = set()
         self._complaint = ""
 
@@ -125,10 +125,10 @@ class _Follower:
     def _hand_on(self, trial: Trial, last: bool) -> None:
         if trial.id not in self._runs:
             self._runs[trial.id] = self._tracker.begin(trial)
-        told = self._told.get(trial.id, 0)
-        lines = [_numbers(line) for line in trial.metrics if line["iteration"] > told]
+        last_logged = self._last_logged.get(trial.id, 0)
+        lines = [_numbers(line) for line in trial.metrics if line["iteration"] > last_logged]
         self._tracker.log(self._runs[trial.id], lines)
-        self._told[trial.id] = trial.iteration
+        self._last_logged[trial.id] = trial.iteration
         if trial.ended or last:
             self._tracker.end(self._runs[trial.id], trial.state)
             self._over.add(trial.id)
@@ -210,7 +210,7 @@ class _Events(NamedTuple):
     trial: Trial
     target: str
     folder: str
-    """Where they are written first: TensorBoard's writer knows local files."""
+    """Local folder of the event files: TensorBoard's writer writes local files only."""
     writer: Any
     last: dict[str, float]
     """The best accuracy, for the table of hyper-parameters."""
@@ -236,8 +236,10 @@ class Mlflow:
         try:
             storage_uri = os.environ.get("MLFLOW_TRACKING_URI") or _database(root)
             self._client = MlflowClient(tracking_uri=storage_uri)
-            found = self._client.get_experiment_by_name(_name(root))
-            self._experiment = self._client.create_experiment(_name(root)) if found is None else found.experiment_id
+            existing = self._client.get_experiment_by_name(_name(root))
+            self._experiment = (
+                self._client.create_experiment(_name(root)) if existing is None else existing.experiment_id
+            )
         except MlflowException as error:
             raise UserError(f"--track mlflow: {' '.join(str(error).split())[:300]}") from error
 
@@ -282,7 +284,7 @@ def _database(root: str) -> str:
 
 
 class WandB:
-    """As WANDB_MODE says, else offline where nobody is logged in: it would ask, and the search wait for the answer.
+    """Weights & Biases, in the mode of WANDB_MODE. Without it, and without a login, offline: a prompt would block.
 
     Its files go into the folder of a local search or run.
     """

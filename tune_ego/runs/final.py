@@ -31,7 +31,7 @@ def train_final(
     `tracking.make_trackers`, that it is written to. Returns the URI of the weights.
     Raises `UserError` where the folder holds another run.
     """
-    from tune_ego.results.checkpoint_files import last_whole
+    from tune_ego.results.checkpoint_files import last_whole_iteration
     from tune_ego.runs.job import Job
     from tune_ego.runs.launch import check_run, fit, with_found_weights
     from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
@@ -49,7 +49,7 @@ def train_final(
         if not test:
             return model
     elif _started(run) is not None:
-        saved = last_whole(run)
+        saved = last_whole_iteration(run)
         say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
     with ray_session(address):
         gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
@@ -57,7 +57,7 @@ def train_final(
         if not trained:
             with driving(run, _TO_GO_ON):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
-                with run_tracked(track, config, run), run_shown(config, run), _followed(config, run):
+                with run_tracked(track, config, run), run_shown(config, run), _print_validations(config, run):
                     fit(Job(config, data, run, gpus, stop_uri(run), final=True))
             say(f"Weights: {model}")
         if test:
@@ -111,7 +111,7 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 
 @contextmanager
-def _followed(config: Config, run: str) -> Iterator[None]:
+def _print_validations(config: Config, run: str) -> Iterator[None]:
     """Print a run's validations while the body runs: they are read from its files, wherever its workers are.
 
     On a terminal only its warnings.

@@ -78,12 +78,14 @@ def check_run(config: Config, data: str) -> None:
     check_fits(shards, config)
     for modality, source in initial_weights(config).items():
         stream = build_stream(modality, len(shards.actions), config.model)
-        found = load_weights(stream, source)
+        weights = load_weights(stream, source)
         flow = shards.info["settings"]["flow"]
-        if modality == "flow" and found.flow_method not in (None, flow):
-            raise UserError(f"{source}: trained on {found.flow_method} flow, {data} has {flow}")
-        left_out, fresh = (", ".join(modules) or "nothing" for modules in (found.modules_left_out, found.fresh_modules))
-        say(f"{modality} starts from {source}: {len(found.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
+        if modality == "flow" and weights.flow_method not in (None, flow):
+            raise UserError(f"{source}: trained on {weights.flow_method} flow, {data} has {flow}")
+        left_out, fresh = (
+            ", ".join(modules) or "nothing" for modules in (weights.modules_left_out, weights.fresh_modules)
+        )
+        say(f"{modality} starts from {source}: {len(weights.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
 
 
 def with_found_weights(config: Config, before: Config | None = None) -> Config:

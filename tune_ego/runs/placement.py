@@ -1,4 +1,4 @@
-"""What runs ask of a Ray cluster, and how many it holds."""
+"""Resources of runs on a Ray cluster, and the number of trials that run at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml
 
 READER_CPUS = 0.25
-"""What a worker reserves of a CPU for each of its reader tasks: else workers could take every CPU, and the readers wait
-for ever."""
+"""CPUs that a worker reserves for each of its reader tasks. Without them, workers that took every CPU would wait for
+their readers for ever."""
 TRIAL_CPUS = 0.1
-"""What Ray reserves for a trial's own actor, which only starts and watches its workers."""
+"""CPUs that Ray reserves for a trial's own actor, which only starts and watches its workers."""
 _HEAD = "node:__internal_head__"
 """A resource that Ray gives to the head of a cluster alone."""
 _BOOTSTRAP = "~/ray_bootstrap_config.yaml"
-"""What `ray up` leaves on the head: the description of the cluster, with the resources of each type of node."""
+"""File that `ray up` leaves on the head: the cluster's description, with the resources of each type of node."""
 
 Node = dict[str, float]
 """Its resources."""
@@ -46,22 +46,22 @@ def nodes_to_come(address: str | None) -> list[Node]:
 
 
 def gpus_per_worker(config: Config, nodes: list[Node]) -> float:
-    """What `compute.gpus_per_worker` means on a cluster of these nodes; `UserError` where decoding needs more."""
-    found = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
-    gpus = found if config.compute.gpus_per_worker == "auto" else config.compute.gpus_per_worker
+    """Return the GPUs of a worker on a cluster of these nodes. Raises `UserError` where decoding needs one more."""
+    available = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+    gpus = available if config.compute.gpus_per_worker == "auto" else config.compute.gpus_per_worker
     decodes_on_gpu(config, gpus)
     return gpus
 
 
 def decodes_on_gpu(config: Config, gpus: float) -> bool:
-    """What `data.decode` means for workers of so many GPUs; raises `UserError` where it asks for one they lack."""
+    """Return whether workers decode on their GPUs. Raises `UserError` for `data.decode: gpu` without a GPU."""
     if config.data.decode == "gpu" and not gpus:
         raise UserError("data.decode: gpu needs a GPU, and workers have none; `auto` takes one where there is one")
     return config.data.decode != "cpu" and gpus > 0
 
 
 def worker_resources(config: Config, gpus: float) -> Node:
-    """What Ray reserves for a training process and its readers.
+    """Return the resources that Ray reserves for a training process and its readers.
 
     CPUs in 16ths, rounded up: Ray counts how many workers fit by dividing floats, and 2.85 // 0.95 is 2.
     """
@@ -77,7 +77,7 @@ def runs_at_a_time(
     concurrent: int | None = None,
     beside: float = TRIAL_CPUS,
 ) -> int:
-    """How many of `trials` runs of this configuration, with the least workers that it may have, go on at a time.
+    """Return how many of `trials` runs of this configuration, with its fewest workers, run at a time.
 
     As many as the nodes hold now; where the cluster can start nodes, `concurrent` may be more, and a run may wait for
     its node. `beside` are CPUs that each node keeps for other processes. Raises `UserError` where not one run fits.
@@ -93,7 +93,7 @@ def runs_at_a_time(
 
 
 def fitting_runs(config: Config, gpus: float, nodes: list[Node], beside: float = TRIAL_CPUS) -> int:
-    """How many runs of this configuration these nodes hold."""
+    """Return how many runs of this configuration these nodes have room for."""
     needs, spare = worker_resources(config, gpus), {"CPU": beside}
     places = sum(
         min(math.floor(max(0.0, node.get(kind, 0) - spare.get(kind, 0)) / need) for kind, need in needs.items())
@@ -112,11 +112,11 @@ def _fits_nowhere(config: Config, gpus: float, nodes: list[Node], beside: float)
 
 
 def trial_resources(at_a_time: int) -> Node:
-    """What Tune reserves for a trial's own actor: on the head, where it has the CPUs, for other nodes may go."""
+    """Return the resources of a trial's own actor: on the head, if it has the CPUs, as other nodes may be removed."""
     room = any(_HEAD in node and node.get("CPU", 0) >= at_a_time * TRIAL_CPUS for node in live_nodes())
     return {"CPU": TRIAL_CPUS, **({_HEAD: 1e-3} if room else {})}
 
 
 def placement_group_prefix(run: str) -> str:
-    """How the names of all placement groups of a run (its folder or URI) begin, and those of no other."""
+    """Return the beginning of the names of all placement groups of a run (its folder or URI), unique to it."""
     return f"tune_ego-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"

@@ -1,4 +1,4 @@
-"""What a worker writes of its run, and tells Ray of it."""
+"""Files of a run that a worker writes, and its reports to Ray."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Reporter:
 
     def __init__(self, job: Job, rank: int, plan: FeedPlan) -> None:
         self.job, self.rank = job, rank
-        last = plan.validations[-job.config.train.average_checkpoints :] if job.final else ()
+        last = plan.validation_iterations[-job.config.train.average_checkpoints :] if job.final else ()
         self.needed = {*last} if len(last) > 1 else set()
         """Checkpoints that the final weights will be the mean of."""
         self.trainer: Trainer | None = None
-        """Whose attention is drawn after validations."""
+        """Trainer whose attention maps are drawn after validations."""
         self.lines: list[dict[str, Any]] = []
         self.written = 0.0
         self.pool = ThreadPoolExecutor(1)

@@ -9,44 +9,44 @@ from contextlib import contextmanager
 from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.runs import ray_private
-from tune_ego.training.trainer import Notice
+from tune_ego.training.trainer import Signal
 
 _STOP_EVERY = 1.0
 """Seconds between two checks for the stop file."""
 
 
 @contextmanager
-def watched(stop: str, rank: int) -> Iterator[Callable[[], Notice]]:
-    """What a worker should do after an iteration, from the file `stop` and from Ray's spot notices.
+def watched(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
+    """Yield a function that returns the signal for a worker: from the stop file and Ray's preemption notices.
 
-    Rank 0 looks for the file, in a thread of its own, and Ray tells every rank of a notice. What rank 0 heard all do:
-    `Trainer.step` passes it on.
+    Rank 0 checks for the file in a thread of its own, and reads the notices. `Trainer.step` passes its signal to all
+    ranks.
     """
-    ended, asked = threading.Event(), threading.Event()
+    ended, stop_requested = threading.Event(), threading.Event()
 
-    def look() -> None:
-        while not ended.wait(_STOP_EVERY) and not asked.is_set():
+    def check_stop_file() -> None:
+        while not ended.wait(_STOP_EVERY) and not stop_requested.is_set():
             try:
                 if storage.exists(stop):
-                    asked.set()
-            except (OSError, UserError):  # of an object store: the next look may work
+                    stop_requested.set()
+            except (OSError, UserError):  # the object store did not answer: the next check may succeed
                 continue
 
-    heard = None
+    last_notice = None
 
-    def notice() -> Notice:
-        nonlocal heard
+    def notice() -> Signal:
+        nonlocal last_notice
         if rank != 0:
-            return Notice.NONE
-        if asked.is_set():
-            return Notice.STOP
+            return Signal.NONE
+        if stop_requested.is_set():
+            return Signal.STOP
         info = ray_private.preemption_info()
-        if info is not None and info != heard:
-            heard = info
-            return Notice.SAVE
-        return Notice.NONE
+        if info is not None and info != last_notice:
+            last_notice = info
+            return Signal.SAVE
+        return Signal.NONE
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=check_stop_file, daemon=True)
     if rank == 0:
         thread.start()
     try:

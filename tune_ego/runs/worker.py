@@ -1,4 +1,4 @@
-"""What a training process of a run does under Ray Train, in trials and final runs alike."""
+"""A training process of a run under Ray Train, the same for trials and final runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tune_ego import storage
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import StorageError, user_error_in
-from tune_ego.feed.batches import begun, on_device, ray_batches
+from tune_ego.feed.batches import batches_to_device, prefetch_first, ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.runs.job import Job
@@ -25,7 +25,7 @@ from tune_ego.training.trainer import NonFiniteLoss, Trainer
 
 
 def work(job: Job) -> None:
-    """What every training process runs, in trials and final runs alike."""
+    """Train one run in this process, from its last checkpoint on."""
     import ray.train
 
     context = ray.train.get_context()
@@ -36,14 +36,14 @@ def work(job: Job) -> None:
     if experiment.read_failure(job.run) is not None:
         return  # another worker's, before Ray started them all again
     shards = open_shards(job.data)
-    plan = FeedPlan.of(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
+    plan = FeedPlan.from_config(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
     reporter = Reporter(job, rank, plan)
     try:
         saved = last_checkpoint(job.run)
         done = saved[0]["iteration"] if saved is not None else 0
         if done < plan.iterations:
             first = plan.first_item(done)
-            batches = begun(
+            batches = prefetch_first(
                 ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan), throttling_callback)
             )
         trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, go_on=saved is not None)
@@ -53,7 +53,7 @@ def work(job: Job) -> None:
         if done < plan.iterations:
             with watched(job.stop, rank) as notice:
                 reporter.trainer = trainer
-                train(trainer, plan, on_device(batches, trainer.device), reporter, notice)
+                train(trainer, plan, batches_to_device(batches, trainer.device), reporter, notice)
                 reporter.wait()
     except Exception as error:
         reporter.end()
@@ -68,7 +68,7 @@ def work(job: Job) -> None:
             raise  # the others may wait for this one
         return
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
-        last = plan.validations[-job.config.train.average_checkpoints :]
+        last = plan.validation_iterations[-job.config.train.average_checkpoints :]
         weights = mean_weights(job.run, last) if len(last) > 1 else trainer.model.state_dict()
         storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
 

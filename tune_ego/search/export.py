@@ -11,7 +11,7 @@ from tune_ego.config import Config, CosineConfig, override_config
 from tune_ego.results.experiment import METRIC, Configuration, Experiment, read_experiment
 
 FINAL_ITERATIONS = 3000
-"""Of a final run (the paper), where `train` is not told otherwise."""
+"""Iterations of a final run (the paper), unless `train` gets another number."""
 
 
 def export_best(root: str, out: str) -> Configuration:
@@ -20,12 +20,12 @@ def export_best(root: str, out: str) -> Configuration:
     Of repeats over seeds the mean counts. The budget becomes the final run's; raises `UserError` where no trial has
     been validated yet.
     """
-    found = read_experiment(root)
-    best = found.best
+    search = read_experiment(root)
+    best = search.best
     content: dict[str, Any] = _final(best.config).model_dump(mode="json")
-    content["provenance"] = _provenance(found, best)
+    content["provenance"] = _provenance(search, best)
     header = (
-        f"# The best of {len(found.trials)} trials of {found.root}.\n"
+        f"# The best of {len(search.trials)} trials of {search.root}.\n"
         "# Train it: tune-ego train THIS --data SHARDS --storage DIR --name NAME\n"
     )
     storage.write_text(out, header + yaml.safe_dump(content, sort_keys=False))
@@ -40,7 +40,7 @@ def _final(config: Config) -> Config:
     return override_config(config, changes, "export")
 
 
-def _provenance(found: Experiment, best: Configuration) -> dict[str, Any]:
+def _provenance(search: Experiment, best: Configuration) -> dict[str, Any]:
     repeats = [
         {"trial": trial.id, METRIC: line[METRIC], "at_iteration": line["iteration"], "seed": trial.config.seed}
         for trial in best.trials
@@ -48,19 +48,19 @@ def _provenance(found: Experiment, best: Configuration) -> dict[str, Any]:
     ]
     config = best.config
     return {
-        "experiment": found.root,
+        "experiment": search.root,
         "trial": best.id,
         METRIC: best.accuracy,
         **({"standard_deviation": best.spread} if best.spread is not None else {}),
         "repeats": repeats,
         "trial_iterations": config.train.iterations,
         "validation": f"{config.data.validation} fold {config.data.fold} of split {config.data.split}",
-        "failed": {trial.id: trial.reason for trial in found.trials if trial.state == "failed"},
+        "failed": {trial.id: trial.reason for trial in search.trials if trial.state == "failed"},
         "trials": {
-            state: sum(trial.state == state for trial in found.trials) for state in {t.state for t in found.trials}
+            state: sum(trial.state == state for trial in search.trials) for state in {t.state for t in search.trials}
         },
-        "data": found.spec["data"],
-        "search_seed": found.spec["seed"],
-        "searched_with": f"tune_ego {found.spec['version']}, ray {found.spec['ray']}",
+        "data": search.spec["data"],
+        "search_seed": search.spec["seed"],
+        "searched_with": f"tune_ego {search.spec['version']}, ray {search.spec['ray']}",
         "exported_with": f"tune_ego {__version__}",
     }

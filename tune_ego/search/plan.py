@@ -1,4 +1,4 @@
-"""`tune --dry-run`: what a search would do, and from a short measured run how long it takes and what it costs."""
+"""`tune --dry-run`: the plan of a search, and its hours and price estimated from a short measured run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Probe(NamedTuple):
     """Seconds, measured."""
 
     start: float
-    """From a trial's start to its first iteration, and from its last to its end."""
+    """Seconds of a trial before its first iteration and after its last one."""
     iteration: float
     validation: float
 
@@ -43,10 +43,10 @@ def show_plan(
     probe: bool = False,
     price: float | None = None,
 ) -> dict[str, Any]:
-    """Print, and return, the plan of a search; nothing is written but, with `probe`, a run that is deleted again.
+    """Print and return the plan of a search. With `probe` a short run is written and deleted again.
 
-    `price` is of a GPU for an hour, where there are none of a worker. Raises `UserError` where the search would be
-    refused.
+    `price` is that of a GPU for an hour, or of a worker where there are no GPUs. Raises `UserError` where `tune` would
+    refuse the search.
     """
     space, _ = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
@@ -79,11 +79,11 @@ def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> di
 
 
 def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
-    """A run of a few iterations and one validation, as a trial does them."""
-    found = storage.list_names(run)
-    if experiment.CONFIG_FILE in found:  # a probe that was killed
+    """Measure a run of a few iterations and one validation, with the code of a trial."""
+    names = storage.list_names(run)
+    if experiment.CONFIG_FILE in names:  # left by a probe that was killed
         storage.remove_folder(run)
-    elif found:
+    elif names:
         raise UserError(f"{run}: the probe writes there, and it is not empty")
     iterations = _WARM_UP + _MEASURED
     changes = {"train.iterations": iterations, "train.log_every": 1, "train.validate_every": iterations}
@@ -104,20 +104,20 @@ def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
 def _cost(plan: dict[str, Any], config: Config, probe: Probe, price: float | None) -> dict[str, Any]:
     validations = -(-config.train.iterations // config.train.validate_every)
     training = config.train.iterations * probe.iteration + validations * probe.validation
-    found: dict[str, Any] = {"seconds": probe._asdict()}
+    costs: dict[str, Any] = {"seconds": probe._asdict()}
     for name, share in (("at_most", 1.0), ("expected", plan["share_expected"])):
         if share is None:
             continue
         busy = plan["trials"] * (probe.start + share * training) / 3600
-        found[f"hours_{name}"] = busy / plan["trials_at_a_time"]
+        costs[f"hours_{name}"] = busy / plan["trials_at_a_time"]
         if price is not None:
-            found[f"price_{name}"] = busy * plan["workers"] * (plan["gpus_per_worker"] or 1) * price
-    return found
+            costs[f"price_{name}"] = busy * plan["workers"] * (plan["gpus_per_worker"] or 1) * price
+    return costs
 
 
 def _show(plan: dict[str, Any], space: SearchSpace, nodes: list[dict[str, float]]) -> None:
     repeats = f" of {space.repeats} repeats each" if space.repeats > 1 else ""
-    ask = f"{plan['cpus_per_worker']:g} CPUs, {plan['gpus_per_worker']:g} GPUs each"
+    request = f"{plan['cpus_per_worker']:g} CPUs, {plan['gpus_per_worker']:g} GPUs each"
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     share = plan["share_expected"]
     expected = "depends on the curves" if share is None else f"about {share * plan['iterations_at_most']:,.0f}"
@@ -125,7 +125,7 @@ def _show(plan: dict[str, Any], space: SearchSpace, nodes: list[dict[str, float]
         ["cluster now", f"{len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs"],
         ["configurations", f"{plan['configurations']:,}{repeats}, drawn by {space.searcher}"],
         ["trials", f"{plan['trials']:,}, {plan['trials_at_a_time']} at a time"],
-        ["workers of a trial", f"{plan['workers']}: {ask}"],
+        ["workers of a trial", f"{plan['workers']}: {request}"],
         ["iterations of a trial", f"{plan['iterations_of_a_trial']:,} at most"],
         ["iterations in all", f"{plan['iterations_at_most']:,} at most, with {space.scheduler.name} {expected}"],
     ]

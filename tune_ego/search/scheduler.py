@@ -1,4 +1,4 @@
-"""Which trials are stopped before their end: Ray Tune's schedulers, with a record that outlives the driver."""
+"""Early stopping of trials: Ray Tune's schedulers, with their decisions recorded on disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STOP = TrialScheduler.STOP
 
 
 class _Named:
-    """What a scheduler of Ray's needs of a trial, the same in every process that drives the search."""
+    """Stand-in for Ray's trial: the part that its schedulers read. It is the same after the driver was restarted."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
 
 
 class _NothingWaits:
-    """What the median rule needs of Tune's controller: trials are stopped, and never put aside for others."""
+    """Stand-in for Tune's controller: the part that the median rule reads. No trial is paused."""
 
     @staticmethod
     def get_live_trials() -> list[Any]:
@@ -29,10 +29,10 @@ class _NothingWaits:
 
 
 class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
-    """A scheduler of Ray's that goes on after the driver died: Ray restores a search with empty rungs.
+    """A scheduler of Ray whose state survives the driver. (Ray itself restores a search with empty rungs.)
 
-    Its state is what the recorded reports make of it. A run that goes on reports its last validation again, and gets
-    the answer that it got, or would have got. No trial is stopped at its last iteration, where it ends by itself.
+    The state is rebuilt from the recorded reports. A resumed run reports its earlier validations again and gets the
+    recorded decisions. No trial is stopped at its last iteration, where it ends anyway.
     """
 
     def __init__(self, root: str, space: SearchSpace, budget: int) -> None:
@@ -41,7 +41,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
         self._scheduler = _scheduler_of_ray(space, budget)
         self._trials: dict[str, _Named] = {}
         self._decisions: dict[str, list[Decision]] = {}
-        """Trial -> its decisions."""
+        """Trial -> its decisions, in order."""
         self._count = 0
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which configuration comes next: Ray Tune's searcher over the draws of a search space, from the files alone.
+"""Choice of the next configuration: a Ray Tune searcher over the draws of a search space.
 
 What a search has drawn is in its `trials.json`; what is drawn next follows from that, the seed and a number. So a
 resumed search draws what an uninterrupted one would have drawn, given the same results.
@@ -122,8 +122,8 @@ def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial])
             constant_liar=True,
         )
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    for told in experiment.by_configuration(trials)[:number]:
-        study.add_trial(_told(space, told))
+    for configuration in experiment.by_configuration(trials)[:number]:
+        study.add_trial(_optuna_trial(space, configuration))
     asked = study.ask()
 
     def pick(name: str, domain: Domain) -> Any:
@@ -136,8 +136,8 @@ def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial])
     return space.choose(pick)
 
 
-def _told(space: SearchSpace, configuration: Configuration) -> optuna.trial.FrozenTrial:
-    """What Optuna is told of a configuration."""
+def _optuna_trial(space: SearchSpace, configuration: Configuration) -> optuna.trial.FrozenTrial:
+    """Return a configuration and its results as a trial of Optuna."""
     optuna = import_optuna()
     repeats = configuration.trials
     values, distributions = parameters(space, repeats[0].sampled)

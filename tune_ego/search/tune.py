@@ -18,9 +18,10 @@ from tune_ego.console import print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results import checkpoint_files, driver, experiment
-from tune_ego.results.checkpoint_files import last_whole
+from tune_ego.results.checkpoint_files import last_whole_iteration
 from tune_ego.results.experiment import METRIC, Experiment, Trial, TrialRecords
 from tune_ego.results.progress import search_shown
+from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_run, fit, initial_weights, with_found_weights
@@ -91,29 +92,29 @@ def resume_search(
     With more `samples` further configurations are drawn; with more `iterations` finished trials go on to the new
     budget, and stopped ones stay stopped.
     """
-    found = experiment.read_experiment(root)
-    if found.spec["version"] != __version__:
-        say(f"Note: this search was started by tune_ego {found.spec['version']}, and this is {__version__}")
-    if open_shards(found.spec["data"]).info["settings"] != found.spec["data_settings"]:
-        raise UserError(f"{found.spec['data']}: not the shards this search was started on: their settings differ")
+    search = experiment.read_experiment(root)
+    if search.spec["version"] != __version__:
+        say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
+    if open_shards(search.spec["data"]).info["settings"] != search.spec["data_settings"]:
+        raise UserError(f"{search.spec['data']}: not the shards this search was started on: their settings differ")
     again = {"pending", "running", "interrupted", "failed"}
     if iterations is not None:
-        before = any_config(found.space).train.iterations
+        before = any_config(search.space).train.iterations
         if iterations <= before:
             raise UserError(f"--iterations {iterations}: the search has {before} already; it can only be raised")
-        found.spec["overrides"]["train.iterations"] = iterations
+        search.spec["overrides"]["train.iterations"] = iterations
         again.add("finished")
     if samples is not None:
-        if samples <= found.spec["samples"]:
+        if samples <= search.spec["samples"]:
             raise UserError(
-                f"--samples {samples}: the search has {found.spec['samples']} already; it can only be raised"
+                f"--samples {samples}: the search has {search.spec['samples']} already; it can only be raised"
             )
-        found.spec["samples"] = samples
+        search.spec["samples"] = samples
     if concurrent is not None:
-        found.spec["concurrent"] = concurrent
-    resumed = Experiment(found.root, found.spec, found.trials)
+        search.spec["concurrent"] = concurrent
+    resumed = Experiment(search.root, search.spec, search.trials)
     resumed.spec["trials"] = resumed.space.trials
-    for trial in found.trials:
+    for trial in search.trials:
         say(f"  {trial.id}: {trial.state}{_going_on(trial) if trial.state in again else ''}")
     with ray_session(address):
         return _drive(resumed, address, again)
@@ -123,13 +124,13 @@ def _going_on(trial: Trial) -> str:
     failure = experiment.read_failure(trial.run)
     if failure is not None and failure.final:
         return f" for good: {failure.reason}"
-    saved = last_whole(trial.run)
+    saved = last_whole_iteration(trial.run)
     return ", starts anew" if saved is None else f", goes on from iteration {saved}"
 
 
-def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]
+def _drive(search: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]
     """Run the trials of an experiment that have not ended, those in one of the states `again` too."""
-    root, spec, space = found.root, found.spec, found.space
+    root, spec, space = search.root, search.spec, search.space
     config, gpus = any_config(space), spec["gpus_per_worker"]
     at_a_time = runs_at_a_time(config, gpus, address, space.trials, spec["concurrent"])
     to_go_on = shlex.join(["tune-ego", "resume", root])
@@ -170,9 +171,9 @@ def _drive(found: Experiment, address: str | None, again: set[str] = frozenset()
 
 
 def _show(done: Experiment) -> None:
-    print_table(f"\nTrials of {done.root}", *experiment.trial_table(done))
+    print_table(f"\nTrials of {done.root}", *trial_table(done))
     if done.space.repeats > 1:
-        print_table("\nConfigurations, over their repeats", *experiment.configuration_table(done))
+        print_table("\nConfigurations, over their repeats", *configuration_table(done))
 
 
 def resolved_space(name: str, changes: dict[str, Any], seed: int) -> tuple[SearchSpace, dict[str, Any]]:
@@ -231,7 +232,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
 
 
 def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
-    """What a trial that has ended said last; None for one that has not."""
+    """Return the last report of a trial that has ended; None for a trial that has not."""
     decisions = experiment.trial_decisions(root, run.rpartition("/")[2])
     if decisions and decisions[-1].action == STOP:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}

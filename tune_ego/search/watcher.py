@@ -1,4 +1,4 @@
-"""What is done while Ray Tune runs a search: its record kept, the user told, and nothing left behind."""
+"""Callbacks of a running search: they keep its record, print its progress and clean up after stopped trials."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LAST_SWEEPS = 5
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]
-    """Keeps `trials.json`, tells the user what happens, and removes what stopped trials leave behind."""
+    """Keeps `trials.json`, prints events, and removes placement groups and checkpoints of stopped trials."""
 
     def __init__(self, root: str, space: SearchSpace, budget: int, records: TrialRecords) -> None:
         self.root, self.space, self.budget, self.records = root, space, budget, records
@@ -85,9 +85,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         reason = (str(trial.get_pickled_error() or "").strip() or "died").splitlines()[-1]
         self._end(trial.config["trial"], "failed", f"failed: {reason}", reason)
 
-    def _end(self, name: str, state: str, told: str = "", reason: str = "") -> None:
+    def _end(self, name: str, state: str, message: str = "", reason: str = "") -> None:
         self.records.note(name, state, reason)
-        say(f"  {name}: {told or state}")
+        say(f"  {name}: {message or state}")
         self.ended[name] = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:

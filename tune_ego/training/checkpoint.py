@@ -1,4 +1,4 @@
-"""What a checkpoint holds, writing and reading it: no Ray here."""
+"""Content of a checkpoint, writing and reading it. No Ray here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tune_ego.results.checkpoint_files import (
     checkpoint_uri,
     checksum,
     is_final,
-    read_last_whole,
-    read_whole,
+    read_last_whole_checkpoint,
+    read_verified,
     remove_checkpoints,
     run_of,
 )
@@ -40,9 +40,9 @@ class Origin(NamedTuple):
 
 
 def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: Any) -> dict[str, Any]:
-    """The content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
+    """Return the content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
 
-    Random states need no place in it: each iteration seeds its own from (seed, iteration, pass).
+    It holds no random states: each iteration seeds its own from (seed, iteration, pass).
     """
     return {
         "format": FORMAT,
@@ -58,7 +58,7 @@ def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], *
 
 
 def snapshot(content: Any) -> Any:
-    """A copy of a checkpoint's content on the CPU, which training does not change any more."""
+    """Return a copy of a checkpoint's content on the CPU that later training steps do not change."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small copies: where CPUs are busy, each would wait for its threads
     try:
@@ -107,12 +107,12 @@ def mean_weights(run: str, iterations: list[int]) -> dict[str, Tensor]:
 
 
 def last_checkpoint(run: str) -> tuple[dict[str, Any], str] | None:
-    """(content, URI) of that checkpoint."""
-    found = read_last_whole(run)
-    if found is None:
+    """Return (content, URI) of a run's last whole checkpoint; None where there is none."""
+    last = read_last_whole_checkpoint(run)
+    if last is None:
         return None
-    uri = checkpoint_uri(run, found[0])
-    return _content(found[1], uri), uri
+    uri = checkpoint_uri(run, last[0])
+    return _content(last[1], uri), uri
 
 
 def read_checkpoint(uri: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
         raise UserError(f"{uri}: there is no checkpoint here")
     if storage.exists(storage.join(uri, CHECKPOINT_FILE)):
         uri = storage.join(uri, CHECKPOINT_FILE)
-    return _content(read_whole(uri), uri)
+    return _content(read_verified(uri), uri)
 
 
 def _content(data: bytes, uri: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ _KINDS: dict[str, type] = {
     "model": dict,
 }
 _MORE_KINDS: dict[str, type] = {"losses": list, "optimizers": dict}
-"""What a run that goes on needs beside."""
+"""Further keys that a resumed run needs."""
 _OPTIMIZER_KINDS: dict[str, type] = {"optimizer": dict, "schedule": dict, "scaler": dict}
 _NAMED = ("optimizer", "schedule")
 
@@ -183,8 +183,8 @@ def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type], above: str,
         if key not in content:
             raise UserError(f"{source}: a damaged checkpoint: it has no {above}{key}")
         if not isinstance(content[key], kind):
-            found = type(content[key]).__name__
-            raise UserError(f"{source}: a damaged checkpoint: its {above}{key} is a {found}, not a {kind.__name__}")
+            actual = type(content[key]).__name__
+            raise UserError(f"{source}: a damaged checkpoint: its {above}{key} is a {actual}, not a {kind.__name__}")
 
 
 def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoStream]:

@@ -1,4 +1,4 @@
-"""What a training process chooses for the hardware it computes on: threads, memory, precision, layout, compilation."""
+"""Settings of a training process for its hardware: threads, memory, precision, layout, compilation."""
 
 from __future__ import annotations
 

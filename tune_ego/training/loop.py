@@ -14,7 +14,7 @@ import torch
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results.experiment import FEED_WAIT, REPORT_SECONDS, VALIDATION_SECONDS
-from tune_ego.training.trainer import Notice, Report, Trainer
+from tune_ego.training.trainer import Report, Signal, Trainer
 
 
 def train(
@@ -22,7 +22,7 @@ def train(
     plan: FeedPlan,
     batches: Iterator[ClipBatch],
     report: Report,
-    notice: Callable[[], Notice] = lambda: Notice.NONE,
+    notice: Callable[[], Signal] = lambda: Signal.NONE,
 ) -> None:
     """Train from the trainer's iteration to the plan's last one; `batches` begins at that iteration's first item.
 
@@ -36,7 +36,7 @@ def train(
         done = trainer.iteration
         validates = plan.validates_after(done)
         if validates or done % config.train.log_every == 0:
-            trainer.settle()
+            trainer.flush_status()
             mean = torch.stack(trainer.losses()).mean(dim=0)
             seconds = time.monotonic() - since
             metrics = {
@@ -56,10 +56,10 @@ def train(
             report(metrics, trainer.checkpoint() if validates else None)
             since, before = time.monotonic(), done
             waited.seconds, reporting = 0.0, since - start
-        if trainer.heard and not validates:
-            trainer.settle()
+        if trainer.signal and not validates:
+            trainer.flush_status()
             report(None, trainer.checkpoint())
-        if trainer.heard == Notice.STOP:
+        if trainer.signal == Signal.STOP:
             return
 
 

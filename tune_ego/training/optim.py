@@ -36,7 +36,7 @@ class Ranger(torch.optim.RAdam):
         self.defaults.update(self._look_ahead_defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, which calls it for the first groups too; one without `k` and `alpha` has the optimizer's."""
+        """Add a group, also called by torch for the first groups. Without `k` and `alpha` it has the optimizer's."""
         param_group = {**self._look_ahead_defaults, **param_group}
         _check_look_ahead(param_group)
         super().add_param_group(param_group)
@@ -148,13 +148,13 @@ class Schedule:
 
 
 _SMALLEST_SCALE = 2.0**-24
-"""Of the loss; float16's smallest number."""
+"""Smallest loss scale: float16's smallest number."""
 
 
 class StreamOptimizer:
-    """What moves the weights of one stream: its optimizer, schedule and loss scaler.
+    """Optimizer, learning-rate schedule and loss scaler of one stream.
 
-    Each stream has its own, so that neither a plateau nor an overflow of one touches the other.
+    Each stream has its own, so that a plateau or an overflow in one stream does not affect the other.
     """
 
     def __init__(self, config: Config, parameters: Iterable[Tensor], device: torch.device, *, scale_loss: bool) -> None:

@@ -35,12 +35,12 @@ Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], No
 between. Every worker calls it equally often."""
 
 
-class Notice(enum.IntEnum):
-    """What a worker is asked for between two iterations."""
+class Signal(enum.IntEnum):
+    """Request to a worker between two iterations; of several the highest counts."""
 
     NONE = 0
     SAVE = 1
-    """Write a checkpoint and go on: a machine will be taken away."""
+    """Write a checkpoint and continue: a machine is about to be preempted."""
     STOP = 2
     """Write a checkpoint and end."""
 
@@ -49,27 +49,27 @@ class NonFiniteLoss(RuntimeError):
     """The loss left the finite numbers; going on, or trying again, would not help."""
 
 
-class _Verdict(NamedTuple):
-    """What all workers say of one iteration: on a GPU it is known a little later."""
+class _StepStatus(NamedTuple):
+    """Outcome of one iteration over all workers. On a GPU it is read one iteration later."""
 
     iteration: int
     losses: Tensor
-    """This worker's."""
-    found: Tensor
-    """[1 where a loss is not finite, the highest notice], on the CPU once `ready`."""
+    """This worker's mean losses, [streams, (total, action, gaze)]."""
+    flags: Tensor
+    """[1 if a loss is not finite, highest signal], on the CPU once `ready`."""
     ready: torch.cuda.Event | None
 
 
 class Trainer:
-    """The model of a run, what moves each of its streams, and the steps on them.
+    """Model of a run with the optimizer of each stream; training steps and validations.
 
-    Nothing passes between the streams, so two trained at once equal two trained apart, to the bit on a CPU.
+    The streams share nothing: two that are trained together equal two trained apart, on a CPU to the bit.
     """
 
     def __init__(
         self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, go_on: bool = False
     ) -> None:
-        """With `go_on` a checkpoint will be loaded: the weights of `init_from` need not be there any more."""
+        """Build model and optimizers. With `go_on` a checkpoint is loaded next, and `init_from` is not read."""
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
         self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
@@ -80,7 +80,7 @@ class Trainer:
         self.model.to(device).to(memory_format=memory_format(device, self.dtype))
         self.model.recompute(config.train.activation_checkpointing)
         self.compiled = self._compile() if compiles(config, device) else {}
-        """Whether each stream is; empty where none was to be."""
+        """Stream -> True if it is compiled; empty if compilation was not requested."""
         self.parallel: nn.Module = self.model
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self.distributed:
@@ -92,14 +92,14 @@ class Trainer:
         }
         self.iteration = 0
         self.best: dict[str, Any] = {}
-        self.heard = 0
-        """The highest notice of all workers that the last step, or `settle`, has heard of."""
+        self.signal = 0
+        """Highest signal of all workers whose status the last `step` or `flush_status` has read."""
         self.lag = 1 if device.type == "cuda" else 0
-        """How many iterations may wait for their verdict: a GPU is not waited for at every one (but for fp16, whose
-        loss scaler does)."""
-        self._verdicts: list[_Verdict] = []
+        """Iterations whose status may be read later: 1 on a GPU, so that the host does not wait for it at each step.
+        (In fp16 the loss scaler waits at each step.)"""
+        self._statuses: list[_StepStatus] = []
         self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
-        """The first batch of the last validation, and what the model made of it."""
+        """First batch of the last validation with the model's outputs, for pictures."""
         self._losses: list[Tensor] = []
         self._means: list[Tensor] = []
 
@@ -116,7 +116,7 @@ class Trainer:
         self._means = [losses.to(self.device) for losses in content["losses"]]
 
     def checkpoint(self) -> dict[str, Any]:
-        assert not self._verdicts  # `settle` comes first
+        assert not self._statuses  # `flush_status` comes first
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
             losses=self.losses(),
@@ -125,18 +125,18 @@ class Trainer:
         )
 
     def forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
-        """Of `model`, in the run's precision; `seeds` are for dropout, of each stream."""
+        """Run `model` in the run's precision; `seeds` hold each stream's seed for dropout."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return model(batch.clips(), seeds)
+            return model(batch.model_input(), seeds)
 
     def _compile(self) -> dict[str, bool]:
         batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
-        return compile_streams(self.model, batch.clips(), self.dtype)
+        return compile_streams(self.model, batch.model_input(), self.dtype)
 
     def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
-        """One iteration; returns this worker's mean losses, [streams, (total, action, gaze)].
+        """Train one iteration; return this worker's mean losses, [streams, (total, action, gaze)].
 
-        `batches` gives what the worker takes of it: `FeedPlan.own_passes`. All workers hear the highest `notice`.
+        `batches` gives what the worker takes of it: `FeedPlan.own_passes`. All workers read the highest `notice`.
         """
         self.parallel.train()
         passes = range(self.rank, self.config.passes, self.workers)
@@ -149,12 +149,12 @@ class Trainer:
                 self.parallel.require_backward_grad_sync = number == passes[-1]
             outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
             gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
-            found = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
-            optimizers = self.optimizers.values()
-            torch.stack([o.scaler.scale(total / share) for o, total in zip(optimizers, found[:, 0])]).sum().backward()
-            losses += found.detach() / share
-        self._verdicts.append(self._verdict(losses, notice))
-        self.heard = self._hear(self.lag)
+            losses_S3 = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
+            totals = zip(self.optimizers.values(), losses_S3[:, 0])
+            torch.stack([optimizer.scaler.scale(total / share) for optimizer, total in totals]).sum().backward()
+            losses += losses_S3.detach() / share
+        self._statuses.append(self._status(losses, notice))
+        self.signal = self._read_status(self.lag)
         for modality, optimizer in self.optimizers.items():
             try:
                 optimizer.step()
@@ -164,36 +164,36 @@ class Trainer:
         self._losses.append(losses)
         return losses
 
-    def settle(self) -> None:
-        """Hear of every iteration that has been done; raises `NonFiniteLoss` as `step` does."""
-        self.heard = max(self.heard, self._hear(0))
+    def flush_status(self) -> None:
+        """Read the status of all finished iterations. Raises `NonFiniteLoss` where a loss was not finite."""
+        self.signal = max(self.signal, self._read_status(0))
 
-    def _verdict(self, losses: Tensor, notice: int) -> _Verdict:
+    def _status(self, losses: Tensor, notice: int) -> _StepStatus:
         not_finite = (~torch.isfinite(losses).all()).float()
-        found = torch.stack([not_finite, torch.full_like(not_finite, float(notice))])
-        if self.distributed:  # they stop together, or none of them
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        found = found.to("cpu", non_blocking=True)
+        flags = torch.stack([not_finite, torch.full_like(not_finite, float(notice))])
+        if self.distributed:  # all workers stop together
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        flags = flags.to("cpu", non_blocking=True)
         ready = torch.cuda.Event() if self.device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        return _Verdict(self.iteration + 1, losses, found, ready)
+        return _StepStatus(self.iteration + 1, losses, flags, ready)
 
-    def _hear(self, waiting: int) -> int:
-        """Take all verdicts but the last `waiting`; returns the highest notice among them."""
-        heard = 0
-        while len(self._verdicts) > waiting:
-            verdict = self._verdicts.pop(0)
+    def _read_status(self, waiting: int) -> int:
+        """Read all pending statuses but the last `waiting`; return the highest signal among them."""
+        highest = 0
+        while len(self._statuses) > waiting:
+            verdict = self._statuses.pop(0)
             if verdict.ready is not None:
                 verdict.ready.synchronize()
-            not_finite, notice = verdict.found.tolist()
+            not_finite, signal = verdict.flags.tolist()
             if not_finite:
-                raise NonFiniteLoss(self._blame(verdict))
-            heard = max(heard, int(notice))
-        return heard
+                raise NonFiniteLoss(self._describe_failure(verdict))
+            highest = max(highest, int(signal))
+        return highest
 
     def losses(self) -> list[Tensor]:
-        """Mean losses over all workers of each iteration since `forget_losses`; every worker has to call it."""
+        """Reduce the losses of each iteration since `forget_losses` over all workers, which must all call this."""
         if self._losses:
             mean = torch.stack(self._losses)
             if self.distributed:
@@ -204,7 +204,7 @@ class Trainer:
         return self._means
 
     def forget_losses(self) -> None:
-        """They are in the log."""
+        """Drop the losses that have been logged."""
         self._means = []
 
     def _seeds(self, *place: int) -> dict[str, int]:
@@ -217,7 +217,7 @@ class Trainer:
             for index, modality in enumerate(CHANNELS)
         }
 
-    def _blame(self, verdict: _Verdict) -> str:
+    def _describe_failure(self, verdict: _StepStatus) -> str:
         faults = [
             f"{kind} loss of the {modality} stream is {values[index].item()}"
             for modality, values in zip(self.model, verdict.losses)
@@ -248,19 +248,19 @@ class Trainer:
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
         mean_scores = scores.reduce(self.config.fusion_weight)
         self._check_scores(mean_scores)
-        found = accuracies(mean_scores, labels)
-        main = found.get("fused", found[self.config.stream_names[0]])
+        results = accuracies(mean_scores, labels)
+        main = results.get("fused", results[self.config.stream_names[0]])
         metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
-        metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in found.items()}
+        metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in results.items()}
         metrics["val_loss"] = sum(cross_entropy(mean_scores[name], labels) for name in self.config.stream_names)
         if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
             self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
         for modality, optimizer in self.optimizers.items():
-            optimizer.schedule.after_validation(found[modality]["mean_class_accuracy"])
+            optimizer.schedule.after_validation(results[modality]["mean_class_accuracy"])
         return metrics
 
     def memory(self) -> dict[str, int]:
-        """What this worker has had of its GPU's memory at most, bytes; nothing on a CPU."""
+        """Return this worker's peak GPU memory, bytes; empty on a CPU."""
         return {GPU_BYTES: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
 
     def _check_scores(self, scores: dict[str, Tensor]) -> None:
