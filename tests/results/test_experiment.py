@@ -24,13 +24,13 @@ from tune_ego.results.experiment import (
     TrialRecords,
     by_configuration,
     collapsed_rate,
-    follower,
     learning_rates,
     read_decisions,
     read_experiment,
     read_failure,
     read_metrics,
     read_records,
+    repeated_reader,
     run_folder,
     trial_name,
     write_decisions,
@@ -238,12 +238,12 @@ def test_an_experiment_that_is_absent_or_damaged_is_named(tmp_path: Path) -> Non
         read_experiment(str(tmp_path))
 
 
-def test_a_follower_reads_trials_that_have_ended_once(tmp_path: Path) -> None:
+def test_a_repeated_reader_reads_trials_that_have_ended_once(tmp_path: Path) -> None:
     records = write_search(tmp_path)
     runs = [run_folder(str(tmp_path), f"0000{name}") for name in ("0-0", "0-1", "1-0")]
     for name, state in (("00000-0", "finished"), ("00000-1", "running"), ("00001-0", "stopped")):
         records.note(name, state)
-    look = follower(str(tmp_path))
+    look = repeated_reader(str(tmp_path))
     assert [trial.iteration for trial in look().trials] == [0, 0, 0, 0]
     for run in runs:
         write_metrics(run, [{"iteration": 10}])

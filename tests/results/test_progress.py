@@ -309,7 +309,7 @@ def test_status_of_a_search_names_damaged_records_and_how_to_go_on(
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert f"interrupted; to go on: tune-ego resume {tmp_path}" in shown and "iterations/s" not in shown
-    assert "00000: damaged, and left out: metrics.jsonl is not lines of JSON" in shown
+    assert "00000: damaged, and left out: metrics.jsonl does not hold one JSON object a line" in shown
     assert "00004: out of memory" in shown  # of one that failed
     assert call(monkeypatch, "export", str(tmp_path), "--out", str(tmp_path / "best.yaml")) == 2
     assert "runs/00000: its files or its entry are damaged" in capsys.readouterr().err

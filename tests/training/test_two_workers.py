@@ -53,7 +53,11 @@ def validation_batches(rank: int) -> Iterator[ClipBatch]:
 def double_precision() -> Iterator[None]:
     """Models and clips in float64: rounding would grow over the steps of so small a net."""
     single = ClipBatch.model_input
-    ClipBatch.model_input = lambda self: {name: clip.double() for name, clip in single(self).items()}  # type: ignore[method-assign]
+
+    def double(batch: ClipBatch) -> dict[str, torch.Tensor]:
+        return {name: clip.double() for name, clip in single(batch).items()}
+
+    ClipBatch.model_input = double  # type: ignore[method-assign,assignment]
     torch.set_default_dtype(torch.float64)
     try:
         yield

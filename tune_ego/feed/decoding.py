@@ -20,7 +20,7 @@ from tune_ego.feed.augmentation import mirrored_flow_x
 def decode_images(batch: dict[str, np.ndarray], stream: str, device: torch.device) -> Tensor:
     """Decode, crop and mirror the images of a stream of a batch from `WindowReader.read_encoded`.
 
-    On a CPU the result equals that of `WindowReader.read_batch`; on a GPU pixels may differ a little.
+    Crop and mirroring are those of `WindowReader.read_batch`. Pixels may differ a little: the decoder is another.
 
     Args:
         batch: Batch of `read_encoded`.

@@ -85,9 +85,7 @@ class Interruption:
         if self._event.is_set():
             raise KeyboardInterrupt
         self._event.set()
-        say(
-            f"Interrupted: writing checkpoints, for at most {_CHECKPOINTS_WITHIN:.0f} s; interrupt again to end at once"
-        )
+        say(f"Interrupted: writing checkpoints, {_CHECKPOINTS_WITHIN:.0f} s at most; interrupt again to end at once")
         # In a thread: a signal handler should not wait for an object store.
         threading.Thread(target=storage.write_text, args=(stop_uri(self._root), ""), daemon=True).start()
         self._timer = threading.Timer(_CHECKPOINTS_WITHIN, _thread.interrupt_main)

@@ -1,7 +1,7 @@
-"""The files of runs and experiments, and reading them: no Ray and no torch here. More in `checkpoint_files`.
+"""Files of runs and experiments, and their reading and writing. No Ray and no torch. Checkpoints: `checkpoint_files`.
 
 <storage>/<name>/   a run: config.yaml, metrics.jsonl, iteration-000100/checkpoint.{pt,json}, final/model.pt
-<storage>/<name>/   an experiment: experiment.json, trials.json, tune/ (Ray's), runs/<trial>/ (as above, with
+<storage>/<name>/   an experiment: experiment.json, trials.json, tune/ (written by Ray), runs/<trial>/ (a run, with
                     decisions.json)
 """
 
@@ -25,18 +25,18 @@ from tune_ego.search_space import SearchSpace, parse_space
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_READERS = 16
-"""Threads that read files."""
+_READERS = 16  # threads that read files
 METRIC = "val_mean_class_accuracy"
+"""The metric that a search maximises, in [0, 1]. Only lines of validations have it."""
 VALIDATION_SECONDS = "validation_seconds"
 GPU_BYTES = "gpu_bytes"
 """Peak GPU memory of a worker, bytes; logged on GPUs only."""
 FEED_WAIT = "feed_wait"
-"""Share of the time since the last line that the loop waited for batches."""
+"""Share of the time since the line before that the loop waited for batches."""
 REPORT_SECONDS = "report_seconds"
 """Seconds that reporting and writing the previous line took, with its checkpoint."""
 TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES, FEED_WAIT, REPORT_SECONDS)
-"""Metrics that differ between two runs whose weights are equal to the bit."""
+"""The five metrics that differ between two runs whose weights and other metrics are equal to the bit."""
 EXPERIMENT_FILE = "experiment.json"
 TRIALS_FILE = "trials.json"
 DECISIONS_FILE = "decisions.json"
@@ -45,17 +45,17 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
 ERROR_FILE = "error.txt"
-"""The last traceback of a run that was given up."""
+"""Traceback of the last error, if Ray gave up the run."""
 EVALUATION_FILE = "evaluation.json"
 
 
 def picture_file(iteration: int) -> str:
-    """In a run's folder: attention over a frame of some validation clips, PNG."""
+    """Return the path, in a run's folder, of the PNG with attention maps over frames of some validation clips."""
     return f"attention/iteration-{iteration:06d}.png"
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; none where it has not logged yet."""
+    """Return the lines of a run's `metrics.jsonl`; an empty list if nothing is logged yet."""
     uri = storage.join(run, METRICS_FILE)
     if not storage.exists(uri):
         return []
@@ -63,31 +63,34 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
 
 
 def write_metrics(run: str, lines: list[dict[str, Any]]) -> None:
+    """Replace a run's `metrics.jsonl`."""
     storage.write_text(storage.join(run, METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Failure(NamedTuple):
-    """Why a run failed in a way that Ray should not try again."""
+    """A failure of a run after which Ray should not retry."""
 
     reason: str
     final: bool
-    """Nothing outside the run can mend it: its loss left the finite numbers."""
+    """Whether `resume` cannot help either: a loss was not finite."""
 
 
 def read_failure(run: str) -> Failure | None:
+    """Return the recorded failure of a run, or None."""
     uri = storage.join(run, FAILURE_FILE)
     return Failure(**storage.read_json(uri)) if storage.exists(uri) else None
 
 
 def write_failure(run: str, failure: Failure) -> None:
+    """Record the failure of a run."""
     storage.write_json(storage.join(run, FAILURE_FILE), failure._asdict())
 
 
-_COLLAPSED = 1e-3
+_COLLAPSED = 1e-3  # share of the initial learning rate
 
 
 def learning_rates(line: dict[str, Any]) -> dict[str, float]:
-    """Stream -> learning rate, from a line of metrics."""
+    """Return stream -> learning rate from a line of metrics."""
     prefix = "learning_rate_"
     return {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
 
@@ -105,31 +108,35 @@ def collapsed_rate(config: Config, lines: list[dict[str, Any]]) -> str:
 
 @dataclass
 class Trial:
-    """One trial, from its files."""
+    """One trial, as read from its files."""
 
     id: str
     state: str
-    """pending, running, interrupted (with its driver), finished, stopped (by the scheduler) or failed."""
+    """pending, running, interrupted (its driver died), finished, stopped (early, by the scheduler) or failed."""
     run: str
+    """Folder or URI of its run."""
     sampled: dict[str, Any]
-    """Values drawn for the trial: name -> value."""
+    """Drawn values: `key@branch` -> value."""
     repeat: int
-    """Number of the repeat of its configuration, from 0."""
+    """Index among the repeats of its configuration, from 0."""
     config: Config
     metrics: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
-    """Reason of its failure."""
+    """Reason of its failure; empty if it has not failed."""
 
     @property
     def ended(self) -> bool:
+        """Whether the trial has finished, was stopped early or has failed."""
         return self.state in ENDED
 
     @property
     def validations(self) -> list[dict[str, Any]]:
+        """Lines of metrics with a validation."""
         return [line for line in self.metrics if METRIC in line]
 
     @property
     def iteration(self) -> int:
+        """The last logged iteration; 0 before the first line."""
         return self.metrics[-1]["iteration"] if self.metrics else 0
 
     @property
@@ -139,39 +146,44 @@ class Trial:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the highest mean class accuracy (the earliest of equals)."""
+        """Line of the validation with the highest mean class accuracy; the earliest of equal ones."""
         return max(self.validations, key=lambda line: line[METRIC], default=None)
 
     @property
     def accuracy(self) -> float | None:
+        """Mean class accuracy of the best validation, in [0, 1]; None before the first validation."""
         return self.best[METRIC] if self.best else None
 
 
 @dataclass
 class Experiment:
+    """A search, as read from its files."""
+
     root: str
+    """Its folder or URI."""
     spec: dict[str, Any]
-    """`experiment.json`: search space, data set, seed, versions, the command."""
+    """Content of `experiment.json`: search space, data set, seed, versions, command."""
     trials: list[Trial]
 
     @cached_property
     def space(self) -> SearchSpace:
+        """The search space, with the overrides and the number of samples of `spec`."""
         spec = self.spec
         space = parse_space(spec["space"], spec["space_source"], spec["overrides"], check=False)
         return replace(space, samples=spec["samples"])
 
     @property
     def best(self) -> Configuration:
-        """Configuration with the highest mean of its repeats' best validation accuracies.
+        """Configuration with the highest mean, over its repeats, of their best validation accuracies.
 
-        Configurations whose repeats have all been validated come first. Raises `UserError` where no trial has been
+        Configurations whose repeats have all been validated come first. Raises `UserError` if no trial has been
         validated yet.
         """
-        scored = [configuration for configuration in by_configuration(self.trials) if configuration.accuracies]
-        if not scored:
+        validated = [configuration for configuration in by_configuration(self.trials) if configuration.accuracies]
+        if not validated:
             raise UserError(f"{self.root}: no trial has been validated yet")
-        whole = self.space.repeats
-        return max(scored, key=lambda one: (len(one.accuracies) == whole, one.accuracy))
+        repeats = self.space.repeats
+        return max(validated, key=lambda one: (len(one.accuracies) == repeats, one.accuracy))
 
     def to_arrow(self) -> pa.Table:
         """Return one row for each trial (`arrow_table.trials_table` lists the columns)."""
@@ -192,6 +204,7 @@ class Configuration:
 
     @property
     def id(self) -> str:
+        """Name of the trials without the index of the repeat."""
         return self.trials[0].id.partition(_REPEAT)[0]
 
     @property
@@ -206,12 +219,12 @@ class Configuration:
 
     @property
     def accuracy(self) -> float | None:
-        """Mean of `accuracies`."""
+        """Mean of `accuracies`; None if it is empty."""
         return mean(self.accuracies) if self.accuracies else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of `accuracies`."""
+        """Standard deviation of `accuracies`, with n - 1; None for fewer than two."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
@@ -223,7 +236,7 @@ def by_configuration(trials: list[Trial]) -> list[Configuration]:
     return list(configurations.values())
 
 
-_REPEAT = "-"
+_REPEAT = "-"  # between configuration and repeat in the name of a trial
 
 
 def trial_name(number: int, repeat: int, repeats: int) -> str:
@@ -232,6 +245,7 @@ def trial_name(number: int, repeat: int, repeats: int) -> str:
 
 
 ENDED = ("finished", "stopped", "failed")
+"""States of trials that have ended."""
 
 
 class TrialRecords:
@@ -248,6 +262,7 @@ class TrialRecords:
         return iter(self._records)
 
     def state(self, trial: str) -> str:
+        """Return the state of a trial."""
         return str(self._records[trial]["state"])
 
     def draws(self) -> list[dict[str, Any]]:
@@ -259,17 +274,19 @@ class TrialRecords:
         ]
 
     def add(self, draws: list[dict[str, Any]]) -> None:
+        """Record new trials as pending."""
         for draw in draws:
             rest = {"repeat": draw["repeat"], "sampled": draw["sampled"]}
             self._records[draw["trial"]] = {"state": "pending", "reason": "", **rest}
         self._write()
 
     def note(self, trial: str, state: str, reason: str = "") -> None:
+        """Record the state of a trial."""
         self._records[trial] |= {"state": state, "reason": reason}
         self._write()
 
     def reopen(self, states: Container[str]) -> None:
-        """Trials in one of these states wait again."""
+        """Make the trials in one of these states pending again."""
         for record in self._records.values():
             if record["state"] in states:
                 record |= {"state": "pending", "reason": ""}
@@ -280,11 +297,13 @@ class TrialRecords:
 
 
 def read_records(root: str) -> dict[str, dict[str, Any]]:
+    """Return the content of `trials.json`: trial -> state, reason, repeat, sampled."""
     uri = storage.join(root, TRIALS_FILE)
     return storage.read_json(uri) if storage.exists(uri) else {}
 
 
 def run_folder(root: str, trial: str) -> str:
+    """Return the folder or URI of a trial's run."""
     return storage.join(root, "runs", trial)
 
 
@@ -301,10 +320,12 @@ class Decision(NamedTuple):
 
 
 def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
+    """Replace the record of the decisions about a trial."""
     storage.write_json(storage.join(run_folder(root, trial), DECISIONS_FILE), decisions)
 
 
 def trial_decisions(root: str, trial: str) -> list[Decision]:
+    """Return the decisions about a trial, in their order."""
     uri = storage.join(run_folder(root, trial), DECISIONS_FILE)
     return [Decision(*line) for line in storage.read_json(uri)] if storage.exists(uri) else []
 
@@ -318,18 +339,29 @@ def read_decisions(root: str) -> list[Decision]:
 
 
 def read_trial(experiment: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
-    """Read one trial of an experiment, given its entry in `trials.json`; `dead`: the search has no live driver."""
-    run, state, drawn, repeat = run_folder(experiment.root, trial), record["state"], record["sampled"], record["repeat"]
+    """Read one trial of an experiment, given its entry in `trials.json`; `dead`: no process drives the search."""
+    run, state, sampled = run_folder(experiment.root, trial), record["state"], record["sampled"]
+    repeat = record["repeat"]
     state = "interrupted" if state == "running" and dead else state
     metrics = read_metrics(run)
     decisions = trial_decisions(experiment.root, trial) if state == "stopped" else []
-    if decisions:  # the trial may have logged more iterations before it was stopped: their number depends on timing
+    if decisions:  # a trial trains on until it is stopped; how far it gets depends on timing
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
-    return Trial(trial, state, run, drawn, repeat, experiment.space.config(drawn, repeat), metrics, record["reason"])
+    config = experiment.space.config(sampled, repeat)
+    return Trial(trial, state, run, sampled, repeat, config, metrics, record["reason"])
 
 
-def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
-    """Read an experiment, running or not, from its folder or URI. Trials that are `known` to have ended are reused."""
+def read_experiment(root: str, ended_trials: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
+    """Read an experiment from its folder or URI, running or not.
+
+    Args:
+        root: The folder or URI.
+        ended_trials: Trials from an earlier call that had ended, by name. They are not read again unless their state
+            has changed.
+
+    Raises:
+        UserError: There is no experiment, or files of a trial are damaged.
+    """
     uri = storage.join(root, EXPERIMENT_FILE)
     if not storage.exists(uri):
         raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
@@ -337,8 +369,8 @@ def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})
     dead = not driver.is_alive(experiment.root)
 
     def read(trial: str, record: dict[str, Any]) -> Trial:
-        if trial in known and known[trial].state == record["state"]:
-            return known[trial]
+        if trial in ended_trials and ended_trials[trial].state == record["state"]:
+            return ended_trials[trial]
         try:
             return read_trial(experiment, trial, record, dead)
         except UserError:
@@ -353,13 +385,13 @@ def read_experiment(root: str, known: Mapping[str, Trial] = MappingProxyType({})
     return experiment
 
 
-def follower(root: str) -> Callable[[], Experiment]:
+def repeated_reader(root: str) -> Callable[[], Experiment]:
     """Return a function that reads the experiment at each call, and each trial that has ended only once."""
-    known: dict[str, Trial] = {}
+    ended_trials: dict[str, Trial] = {}
 
-    def look() -> Experiment:
-        experiment = read_experiment(root, known)
-        known.update({trial.id: trial for trial in experiment.trials if trial.ended})
+    def read() -> Experiment:
+        experiment = read_experiment(root, ended_trials)
+        ended_trials.update({trial.id: trial for trial in experiment.trials if trial.ended})
         return experiment
 
-    return look
+    return read

@@ -295,7 +295,7 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
 @contextmanager
 def search_shown(root: str) -> Iterator[None]:
     """`shown` for the search at `root`."""
-    look = experiment.follower(root)
+    look = experiment.repeated_reader(root)
     with shown(root, lambda: search_view(look()), lambda: _line(facts(look()))):
         yield
 

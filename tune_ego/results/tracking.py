@@ -331,7 +331,7 @@ def _wandb_mode() -> Any:
 
 def search_tracked(names: Sequence[str], root: str) -> Any:
     """`tracked` for the search at `root`."""
-    look = experiment.follower(root)
+    look = experiment.repeated_reader(root)
     return tracked(make_trackers(names, root), lambda: look().trials)
 
 

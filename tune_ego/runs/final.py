@@ -50,7 +50,7 @@ def train_final(
             return model
     elif _started(run) is not None:
         saved = last_whole_iteration(run)
-        say(f"{run}: {'starts anew' if saved is None else f'goes on from iteration {saved}'}")
+        say(f"{run}: {'starts from scratch' if saved is None else f'resumes from iteration {saved}'}")
     with ray_session(address):
         gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
         runs_at_a_time(config, gpus, address, beside=0)

@@ -125,7 +125,7 @@ def _going_on(trial: Trial) -> str:
     if failure is not None and failure.final:
         return f" for good: {failure.reason}"
     saved = last_whole_iteration(trial.run)
-    return ", starts anew" if saved is None else f", goes on from iteration {saved}"
+    return ", starts from scratch" if saved is None else f", resumes from iteration {saved}"
 
 
 def _drive(search: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]

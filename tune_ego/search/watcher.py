@@ -78,7 +78,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
-        say(f"  {name}: died, and is started again")
+        say(f"  {name}: failed and is restarted")
         self._sweep([name])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
