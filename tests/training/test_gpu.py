@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         images = {"rgb": batch.rgb_BTHWC.permute(0, 4, 1, 2, 3), "flow": batch.flow_BT2HW.permute(0, 2, 1, 3, 4)}
         return {name: image.double() / 127.5 - 1 for name, image in images.items()}
 
-    monkeypatch.setattr(ClipBatch, "clips", clips)
+    monkeypatch.setattr(ClipBatch, "model_input", clips)
     expected, found = gradients_in_float64(CPU), gradients_in_float64(GPU)
     assert set(found) == set(expected) and len(found) > 200
     for name, gradient in expected.items():
