@@ -15,7 +15,7 @@ from tune_ego.console import say
 from tune_ego.errors import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Shared memory of a cluster that we start ourselves; the feed takes up to half of it."""
+"""Shared memory of a cluster on this machine; the feed uses up to half of it."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,33 +25,33 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs keep their own metrics
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed for good says so in its files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports nothing; its reason is in its files
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Idle readers are ended after this long, and a new one takes seconds to start; the default is 1 s.
+    # Ray ends idle readers after this time (default: 1 s), and starting a new one takes seconds.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
-    # Nobody looks at a dashboard here, and what Ray does in between keeps training's threads waiting for each other.
+    # No dashboard runs here, and Ray's background work makes the threads of training wait for each other.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_event_stats": "0",
     "RAY_enable_metrics_collection": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from so many on it looks for new ones less often
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from this number of files on, the monitor polls less often
     "MALLOC_ARENA_MAX": "1",  # workers train in a thread, whose own arena would hold no large tensors
 }
 
 
 def is_local(address: str | None) -> bool:
-    """Whether `ray_session` starts a cluster of its own, on this machine."""
+    """Return whether `ray_session` starts a cluster on this machine."""
     return address is None and not os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
-    """A Ray cluster for the body: the one at `address`, else one on this machine that ends with the body.
+    """Connect to the Ray cluster at `address` for the body; without one, start a cluster that ends with the body.
 
-    Joins silently where this process is connected already.
+    A process that is already connected keeps its connection. Raises `UserError` where there is no cluster.
     """
     local = is_local(address)
     for key, value in {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}.items():
@@ -64,7 +64,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     alone = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     options: dict[str, Any] = alone if local else {"address": address}
-    for name in ("ray.data", "ray.train", "ray.tune"):  # what goes wrong in a trial is told by us
+    for name in ("ray.data", "ray.train", "ray.tune"):  # tune_ego prints the failures of trials itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)

@@ -28,7 +28,7 @@ from tune_ego.feed.sampling import centre_window, dense_starts
 from tune_ego.model import StreamOutput, TwoStream
 from tune_ego.results.checkpoint_files import find_checkpoint
 from tune_ego.results.experiment import collapsed_rate
-from tune_ego.runs.launch import check_run, with_found_weights
+from tune_ego.runs.launch import check_run, resolve_weights
 from tune_ego.training.checkpoint import Origin, write_checkpoint
 from tune_ego.training.trainer import Trainer
 
@@ -373,7 +373,7 @@ def test_batches_hold_all_dense_windows_in_order_and_clips_are_counted_once_they
 def test_a_model_that_is_not_finite_is_refused(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, part: str, look_every: int
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "_LOOK_EVERY", {"cpu": look_every})
+    monkeypatch.setattr(evaluate_module, "_CHECK_EVERY", {"cpu": look_every})
     trainer = checkpoint(tmp_path, shards)
     name = next(name for name in trainer.model.state_dict() if name.startswith("rgb.") and name.endswith(part))
     trainer.model.state_dict()[name].view(-1)[0] = torch.nan
@@ -437,7 +437,7 @@ def test_a_run_that_has_ended_is_tested_by_its_final_weights(tmp_path: Path, sha
     assert evaluate(str(final), shards) == result
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert evaluate(str(run / "iteration-000000"), shards) == before
-    config = with_found_weights(tiny_config(init_from__rgb=str(run), init_from__flow=str(final), data__crop=36))
+    config = resolve_weights(tiny_config(init_from__rgb=str(run), init_from__flow=str(final), data__crop=36))
     assert config.init_from.rgb == config.init_from.flow == str(final)
     check_run(config, shards)
     torch.save([1], final)
@@ -460,13 +460,13 @@ def test_from_a_stage_without_attention_to_one_with_it(tmp_path: Path, shards: s
     """Lu's "-o" and "-a": the next stage starts from the run's folder, with fresh attention."""
     first = checkpoint(tmp_path, shards, model__stam_depth=0)
     run = str(tmp_path / "run")
-    config = with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run))
+    config = resolve_weights(tiny_config(init_from__rgb=run, init_from__flow=run))
     assert config.init_from.flow == f"{run}/iteration-000000/checkpoint.pt"
     check_run(config, shards)
     first.iteration = 9
     write_checkpoint(run, first.checkpoint())
     assert find_checkpoint(run) == f"{run}/iteration-000009/checkpoint.pt"
-    assert with_found_weights(tiny_config(init_from__rgb=run, init_from__flow=run), before=config) == config
+    assert resolve_weights(tiny_config(init_from__rgb=run, init_from__flow=run), before=config) == config
     second = Trainer(config, first.origin, CPU)
     state = first.model.state_dict()
     for name, value in second.model.state_dict().items():

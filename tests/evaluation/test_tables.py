@@ -65,7 +65,7 @@ class Printed:
 
 
 ACCURACIES = "Test of split 2: 19 clips, iteration 3000, accuracy"
-ATTENTION = "Attention against gaze; centre is a Gaussian that knows no image"
+ATTENTION = "Attention against gaze; centre is a Gaussian at the crop's centre"
 SWEEP = "Fused accuracy by RGB's weight (chosen on test clips: not for reporting)"
 PUBLISHED = "Beside the published results on EGTEA Gaze+"
 

@@ -11,6 +11,7 @@ import torch
 from tune_ego.config import ModelConfig
 from tune_ego.model import Stream, TwoStream, build_stream
 from tune_ego.model.i3d import Unit3D
+from tune_ego.model.two_stream import _statistics_kept
 
 
 def after_the_trunk(stream: Stream, classifier: list[list[float]]) -> Stream:
@@ -112,3 +113,26 @@ def test_recomputing_is_set_for_every_stream_and_only_where_gradients_are() -> N
     with torch.no_grad():
         model(clips)
     assert calls == {"rgb": 1, "flow": 1}
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d])
+def test_recomputing_leaves_the_statistics_of_every_batch_norm(
+    kind: type[torch.nn.modules.batchnorm._BatchNorm],
+) -> None:
+    norm = kind(2)
+    x = torch.rand(4, 2, *[3] * {torch.nn.BatchNorm1d: 0, torch.nn.BatchNorm2d: 2}.get(kind, 3))
+    expected = norm(x)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with _statistics_kept(norm):
+        assert torch.equal(norm(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    norm(x)
+    assert norm.num_batches_tracked == 2
+
+
+def test_a_module_with_other_buffers_is_not_recomputed() -> None:
+    model = TwoStream(("flow",), 2, ModelConfig(width=0.05, stam_depth=0))
+    model["flow"].add_module("Mixed_5c", torch.nn.InstanceNorm3d(2, track_running_stats=True))
+    with pytest.raises(TypeError, match="InstanceNorm3d"):
+        model.recompute(True)
+    model.recompute(False)

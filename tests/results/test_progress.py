@@ -91,7 +91,7 @@ def test_a_search_that_nobody_drives_has_no_speed(tmp_path: Path) -> None:
     assert (now.iterations_per_second, now.clips_per_second, now.gpu_bytes, now.seconds_left) == (0, 0, None, None)
     assert [name for name, _ in facts(found)] == ["trials", "best so far", "on", "results"]
     assert search_state(found, alive=True) == "running"
-    assert search_state(found, alive=False) == f"interrupted; to go on: tune-ego resume {found.root}"
+    assert search_state(found, alive=False) == f"interrupted; resume with: tune-ego resume {found.root}"
     for trial in found.trials:
         trial.state = "finished"
     assert search_state(found, alive=False).startswith("interrupted")  # 6 of 7: one was never drawn
@@ -228,7 +228,7 @@ def test_status_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     config = tiny_config(train__iterations=10)
     (tmp_path / experiment.CONFIG_FILE).write_text(dump_config(config))
     assert call(monkeypatch, "status", str(tmp_path)) == 0
-    assert "interrupted; to go on: the same tune-ego train again" in capsys.readouterr().out
+    assert "interrupted; resume with the same tune-ego train command" in capsys.readouterr().out
     drive(tmp_path)
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     assert "starts" in capsys.readouterr().out
@@ -303,12 +303,12 @@ def test_status_of_a_search_names_damaged_records_and_how_to_go_on(
     write_six_trials(tmp_path)
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     shown = capsys.readouterr().out
-    assert "running" in shown and "to go on" not in shown and "rung" in shown and "iterations/s" in shown
+    assert "running" in shown and "resume with" not in shown and "rung" in shown and "iterations/s" in shown
     (tmp_path / "driver.json").unlink()
     (tmp_path / "runs" / "00000" / "metrics.jsonl").write_text('{"iteration": 1}\n\nnonsense\n')
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     shown = capsys.readouterr().out
-    assert f"interrupted; to go on: tune-ego resume {tmp_path}" in shown and "iterations/s" not in shown
+    assert f"interrupted; resume with: tune-ego resume {tmp_path}" in shown and "iterations/s" not in shown
     assert "00000: damaged, and left out: metrics.jsonl does not hold one JSON object a line" in shown
     assert "00004: out of memory" in shown  # of one that failed
     assert call(monkeypatch, "export", str(tmp_path), "--out", str(tmp_path / "best.yaml")) == 2

@@ -238,7 +238,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(
     trials = [Trial(str(n), "running", "", {}, 0, tiny_config(), [{"iteration": 1}]) for n in (1, 2)]
     with tracked({"mlflow": Broken()}, lambda: trials):
         pass
-    assert capsys.readouterr().out.count("mlflow: no server; training goes on") == 1
+    assert capsys.readouterr().out.count("mlflow: no server; training continues") == 1
 
 
 def test_every_value_of_a_configuration_has_its_dotted_key() -> None:

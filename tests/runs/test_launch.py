@@ -18,7 +18,7 @@ from tune_ego.results.checkpoint_files import CHECKPOINT_FILE, CHECKSUM_FILE, ch
 from tune_ego.results.experiment import Failure, read_failure, write_failure
 from tune_ego.runs import ray_private
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import check_run, fit, initial_weights, with_found_weights
+from tune_ego.runs.launch import check_run, fit, initial_weights, resolve_weights
 
 
 def start(monkeypatch: pytest.MonkeyPatch, run: Path, work: Any = lambda: None, **changes: Any) -> dict[str, Any]:
@@ -142,9 +142,9 @@ def test_starting_weights_are_absolute_files_and_a_folder_keeps_its_meaning(tmp_
         file.parent.mkdir(parents=True)
         file.write_bytes(b"x")
     config = tiny_config(init_from__rgb=str(run))
-    assert with_found_weights(config).init_from.rgb == str(final)
+    assert resolve_weights(config).init_from.rgb == str(final)
     before = tiny_config(init_from__rgb=str(saved))
-    assert with_found_weights(config, before) == before
+    assert resolve_weights(config, before) == before
     other = tiny_config(init_from__rgb=str(tmp_path / "runs" / "checkpoint.pt"))
-    assert with_found_weights(config, other).init_from.rgb == str(final)
-    assert with_found_weights(tiny_config()) == tiny_config()
+    assert resolve_weights(config, other).init_from.rgb == str(final)
+    assert resolve_weights(tiny_config()) == tiny_config()

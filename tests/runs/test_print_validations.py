@@ -19,7 +19,7 @@ def line(iteration: int, accuracy: float | None = None) -> dict[str, float]:
 def test_a_resumed_run_prints_its_new_validations_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(final, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(final, "_READ_EVERY", 0.01)
     before = [line(1), line(2, 0.25), line(4, 0.5)]
     write_metrics(str(tmp_path), before)
     with final._print_validations(tiny_config(), str(tmp_path)):

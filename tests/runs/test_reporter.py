@@ -28,7 +28,7 @@ METRICS = {"iteration": 2, experiment.METRIC: 0.5}
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray is not there to be told."""
-    monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: None))
+    monkeypatch.setattr(Reporter, "_report_to_ray", staticmethod(lambda metrics: None))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint_and_reports_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[int] = []
-    monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
+    monkeypatch.setattr(Reporter, "_report_to_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
     lines = [{"iteration": n, **({experiment.METRIC: 0.1} if n % 2 == 0 else {})} for n in range(1, 8)]
     for final, expected in ((False, [2, 4]), (True, [])):
         experiment.write_metrics(str(tmp_path), lines)
@@ -166,7 +166,7 @@ def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint_and_reports_
 
 def test_a_worker_of_another_rank_reports_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[int] = []
-    monkeypatch.setattr(Reporter, "_tell_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
+    monkeypatch.setattr(Reporter, "_report_to_ray", staticmethod(lambda metrics: reported.append(metrics["iteration"])))
     config = tiny_config()
     report = Reporter(Job(config, "", str(tmp_path), 0, "", False), 1, FeedPlan.from_config("", config, 1, 0))
     report({"iteration": 1}, None)

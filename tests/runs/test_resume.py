@@ -62,9 +62,9 @@ def test_the_best_and_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_what_the_final_weights_are_the_mean_of_stays_whatever_is_written_in_between(tmp_path: Path) -> None:
     config = tiny_config(train__iterations=8, train__average_checkpoints=3)
-    for final, needed in ((True, {4, 6, 8}), (False, set[int]())):
+    for final, averaged in ((True, {4, 6, 8}), (False, set[int]())):
         plan = FeedPlan.from_config("", config, 1, 0)
-        assert Reporter(Job(config, "", "", 0, "", final), 0, plan).needed == needed
+        assert Reporter(Job(config, "", "", 0, "", final), 0, plan).averaged == averaged
     for iteration in (2, 4, 6, 7, 8):  # 7: interrupted, or a spot notice
         save(tmp_path, iteration, 2, {4, 6, 8})
     assert checkpoint_iterations(str(tmp_path)) == [2, 4, 6, 7, 8]

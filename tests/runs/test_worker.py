@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import tiny_config
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.runs import signals, worker
-from tune_ego.runs.signals import watched
+from tune_ego.runs.signals import watch_signals
 from tune_ego.training.trainer import Signal
 
 
@@ -41,7 +41,7 @@ def wait_for(notice: Callable[[], Signal], expected: Signal) -> None:
 
 def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemption: Any) -> None:
     stop = tmp_path / "stop"
-    with watched(str(stop), 0) as notice:
+    with watch_signals(str(stop), 0) as notice:
         time.sleep(0.05)
         assert notice() == Signal.NONE
         stop.write_text("")
@@ -53,7 +53,7 @@ def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemptio
 
 def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: Any) -> None:
     """A second machine's notice is another one."""
-    with watched(str(tmp_path / "stop"), 0) as notice:
+    with watch_signals(str(tmp_path / "stop"), 0) as notice:
         sent = [notice()]
         for info in ("node 1 at 12:00", "node 1 at 12:00", "node 2 at 12:01"):
             preemption.preemption_info = info
@@ -64,7 +64,7 @@ def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: An
 def test_only_the_first_worker_looks(tmp_path: Path, preemption: Any) -> None:
     (tmp_path / "stop").write_text("")
     preemption.preemption_info = "node 1 at 12:00"
-    with watched(str(tmp_path / "stop"), 1) as notice:
+    with watch_signals(str(tmp_path / "stop"), 1) as notice:
         time.sleep(0.05)
         assert notice() == Signal.NONE
 
@@ -81,7 +81,7 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
         return len(looks) > 3
 
     monkeypatch.setattr("tune_ego.runs.signals.storage.exists", exists)
-    with watched(str(tmp_path / "stop"), 0) as notice:
+    with watch_signals(str(tmp_path / "stop"), 0) as notice:
         wait_for(notice, Signal.STOP)
 
 

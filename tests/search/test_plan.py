@@ -139,7 +139,7 @@ def test_a_probe_is_measured_without_its_warm_up_and_deleted(tmp_path: Path, mon
     assert not run.exists()
     run.mkdir()
     (run / "precious.txt").write_text("")
-    with pytest.raises(UserError, match="the probe writes there, and it is not empty"):
+    with pytest.raises(UserError, match="the folder of the probe is not empty"):
         _measure(config, "/data", str(run), 0.5)
     assert (run / "precious.txt").exists()
 

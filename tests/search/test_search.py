@@ -342,7 +342,7 @@ def test_what_a_resumed_search_is_asked_for_is_on_record(
     settings = json.loads((tmp_path / "search" / "experiment.json").read_text())
     settings["data_settings"]["flow"] = "tvl1"
     (tmp_path / "search" / "experiment.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="not the shards this search was started on: their settings differ"):
+    with pytest.raises(UserError, match="these shards have other settings than those the search started on"):
         resume_search(root, None)
 
 

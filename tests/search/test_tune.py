@@ -232,5 +232,5 @@ def test_a_search_is_not_resumed_on_other_shards(
     monkeypatch.setattr(tune, "open_shards", lambda data: SimpleNamespace(info={"settings": {"flow": "tvl1"}}))
     with pytest.raises(UserError) as caught:
         tune.resume_search(str(tmp_path), None)
-    assert str(caught.value) == "/shards: not the shards this search was started on: their settings differ"
+    assert str(caught.value) == "/shards: these shards have other settings than those the search started on"
     assert not driven

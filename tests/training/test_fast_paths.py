@@ -141,7 +141,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(
         lambda trainer: trainer.compiled.update(compile_streams(trainer.model, clips, None)), streams="rgb"
     )
     assert trainer.compiled == {"rgb": False}
-    assert "The rgb stream is not compiled, and trains as it is: " in capsys.readouterr().out
+    assert "The rgb stream trains uncompiled: " in capsys.readouterr().out
     assert torch.equal(found, losses_of(streams="rgb")[0])
     assert trainer.training_metrics(found[0])["compiled_rgb"] == 0
 
@@ -171,7 +171,7 @@ def test_late_verdicts_are_heard_before_anything_is_written() -> None:
     assert not reported
 
 
-def test_a_late_notice_is_heard_one_iteration_later() -> None:
+def test_a_signal_is_read_one_iteration_later_on_a_gpu() -> None:
     trainer = Trainer(tiny_config(streams="rgb"), ORIGIN, CPU)
     trainer.lag = 1
     trainer.step(iter([batch(1)]), Signal.STOP)

@@ -139,4 +139,4 @@ def test_trying_the_compiled_streams_changes_no_value(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert model["flow"]._compiled_call_impl is None and model["rgb"]._compiled_call_impl is not None
-    assert capsys.readouterr().out == "The flow stream is not compiled, and trains as it is: no compiler\n"
+    assert capsys.readouterr().out == "The flow stream trains uncompiled: no compiler\n"

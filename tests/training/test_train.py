@@ -32,7 +32,7 @@ def origin(shards: str) -> Origin:
 
 
 def run(
-    config: Config, shards: str, content: dict[str, Any] | None = None, notice: Signal = Signal.NONE
+    config: Config, shards: str, content: dict[str, Any] | None = None, signal: Signal = Signal.NONE
 ) -> tuple[Trainer, list[dict[str, Any]], list[Any]]:
     """(trainer at the end, metrics, checkpoints as they were when reported)."""
     trainer = Trainer(config, origin(shards), CPU)
@@ -48,7 +48,7 @@ def run(
             checkpoints.append(to_bytes(checkpoint))
 
     items = range(plan.first_item(trainer.iteration), plan.item_count)
-    train(trainer, plan, batches_to_device(read_items(plan, items), CPU), report, lambda: notice)
+    train(trainer, plan, batches_to_device(read_items(plan, items), CPU), report, lambda: signal)
     return trainer, lines, checkpoints
 
 
@@ -141,7 +141,7 @@ def test_a_loaded_checkpoint_is_all_that_a_trainer_goes_on_from(shards: str) -> 
     second = Trainer(config, origin(shards), CPU)
     second.load(content, "test")
     assert (second.iteration, second.best) == (40, {"iteration": 10, METRIC: 0.75})
-    assert [losses.tolist() for losses in second.losses()] == [[[3.0, 2.0, 1.0]]]
+    assert [losses.tolist() for losses in second.reduce_losses()] == [[[3.0, 2.0, 1.0]]]
     assert second.optimizers["rgb"].scaler.get_scale() == 128
     assert second.optimizers["rgb"].scaler.state_dict()["_growth_tracker"] == 5
     for number, value in enumerate(second.model.state_dict().values()):
@@ -271,7 +271,7 @@ def test_the_first_weights_are_not_needed_to_go_on(shards: str, tmp_path: Path) 
     config = tiny_config(init_from__rgb=str(tmp_path / "gone.pt"))
     with pytest.raises(UserError, match=r"gone\.pt"):
         Trainer(config, origin(shards), CPU)
-    assert Trainer(config, origin(shards), CPU, go_on=True).iteration == 0
+    assert Trainer(config, origin(shards), CPU, resume=True).iteration == 0
 
 
 def test_auto_precision_is_off_on_a_cpu() -> None:

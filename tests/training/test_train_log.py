@@ -44,21 +44,21 @@ class StubTrainer:
         self._losses: list[torch.Tensor] = []
         self.calls: list[str] = []
 
-    def step(self, batches: Iterator[ClipBatch], notice: int) -> None:
+    def step(self, batches: Iterator[ClipBatch], signal: int) -> None:
         next(batches)
         self._clock.now += STEP
         self.iteration += 1
-        self.signal = notice
+        self.signal = signal
         self._losses.append(torch.tensor([[self.iteration, 10.0 * self.iteration]]))
 
     def flush_status(self) -> None:
         self.calls.append("flush_status")
 
-    def losses(self) -> list[torch.Tensor]:
+    def reduce_losses(self) -> list[torch.Tensor]:
         self.calls.append("losses")
         return self._losses
 
-    def forget_losses(self) -> None:
+    def clear_losses(self) -> None:
         self._losses = []
 
     def training_metrics(self, losses: torch.Tensor) -> dict[str, float]:
@@ -173,8 +173,8 @@ def test_a_line_has_the_mean_losses_of_its_iterations(clock: Clock) -> None:
     losses: list[torch.Tensor] = []
     step = trainer.step
 
-    def noted(batches: Iterator[ClipBatch], notice: int = 0) -> torch.Tensor:
-        losses.append(step(batches, notice))
+    def noted(batches: Iterator[ClipBatch], signal: int = 0) -> torch.Tensor:
+        losses.append(step(batches, signal))
         clock.now += 2.0
         return losses[-1]
 
@@ -184,7 +184,7 @@ def test_a_line_has_the_mean_losses_of_its_iterations(clock: Clock) -> None:
     train(trainer, plan, iter([batch(1), batch(2)]), lambda *line: reports.append(line))
     ((line, checkpoint),) = reports
     (rgb, flow) = ((losses[0] + losses[1]) / 2).tolist()  # (total, action, gaze)
-    assert checkpoint is None and trainer.losses() == []
+    assert checkpoint is None and trainer.reduce_losses() == []
     assert line == {
         "iteration": 2,
         "train_loss": pytest.approx(rgb[0] + flow[0]),

@@ -91,7 +91,7 @@ def results(rank: int) -> dict[str, Any]:
         sent = Signal.STOP if rank == 0 and iteration == 1 else Signal.NONE
         own.append(trainer.step(iter([training_batch(iteration, rank)]), sent))
         signals.append(trainer.signal)
-    mean_losses = trainer.losses()
+    mean_losses = trainer.reduce_losses()
     metrics = trainer.validate(validation_batches(rank), Validation())  # type: ignore[arg-type]
     model = {name: value.clone() for name, value in trainer.checkpoint()["model"].items()}
     spoilt = training_batch(9, rank)

@@ -27,7 +27,7 @@ _BATCH = 8
 
 
 class Look(NamedTuple):
-    """A model's look at one window."""
+    """Results of a model for one window."""
 
     window: Window
     frames_THW3: np.ndarray
@@ -41,12 +41,12 @@ class Look(NamedTuple):
     """Each stream's map [T', H, W], its highest value 1; none without attention."""
 
     def gaze(self, frame: int) -> tuple[float, float] | None:
-        """The gaze point of the window's frame, where there is one inside the crop."""
+        """Return the gaze point of one of the window's frames; None without gaze inside the crop."""
         x, y = (float(value) for value in self.gaze_T2[frame])
         return (x, y) if self.gaze_valid_T[frame] and 0 <= x < 1 and 0 <= y < 1 else None
 
     def light(self, stream: str, frame: int) -> np.ndarray | None:
-        """The slice [H, W] of a stream's map that stands for the window's frame; None without attention."""
+        """Return the slice [H, W] of a stream's map at one of the window's frames; None without attention."""
         if stream not in self.attention:
             return None
         slices = self.attention[stream]
@@ -54,16 +54,16 @@ class Look(NamedTuple):
 
 
 def main_score(look: Look) -> str:
-    """The name of the scores that count: `fused`, or the only stream's."""
+    """Return the name of the main scores: `fused`, or the only stream."""
     return list(look.scores)[-1]
 
 
 def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> list[Look]:
-    """Run the model over windows of the clips; raises `UserError` for a damaged shard."""
+    """Run the model over windows of the clips. Raises `UserError` for a damaged shard."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = autocast_dtype(opened.config.train.precision, device) if device.type == "cuda" else None
     model = opened.model.to(device).eval()
-    # The frames are shown whatever streams there are.
+    # Frames are read for the pictures, also if the model has no RGB stream.
     reader = WindowReader(clips, ("rgb", "flow"), opened.shards.image_size, opened.config.data.crop)
     looks = []
     for first in range(0, len(windows), _BATCH):
@@ -88,12 +88,12 @@ def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> li
 
 
 def as_clip(shards: Shards, name: str) -> Clip:
-    """A clip by its name; raises `UserError`, with the nearest names, where it is not in the shards."""
+    """Return a clip by its name. Raises `UserError`, with the nearest names, if the shards have no such clip."""
     return shards.clip(find_record(shards, name))
 
 
 def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:
-    """Pictures of one frame of a window, RGB uint8 [side, side, 3]: `frame`, and each stream's attention over it."""
+    """Draw one frame of a window, RGB uint8 [side, side, 3]: `frame`, and each stream's attention over it."""
     image = cv2.resize(look.frames_THW3[frame], (side, side), interpolation=cv2.INTER_LINEAR)
     pictures = {"frame": image.copy()}
     for stream in look.attention:
@@ -109,7 +109,7 @@ _STRIP_CLIPS, _STRIP_SIDE = 6, 112
 
 
 def validation_strip(batch: ClipBatch, outputs: Mapping[str, StreamOutput]) -> np.ndarray | None:
-    """Some clips of a batch side by side, RGB uint8: the middle frame, and below it each stream's attention over it.
+    """Draw some clips of a batch side by side, RGB uint8: the middle frame, and below it each stream's attention.
 
     With the gaze point where there is one; None without attention. Where there is no RGB stream, the frame is grey.
     """

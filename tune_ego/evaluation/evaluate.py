@@ -48,8 +48,8 @@ _READ = 8
 """Windows that a thread reads at a time."""
 _BATCH = {"cpu": _READ, "cuda": 4 * _READ}
 """Windows in a forward pass."""
-_LOOK_EVERY = {"cpu": 1, "cuda": 32}
-"""Batches between two looks whether all was finite: a GPU has to be waited for."""
+_CHECK_EVERY = {"cpu": 1, "cuda": 32}
+"""Batches between two checks for values that are not finite. On a GPU each check waits for it."""
 _MOST_READERS = 16
 _SWEEP_STEPS = 20
 
@@ -65,7 +65,7 @@ class OpenedModel(NamedTuple):
 
 
 def open_model(checkpoint: str, data: str) -> OpenedModel:
-    """The model of a checkpoint, of a run that has ended with its final weights, and shards that belong to it.
+    """Load a checkpoint's model (a finished run's final weights) and open the shards to test it on.
 
     Raises `UserError` where they do not.
     """
@@ -79,7 +79,7 @@ def open_model(checkpoint: str, data: str) -> OpenedModel:
 def evaluate(
     checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
 ) -> dict[str, Any]:
-    """Test a checkpoint on the test clips of an official split; returns and writes what `evaluation.json` holds.
+    """Test a checkpoint on the test clips of an official split; return the content of `evaluation.json` and write it.
 
     `checkpoint` is a run (the final weights of one that has ended, else its last whole checkpoint), a checkpoint's
     folder, or the file of a checkpoint or of final weights. `split` is 1 to 3, else the one it was trained on.
@@ -116,7 +116,7 @@ def evaluate(
 def score_clips(
     model: TwoStream, config: Config, clips: list[Clip], shards: Shards
 ) -> tuple[ClipScores, dict[str, dict[str, Any] | None]]:
-    """(class scores, agreement of each stream's attention with gaze) over all dense windows of the clips.
+    """Return (class scores, agreement of each stream's attention with gaze) over all dense windows of the clips.
 
     Computes, and leaves the model, on the GPU where there is one.
     """
@@ -136,7 +136,7 @@ def score_clips(
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.model_input())
             spoilt.add(outputs, batch.clip_B)
-            if done % _LOOK_EVERY[device.type] == 0:
+            if done % _CHECK_EVERY[device.type] == 0:
                 spoilt.check()
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
             for name, output in outputs.items() if gaze else ():
@@ -149,7 +149,7 @@ def score_clips(
 
 
 class _Spoilt:
-    """The first clip of each kind of output that is not finite, on the device."""
+    """Record of the first clip with an output that is not finite, per kind of output, on the device."""
 
     def __init__(self, clips: list[Clip], device: torch.device) -> None:
         self._clips, self._none = clips, torch.tensor(len(clips), device=device)
@@ -194,7 +194,7 @@ def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -
 
 
 def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, float]]:
-    """The accuracies of the fused scores [N, K] for RGB's weight from 0 to 1."""
+    """Return the accuracies of the fused scores [N, K] for RGB weights from 0 to 1."""
     weights = [step / _SWEEP_STEPS for step in range(_SWEEP_STEPS + 1)]
     results = accuracies({str(weight): fuse(scores, weight) for weight in weights}, label_N)
     return [{"rgb_weight": weight, **results[str(weight)]} for weight in weights]
@@ -225,7 +225,7 @@ def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str
 def _batches(
     reader: WindowReader, device: torch.device, read: Callable[[int], None]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every dense window of every clip, in batches for the device, read ahead by threads.
+    """Yield every dense window of every clip, in batches on the device; threads read ahead.
 
     `read` is called with how many clips more have been.
     """

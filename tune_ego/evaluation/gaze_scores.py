@@ -46,16 +46,19 @@ def _fixated(cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
 
 
 def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """AUC_Judd of the MIT saliency benchmark (Bylinskii et al., TPAMI 2019), without its noise against ties: thresholds
-    at the map's values at the gaze cells, true positives the share of these at or above, false positives the share of
-    all other cells; the curve from (0, 0) to (1, 1) by trapezoids. Several gaze points in one cell count once. Of few
-    gaze points it flatters: noise scores 0.75 on one. NaN for a map without gaze."""
+    """Return AUC_Judd of the MIT saliency benchmark (Bylinskii et al., TPAMI 2019), without its noise against ties.
+
+    The thresholds are the map's values at the gaze cells. The true positive rate is the share of gaze cells at or above
+    a threshold, the false positive rate that of all other cells; the curve from (0, 0) to (1, 1) is integrated by
+    trapezoids. Several gaze points in one cell count once. With few gaze points the score is too high: noise scores
+    0.75 on one point. NaN for a map without gaze.
+    """
     gaze_SF = _fixated(cell_SF, valid_SF)
     value_SF = map_SP.gather(1, cell_SF)
     cells_SF = (map_SP[:, None, :] >= value_SF[:, :, None]).sum(dim=2).double()
     hits_SF = ((value_SF[:, None, :] >= value_SF[:, :, None]) & gaze_SF[:, None, :]).sum(dim=2).double()
     gaze_S1 = gaze_SF.sum(dim=1, keepdim=True)
-    # Both grow as the threshold falls, so that each may be sorted by itself; (1, 1) stands in for what is no gaze cell.
+    # Both rates grow as the threshold falls, so each can be sorted by itself. Cells without gaze become (1, 1).
     rates = [hits_SF / gaze_S1, (cells_SF - hits_SF) / (map_SP.shape[1] - gaze_S1)]
     true_SF, false_SF = (F.pad(torch.where(gaze_SF, rate, 1.0).sort(dim=1)[0], (1, 0)) for rate in rates)
     ends = torch.ones_like(true_SF[:, :1])
@@ -64,9 +67,12 @@ def auc_judd(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
 
 
 def auc(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """Area under the whole ROC curve of each map, which is how often (Mann-Whitney) its value at a gaze cell is above
-    that at another cell. Several gaze points in one cell count once; equal values count half: an even map, and noise,
-    score 0.5. NaN for a map without gaze."""
+    """Return the area under the whole ROC curve of each map.
+
+    This is the probability (Mann-Whitney) that the value at a gaze cell is above that at another cell. Equal values
+    count half, so a uniform map and noise score 0.5. Several gaze points in one cell count once. NaN for a map without
+    gaze.
+    """
     gaze_SF = _fixated(cell_SF, valid_SF)
     value_SF = map_SP.gather(1, cell_SF)
 
@@ -82,8 +88,11 @@ def auc(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
 
 
 def nss(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """Normalised scanpath saliency (Peters et al., Vision Research 2005): the mean of the map's values at the gaze
-    cells in its standard deviations from its mean; 0 for a map that is equal everywhere, NaN for one without gaze."""
+    """Return the normalised scanpath saliency (Peters et al., Vision Research 2005) of each map.
+
+    This is the mean of the map's values at the gaze cells, in standard deviations from the map's mean. 0 for a uniform
+    map, NaN for a map without gaze.
+    """
     deviation_S1 = map_SP.std(dim=1, keepdim=True, correction=0)
     even_S1 = deviation_S1 <= 1e-6 * map_SP.abs().amax(dim=1, keepdim=True)
     score_SP = (map_SP - map_SP.mean(dim=1, keepdim=True)) / torch.where(even_S1, 1.0, deviation_S1)
@@ -92,8 +101,11 @@ def nss(map_SP: Tensor, cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
 
 
 def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """(precision, recall) [S, F, thresholds] of the cells where the map, scaled to [0, 1], exceeds each threshold,
-    against the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]). Nothing counts: precision 0."""
+    """Return (precision, recall), [S, F, thresholds], of the cells where the scaled map exceeds a threshold.
+
+    Maps are scaled to [0, 1]. True cells are the disc of `GAZE_RADIUS` around each gaze point (x, y in [0, 1]).
+    Precision is 0 where no cell exceeds the threshold.
+    """
     low, high = map_SP.amin(dim=1, keepdim=True), map_SP.amax(dim=1, keepdim=True)
     scaled_SP = (map_SP - low) / (high - low).clamp(min=torch.finfo(map_SP.dtype).tiny)
     # How many thresholds a cell exceeds; the cells that exceed number k are those of counts over k.
@@ -150,7 +162,7 @@ class GazeScores:
         self._frames += valid_SF.sum()
 
     def add_centre(self, shape: torch.Size, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> None:
-        """Add a Gaussian in the middle of the crop instead: what knows no image at all reaches so much."""
+        """Add a Gaussian in the middle of the crop: the baseline of a prediction that does not depend on the image."""
         batch, slices, height, width = shape
         middle = torch.full((batch, slices, 2), 0.5, device=gaze_BT2.device)
         seen = torch.ones(batch, slices, dtype=torch.bool, device=middle.device)

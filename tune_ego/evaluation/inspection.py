@@ -88,7 +88,7 @@ def draw_clip(root: str, clip: str, out: str) -> None:
 
 
 def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
-    """The picture, RGB uint8: a column for each of up to 8 frames, evenly spaced, and the three rows below a title."""
+    """Draw the picture, RGB uint8: a title, and three rows with a column for each of up to 8 evenly spaced frames."""
     record = find_record(shards, clip)
     table = read_clip(shards, record)
     chosen = sorted({round(place) for place in np.linspace(0, record["frames"] - 1, _COLUMNS)})
@@ -105,7 +105,7 @@ def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
 
 
 def find_record(shards: Shards, clip: str) -> dict[str, Any]:
-    """A clip's row of `clips.parquet`; raises `UserError`, with the nearest names, where it is not there."""
+    """Return a clip's row of `clips.parquet`. Raises `UserError`, with the nearest names, if it has no such clip."""
     record = next((row for row in shards.table.to_pylist() if row["clip"] == clip), None)
     if record is None:
         problem = next((entry for entry in shards.info["problems"] if entry["clip"] == clip), None)
@@ -119,7 +119,7 @@ def find_record(shards: Shards, clip: str) -> dict[str, Any]:
 
 
 def _gaze_targets(table: Any, frames: int) -> list[np.ndarray | None]:
-    """The target of each half window (8 frames) as the loss makes it, [7, 7] in (0, 1]; None without gaze."""
+    """Return the gaze target of each half window (8 frames), [7, 7] in (0, 1]; None without gaze."""
     import torch
 
     from tune_ego.training.losses import gaze_target
@@ -155,7 +155,7 @@ def _column(row: dict[str, Any], target: np.ndarray | None, frame: int) -> np.nd
 
 
 def flow_colours(field_HW2: np.ndarray) -> np.ndarray:
-    """Flow as colour, RGB uint8 [H, W, 3]: the hue is its direction, white is no motion."""
+    """Draw flow as colour, RGB uint8 [H, W, 3]: the hue is its direction, white is no motion."""
     magnitude, angle = cv2.cartToPolar(field_HW2[..., 0], field_HW2[..., 1])
     hue = angle * (180 / (2 * np.pi)) % 180
     saturation = np.minimum(magnitude / _FLOW_FULL, 1) * 255
@@ -164,7 +164,7 @@ def flow_colours(field_HW2: np.ndarray) -> np.ndarray:
 
 
 def overlay(rgb: np.ndarray, light_HW: np.ndarray | None) -> np.ndarray:
-    """The frame, grey, with a map (values in [0, 1]) as light over it; only grey where there is none.
+    """Draw the frame in grey with a map (values in [0, 1]) as light over it; grey alone if there is no map.
 
     Cell j of the map's W stands for the place j / W of the frame, as the gaze loss has it.
     """

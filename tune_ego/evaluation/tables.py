@@ -46,7 +46,7 @@ PUBLISHED = (
 
 
 def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) -> None:
-    """Print what `evaluation.json` holds; with the fusion curve and the published numbers where asked for."""
+    """Print the content of `evaluation.json`; optionally the fusion curve and the published numbers."""
     names: list[str] = [name for name in ("rgb", "flow", "fused") if name in result]
     columns = {"micro": "micro_accuracy", "mean class": "mean_class_accuracy"}
     columns |= {"verb": "verb_accuracy", "noun": "noun_accuracy"}
@@ -70,11 +70,11 @@ def _show_attention(attention: dict[str, dict[str, Any] | None]) -> None:
     rows = [[name, *(f"{scores[key]:.3f}" for key in keys), f"{scores['frames']:,}"] for name, scores in scored.items()]
     if rows:
         columns = ["", "AUC (Judd)", "AUC", "NSS", "F1", "precision", "recall", "window frames"]
-        print_table("Attention against gaze; centre is a Gaussian that knows no image", columns, rows)
+        print_table("Attention against gaze; centre is a Gaussian at the crop's centre", columns, rows)
 
 
 def _show_weakest(result: dict[str, Any], name: str) -> None:
-    """The classes with the lowest recall and what they are mostly taken for."""
+    """Print the classes with the lowest recall, and the class that each is most often confused with."""
     classes, confusion = result["classes"], result[name]["confusion"]
     present = [index for index, recall in enumerate(result[name]["recall"]) if recall is not None]
     rows = []

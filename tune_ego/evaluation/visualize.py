@@ -35,9 +35,10 @@ _INK, _GREY, _TRUE = (20, 20, 20), (205, 205, 205), (0, 130, 95)
 
 
 def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[Look]:
-    """Write `out`.mp4 and `out`.png of a clip; returns what the model saw in each window, as `evaluate` takes them.
+    """Write `out`.mp4 and `out`.png of a clip; return the model's results for each of its dense windows.
 
-    Raises `UserError` where checkpoint and shards do not belong together, and for a clip that is not in the shards.
+    The windows are those of `evaluate`. Raises `UserError` where checkpoint and shards do not belong together, and for
+    a clip that is not in the shards.
     """
     opened = open_model(checkpoint, data)
     shards, split = opened.shards, opened.config.data.split
@@ -52,14 +53,14 @@ def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[Look]:
     done, picture = cv2.imencode(".png", cv2.cvtColor(_strip(looks, chosen, shards.actions, title), cv2.COLOR_RGB2BGR))
     assert done
     storage.write_bytes(storage.absolute(f"{out}.png"), picture.tobytes())
-    _tell(looks, chosen, shards.actions, title)
+    _print_scores(looks, chosen, shards.actions, title)
     if not looks[0].attention:
         say("No attention to draw: the model has none (model.stam_depth 0).")
     say(f"{out}.mp4 and {out}.png")
     return looks
 
 
-def _tell(looks: list[Look], clip: Clip, actions: list[str], title: str) -> None:
+def _print_scores(looks: list[Look], clip: Clip, actions: list[str], title: str) -> None:
     names = list(looks[0].scores)
     rows = []
     for look in looks:
@@ -71,7 +72,7 @@ def _tell(looks: list[Look], clip: Clip, actions: list[str], title: str) -> None
 
 
 def look_of(looks: list[Look], frame: int) -> tuple[Look, int]:
-    """(the window in whose middle a clip's frame lies most, the frame's place in it)."""
+    """Return (the window whose middle is nearest to a frame of the clip, the frame's index in the window)."""
     holding = [look for look in looks if look.window.start <= frame < look.window.start + WINDOW_FRAMES]
     look = min(holding, key=lambda look: abs(frame - look.window.start - (WINDOW_FRAMES - 1) / 2))
     return look, frame - look.window.start
@@ -91,7 +92,7 @@ def _video(looks: list[Look], clip: Clip, actions: list[str], title: str) -> byt
 
 
 def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title: str) -> np.ndarray:
-    """One frame of the video, RGB uint8, both sides even."""
+    """Draw one frame of the video, RGB uint8, both sides even."""
     look, place = look_of(looks, frame)
     pictures = panels(look, place, _SIDE)
     columns = {"frame": main_score(look), **{name: name for name in look.scores if name != "fused"}}
@@ -101,7 +102,7 @@ def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title:
     parts = []
     for name, scores in columns.items():
         head = f"{name} attention, yellow is high" if name in pictures else f"{name} has no attention"
-        head = "what it sees, gaze" if name == "frame" else head
+        head = "crop, gaze" if name == "frame" else head
         picture = pictures.get(name, np.full((_SIDE, _SIDE, 3), 240, np.uint8))
         bars = _bars(look.scores[scores], clip.label, actions, scores) if scores else _blank(_bars_height(), _SIDE)
         parts.append(np.concatenate([_text(head, _SIDE), picture, bars]))
@@ -113,7 +114,7 @@ def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title:
 
 
 def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.ndarray:
-    """Up to 8 frames, evenly spaced: frame, attention of each stream, and what is predicted; below, the scores."""
+    """Draw up to 8 frames, evenly spaced: frame, attention of each stream and predicted class; below, the scores."""
     chosen = sorted({round(place) for place in np.linspace(0, clip.frames - 1, _STRIP_FRAMES)})
     names = list(panels(*look_of(looks, 0), _STRIP_SIDE))
     left = [_text("", _STRIP_MARGIN)]
@@ -163,12 +164,12 @@ def _text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> np.ndar
 
 
 def _wrapped(text: str, width: int) -> np.ndarray:
-    """A text in as many lines as it takes."""
+    """Draw a text in as many lines as it needs."""
     return np.concatenate([_text(line, width) for line in _lines(text, width)])
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """A text cut between words, and within a word that fits into no line, into lines of so many pixels."""
+    """Split a text into lines of at most `width` pixels, between words or within a word that is too long."""
     words, lines = text.split(), [""]
     while words:
         longer = f"{lines[-1]} {words[0]}".lstrip()
@@ -195,7 +196,7 @@ def _bars_height() -> int:
 
 
 def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np.ndarray:
-    """The highest class scores of a window; the true class in green, in the last place where it is not among them."""
+    """Draw the highest class scores of a window. The true class is green, and in the last place if it is lower."""
     image = _blank(_bars_height(), _SIDE)
     _put(image, f"{name} scores", (2, _LINE - 5), _COLOURS[name])
     shown = [int(index) for index in np.argsort(-scores_K)[:_TOP]]
@@ -214,7 +215,7 @@ def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np
 
 
 def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndarray:
-    """The true class's score in each window, at its middle frame, over the clip; `now` is marked."""
+    """Plot the true class's score over the clip, each window at its middle frame; frame `now` is marked."""
     image = _blank(_PLOT, width)
     left, right, top, bottom = 46, width - 16, 48, _PLOT - 30
 

@@ -56,7 +56,7 @@ class FeedPlan:
     @property
     def own_passes(self) -> range:
         """Passes of an iteration that this worker computes."""
-        return range(self.rank, self.passes, self.workers)
+        return worker_passes(self.passes, self.rank, self.workers)
 
     def validates_after(self, iterations: int) -> bool:
         """Whether a validation follows after this number of iterations."""
@@ -117,6 +117,11 @@ class FeedPlan:
             batch = read([sources.validation_windows[0]] * self.micro_batch)
             return {**batch, "present": np.zeros(self.micro_batch, bool)}
         return read(windows)
+
+
+def worker_passes(passes: int, rank: int, workers: int) -> range:
+    """Return the passes of an iteration that worker `rank` of `workers` computes: rank, rank + workers, ..."""
+    return range(rank, passes, workers)
 
 
 class _Sources(NamedTuple):

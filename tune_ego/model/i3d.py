@@ -47,7 +47,7 @@ def scaled(channels: int, width: float) -> int:
 
 
 def same_padding(size: tuple[int, ...], kernel: Triple, stride: Triple) -> list[tuple[int, int]]:
-    """TensorFlow's SAME padding, (front, back) per dimension, for an input of `size` (T, H, W)."""
+    """Return TensorFlow's SAME padding, (front, back) per dimension, for an input of `size` (T, H, W)."""
     padding = []
     for n, k, s in zip(size, kernel, stride):
         total = max(k - (n % s or s), 0)
@@ -60,7 +60,7 @@ def _pad(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
 
 
 def _kernel_pads(x: Tensor, padding: list[tuple[int, int]], stride: Triple) -> bool:
-    """Whether the convolution's kernel may be told to pad, which saves a copy.
+    """Return whether the convolution can pad by itself, which saves a copy of the input.
 
     Not on a CPU in 16 bits or with strides: measured with torch 2.14.1 (AVX-512), weight gradients of a 7 x 7 x 7
     kernel with `padding=` are wrong in bfloat16 and may end the process ("double free"), and in float32 with stride 2
@@ -72,7 +72,7 @@ def _kernel_pads(x: Tensor, padding: list[tuple[int, int]], stride: Triple) -> b
 
 
 def widened(x: Tensor) -> Tensor:
-    """Images or a convolution's weight with channels of zeros up to `FEWEST_CHANNELS`: the result is the same."""
+    """Add channels of zeros to images or a weight, up to `FEWEST_CHANNELS`; the convolution's result is the same."""
     return F.pad(x, (0, 0, 0, 0, 0, 0, 0, FEWEST_CHANNELS - x.shape[1]))
 
 
@@ -81,7 +81,7 @@ def _in_16_bits(x: Tensor) -> bool:
 
 
 class Unit3D(nn.Module):
-    """Convolution with SAME padding, then BatchNorm and activation where asked for."""
+    """Convolution with SAME padding, then optional BatchNorm and activation."""
 
     def __init__(
         self,
@@ -152,8 +152,10 @@ class MaxPool3dSame(nn.Module):
 
 
 def max_pool3d_by_dimensions(x: Tensor) -> Tensor:
-    """`F.max_pool3d(x, 3, 1, 1)` without a gradient: the kernel on CPUs finds the place of each maximum too, with a
-    branch for each value, and takes up to 20 times as long where those are hard to foresee."""
+    """Compute `F.max_pool3d(x, 3, 1, 1)` without a gradient, on CPUs up to 20 times as fast.
+
+    torch's kernel also finds the index of each maximum, with one branch for each value that is hard to predict.
+    """
     for dimension in (2, 3, 4):
         size = x.shape[dimension] - 1
         pooled = x.clone()
@@ -165,7 +167,7 @@ def max_pool3d_by_dimensions(x: Tensor) -> Tensor:
 
 
 def max_pool3d_deterministic(x: Tensor, kernel: Triple, stride: Triple) -> Tensor:
-    """`F.max_pool3d`, whose gradient is the same at each call on CUDA too: its kernel there adds in any order.
+    """Compute `F.max_pool3d` with a deterministic gradient on CUDA, where torch's kernel adds in any order.
 
     One dimension after another; of equal values the first has the gradient, as in the kernel.
     """
@@ -207,7 +209,7 @@ class InceptionBlock(nn.Module):
 
 
 def trunk(inputs: int, width: float, activation: str, bn_momentum: float) -> tuple[OrderedDict[str, nn.Module], int]:
-    """(the modules from the input to `Mixed_5c` in order, channels of the output)."""
+    """Build the modules from the input to `Mixed_5c`, in order; return them and the number of output channels."""
     non_negative = activation == "relu"
     stem = scaled(64, width)
     layers: OrderedDict[str, nn.Module] = OrderedDict()

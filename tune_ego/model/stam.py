@@ -24,8 +24,8 @@ class AttentionBlock(nn.Module):
     """Self-attention over all positions and an MLP, both residual: a pre-norm transformer block on a feature map.
 
     The score of two positions has a learnt term per head for their offset along each of time, height and width, cut
-    off at 7 cells (relative positions: Shaw et al., NAACL 2018), so a map of any size will do. About as many
-    parameters as the inception block that it stands for.
+    off at 7 cells (relative positions: Shaw et al., NAACL 2018), so maps of any size are possible. The block has about
+    as many parameters as the inception block that it replaces.
     """
 
     def __init__(self, channels: int, activation: str) -> None:
@@ -63,47 +63,59 @@ class AttentionBlock(nn.Module):
 
 
 def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
-    """The modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` blocks and `attention_pred`.
+    """Build the modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` blocks and `attention_pred`.
 
     Inception blocks have the published name, `attention_inc`; blocks of self-attention are `attention_self`.
+    Raises `ValueError` for a kind of block that is not known here.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     trunk_relu = model.activation == "relu" or model.activation_scope == "stam"
     for number in range(1, model.stam_depth + 1):
         suffix = "" if number == 1 else f"_{number}"
-        if model.stam_block == "attention":
-            layers[f"attention_self{suffix}"] = AttentionBlock(channels, model.activation)
-            continue
-        non_negative = model.activation == "relu" or (number == 1 and trunk_relu)
-        block = inception(
-            channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum
-        )
-        layers[f"attention_inc{suffix}"], channels = block, block.outputs
+        match model.stam_block:
+            case "attention":
+                layers[f"attention_self{suffix}"] = AttentionBlock(channels, model.activation)
+            case "inception":
+                non_negative = model.activation == "relu" or (number == 1 and trunk_relu)
+                block = inception(
+                    channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum
+                )
+                layers[f"attention_inc{suffix}"], channels = block, block.outputs
+            case unknown:
+                raise ValueError(f"no attention block {unknown!r}")
     layers["attention_pred"] = Unit3D(channels, 1, bn_momentum=model.bn_momentum)
     return layers
 
 
-def scale_attention(map_BTHW: Tensor, how: str) -> Tensor:
-    """Scale each clip's map; float32 under mixed precision too.
+def scale_attention(map_BTHW: Tensor, scale: str) -> Tensor:
+    """Scale each clip's map, in float32 under mixed precision too.
 
-    `min_max`: (a - min) / (max - min), zeros where all are equal; `subtract_min`: a - min. Value and derivative are
-    finite in every floating type: where the derivative exceeds the type, its largest number stands. Not so of float16
-    under autocast, where the loss is scaled: there an overflow must reach the loss scaler.
-    A map with a NaN stays one.
+    `min_max` is (a - min) / (max - min), zeros where all are equal; `subtract_min` is a - min. A map with a NaN stays
+    NaN. Raises `ValueError` for another scale.
+
+    Value and derivative are finite in every floating type: a derivative beyond the type's range is cut to its largest
+    number. The exception is float16 under autocast, where the loss is scaled: the loss scaler must see an overflow.
     """
     wide = map_BTHW if map_BTHW.dtype == torch.float64 else map_BTHW.float()
     scaled_loss = map_BTHW.dtype == torch.float16 and torch.is_autocast_enabled(map_BTHW.device.type)
     if wide.requires_grad and wide.dtype != map_BTHW.dtype and not scaled_loss:
         wide.register_hook(lambda gradient: _cut(gradient, map_BTHW.dtype, gradient.isfinite()))
-    if how == "subtract_min":
-        return wide - wide.amin(dim=(1, 2, 3), keepdim=True)
-    scaled: Tensor = _MinMax.apply(wide)
-    return scaled
+    match scale:
+        case "subtract_min":
+            return wide - wide.amin(dim=(1, 2, 3), keepdim=True)
+        case "min_max":
+            scaled: Tensor = _MinMax.apply(wide)
+            return scaled
+        case _:
+            raise ValueError(f"no attention scale {scale!r}")
 
 
 class _MinMax(torch.autograd.Function):
-    """(a - min) / (max - min) over each map [T, H, W]. Its derivative divides once, at the end, so that it is finite
-    however small max - min is; each of several equal extremes has its share of their derivative."""
+    """(a - min) / (max - min) over each map [T, H, W].
+
+    The derivative divides once, at the end, so it is finite however small max - min is. Several equal extremes share
+    their derivative equally.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
@@ -130,6 +142,6 @@ def _shared(amount: Tensor, places: Tensor) -> Tensor:
 
 
 def _cut(values: Tensor, dtype: torch.dtype, where: Tensor) -> Tensor:
-    """Cut values to the range of `dtype` in these places; in the others infinities stay, for all to see."""
+    """Cut values to the range of `dtype` at the places `where`; elsewhere infinities stay, so that they are noticed."""
     largest = torch.finfo(dtype).max
     return torch.where(where, values.clamp(-largest, largest), values)

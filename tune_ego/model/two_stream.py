@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from tune_ego.config import ModelConfig
@@ -27,7 +28,7 @@ class StreamOutput(NamedTuple):
 
 
 class Stream(nn.Module):
-    """I3D + STAM over one modality; parameter names are those of the published weights."""
+    """I3D + STAM over one modality. Parameter names are those of the published weights."""
 
     def __init__(self, modality: str, num_classes: int, model: ModelConfig) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Stream(nn.Module):
             self.add_module(name, layer)
         attention = stam(channels, model) if model.stam_depth else {}
         self.attention_modules = tuple(attention)
-        """Names of STAM's modules, in order; the last makes the map."""
+        """Names of STAM's modules, in order; the last one computes the map."""
         for name, layer in attention.items():
             self.add_module(name, layer)
         self.attention_scale = model.attention_scale
@@ -58,7 +59,7 @@ class Stream(nn.Module):
                 getattr(self, name).load_state_dict(getattr(self, first).state_dict())
 
     def forward(self, clip_BCTHW: Tensor) -> StreamOutput:
-        """Floats in [-1, 1] -> class scores and the attention map (None at `stam_depth` 0)."""
+        """Compute class scores and the attention map (None at `stam_depth` 0) of clips, floats in [-1, 1]."""
         x = clip_BCTHW
         for name in self._trunk:
             x = self._layer(name, x)
@@ -90,8 +91,11 @@ class Stream(nn.Module):
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as ever, and its running statistics stay: they have seen this batch."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d) and norm.training]
+    """Leave running statistics unchanged while a layer recomputes its activations: they already include this batch.
+
+    Normalisation uses the batch's own statistics, as in the first pass.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -103,14 +107,14 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
-    """One stream with fresh weights; `modality` is "rgb" or "flow", anything else a `ValueError`."""
+    """Build one stream with fresh weights. Raises `ValueError` where `modality` is neither "rgb" nor "flow"."""
     if modality not in CHANNELS:
         raise ValueError(f"no stream {modality!r}; allowed: {', '.join(CHANNELS)}")
     return Stream(modality, num_classes, model)
 
 
 class TwoStream(nn.ModuleDict):
-    """The streams that are trained, side by side; they share no parameter."""
+    """The streams of a run, by modality. They share no parameter."""
 
     def __init__(
         self,
@@ -127,15 +131,21 @@ class TwoStream(nn.ModuleDict):
             self[modality] = build_stream(modality, num_classes, model)
 
     def recompute(self, recomputes: bool) -> None:
-        """Turn activation checkpointing on or off: layers recompute their activations in the backward pass."""
+        """Turn activation checkpointing on or off: layers recompute their activations in the backward pass.
+
+        Raises `TypeError` for a module other than BatchNorm with buffers, which the second pass would change again.
+        """
+        stateful = [part for part in self.modules() if part._buffers and not isinstance(part, _BatchNorm)]
+        if recomputes and stateful:
+            raise TypeError(f"activation checkpointing is not possible with {type(stateful[0]).__name__}")
         for stream in self.values():
             assert isinstance(stream, Stream)
             stream.recomputes = recomputes
 
     def forward(self, clips: Mapping[str, Tensor], seeds: Mapping[str, int] | None = None) -> dict[str, StreamOutput]:
-        """A clip [B, C, T, H, W] per modality, floats in [-1, 1] -> what each stream says.
+        """Run each stream on its clips, [B, C, T, H, W], floats in [-1, 1].
 
-        With `seeds` every stream's dropout draws from its own, whatever other streams there are.
+        With `seeds` each stream's dropout draws from its own seed, so it does not depend on the other streams.
         """
         outputs = {}
         for modality, stream in self.items():

@@ -30,11 +30,11 @@ class LoadedWeights(NamedTuple):
 
     loaded: list[str]
     left_out: list[str]
-    """In the file, not taken: a classifier of another number of classes, attention where the stream has none."""
+    """Modules of the file that were not loaded: a classifier of other classes, attention where the stream has none."""
     fresh: list[str]
-    """In the stream, not in the file: they keep their initial values, or become copies of block 1 (`copy_init`)."""
+    """Modules of the stream that the file lacks: they keep their initial values or copy block 1 (`copy_init`)."""
     flow_method: str | None = None
-    """The flow that a checkpoint of ours was trained on; other files do not say."""
+    """Flow method that a checkpoint of tune_ego was trained on; None for other files."""
 
     @property
     def modules_left_out(self) -> list[str]:
@@ -52,7 +52,7 @@ def _modules(names: Iterable[str]) -> list[str]:
 def load_tensors(uri: str | Path) -> Any:
     """Read a file of `torch.save` with tensors and plain containers only; a file that would run code is refused.
 
-    Raises `UserError` where it cannot be read, or is not what was written.
+    Raises `UserError` where it cannot be read or is damaged.
     """
     try:
         data = read_verified(str(uri))
@@ -67,9 +67,9 @@ def unpack(data: bytes, source: str) -> Any:
     if not fault:
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever the bytes happen to mean
+        except Exception as error:  # torch.load raises errors of many types for arbitrary bytes
             fault = _load_fault(data, str(error))
-    raise UserError(f"{source}: {fault}")  # without torch's words: they tell how to switch its protection off
+    raise UserError(f"{source}: {fault}")  # without torch's message, which explains how to load files that run code
 
 
 def _archive_fault(data: bytes) -> str:
@@ -79,7 +79,7 @@ def _archive_fault(data: bytes) -> str:
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return "not a torch file, but another zip archive"
             damaged = archive.testzip()
-    except Exception:  # zipfile raises whatever the bytes happen to mean
+    except Exception:  # zipfile raises errors of many types for arbitrary bytes
         return "a truncated or damaged archive"
     return f"a damaged archive: {_shown(damaged)} is not what was written" if damaged else ""
 
@@ -96,7 +96,7 @@ def _load_fault(data: bytes, error: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name from a file as it can be printed: it may be anything."""
+    """Return a name from a file in a form that can be printed: a file may hold any text."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -125,7 +125,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
-    """Names, without `module.`, and tensors of what a file holds."""
+    """Return parameter name, without `module.`, -> tensor of a file's content."""
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -172,7 +172,7 @@ def _load(stream: Stream, tensors: dict[str, Tensor], path: str) -> LoadedWeight
 
 
 def _may_be_absent(stream: Stream, there: set[str]) -> set[str]:
-    """Modules that may start fresh where the file holds those of `there`: classifier, attention, its further blocks."""
+    """Return modules that may start fresh if a file holds those of `there`: classifier, attention or its blocks."""
     absent = {"logits"} - there
     if not there & set(stream.attention_modules):
         return absent | set(stream.attention_modules)
@@ -209,7 +209,7 @@ def _check_fits(name: str, value: Tensor, ours: Tensor, modality: str, path: str
 
 
 def _has_other_classes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
-    """Whether the file's classifier is a whole one of as many inputs, for another number of classes."""
+    """Return whether the file has a whole classifier of as many inputs and another number of classes."""
     weight, bias = (tensors.get(name) for name in _CLASSIFIER)
     if weight is None or bias is None or bias.ndim != 1 or bias.shape == state[_CLASSIFIER[1]].shape:
         return False

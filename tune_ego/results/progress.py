@@ -139,7 +139,7 @@ def search_state(search: Experiment, alive: bool) -> str:
     ended = sum(trial.ended for trial in search.trials)
     if alive:
         return "running"
-    return "over" if ended >= search.spec["trials"] else f"interrupted; to go on: tune-ego resume {search.root}"
+    return "over" if ended >= search.spec["trials"] else f"interrupted; resume with: tune-ego resume {search.root}"
 
 
 def run_state(run: str) -> str:
@@ -150,7 +150,7 @@ def run_state(run: str) -> str:
         return "interrupted" if state == "running" and not driver.is_alive(root) else state
     if storage.exists(storage.join(run, MODEL_FILE)):
         return "finished"
-    return "running" if driver.is_alive(run) else "interrupted; to go on: the same tune-ego train again"
+    return "running" if driver.is_alive(run) else "interrupted; resume with the same tune-ego train command"
 
 
 def facts(search: Experiment) -> list[tuple[str, str]]:

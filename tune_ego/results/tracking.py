@@ -120,7 +120,7 @@ class _Follower:
                 complaint = f"{self._name}: {' '.join(str(error).split())[:200]}"
                 if complaint != self._complaint:
                     self._complaint = complaint
-                    say(f"  {complaint}; training goes on")
+                    say(f"  {complaint}; training continues")
 
     def _hand_on(self, trial: Trial, last: bool) -> None:
         if trial.id not in self._runs:

@@ -18,28 +18,28 @@ from tune_ego.results.experiment import METRIC
 from tune_ego.results.progress import run_shown
 from tune_ego.results.tracking import check_trackers, run_tracked
 
-_LOOK_EVERY = 1.0  # seconds
-_TO_GO_ON = "the same command"
+_READ_EVERY = 1.0
+"""Seconds between two reads of the run's files."""
+_RESUME_COMMAND = "the same command"
 
 
 def train_final(
     config: Config, data: str, run: str, address: str | None, *, test: bool = False, track: Sequence[str] = ()
 ) -> str:
-    """Train `config` in the folder or URI `run`, going on where an earlier start of the same run stopped.
+    """Train `config` in the folder or URI `run`; an interrupted run resumes from its last checkpoint.
 
-    With `test` its final weights are tested at the end, on one worker's CPUs and GPUs; `track` names trackers, of
-    `tracking.make_trackers`, that it is written to. Returns the URI of the weights.
+    With `test` the final weights are tested at the end, on one worker's CPUs and GPUs. `track` names the trackers
+    (`tracking.make_trackers`) that record the run. Returns the URI of the weights.
     Raises `UserError` where the folder holds another run.
     """
     from tune_ego.results.checkpoint_files import last_whole_iteration
     from tune_ego.runs.job import Job
-    from tune_ego.runs.launch import check_run, fit, with_found_weights
+    from tune_ego.runs.launch import fit, resolve_run
     from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
 
     check_trackers(track)
     run, data = storage.absolute(run), storage.absolute(data)
-    config = with_found_weights(config, _started(run))
-    check_run(config, data)
+    config = resolve_run(config, data, before=_started(run))
     _check_same_run(config, data, run)
     model = storage.join(run, checkpoint_files.MODEL_FILE)
     test = test and not storage.exists(storage.join(run, experiment.EVALUATION_FILE))
@@ -55,7 +55,7 @@ def train_final(
         gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
         runs_at_a_time(config, gpus, address, beside=0)
         if not trained:
-            with driving(run, _TO_GO_ON):
+            with driving(run, _RESUME_COMMAND):
                 storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
                 with run_tracked(track, config, run), run_shown(config, run), _print_validations(config, run):
                     fit(Job(config, data, run, gpus, stop_uri(run), final=True))
@@ -66,7 +66,7 @@ def train_final(
 
 
 def _test(config: Config, data: str, run: str, gpus: float) -> None:
-    """Test a run's final weights where its workers were: this machine may have no GPU."""
+    """Test a run's final weights in a Ray task with a worker's resources: this machine may have no GPU."""
     import ray
     from ray.exceptions import RayError
 
@@ -86,14 +86,14 @@ def _test(config: Config, data: str, run: str, gpus: float) -> None:
         task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(work)
         result = ray.get(task.remote())
     except KeyboardInterrupt:
-        end_interrupted(_TO_GO_ON)
+        end_interrupted(_RESUME_COMMAND)
     except RayError as error:
         raise user_error_in(error) or error from error
     show(result)
 
 
 def _started(run: str) -> Config | None:
-    """The configuration of a run that was started before."""
+    """Return the configuration of a run that was started before; None for a new run."""
     uri = storage.join(run, experiment.CONFIG_FILE)
     return load_config(uri) if storage.exists(uri) else None
 
@@ -112,9 +112,9 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 @contextmanager
 def _print_validations(config: Config, run: str) -> Iterator[None]:
-    """Print a run's validations while the body runs: they are read from its files, wherever its workers are.
+    """Print a run's validations while the body runs, read from the run's files.
 
-    On a terminal only its warnings.
+    On a terminal, where the progress display shows them, print warnings only.
     """
     ended = threading.Event()
     shown = sum(METRIC in line for line in experiment.read_metrics(run))
@@ -123,14 +123,14 @@ def _print_validations(config: Config, run: str) -> Iterator[None]:
     def follow() -> None:
         nonlocal shown, warned
         while True:
-            last = ended.wait(_LOOK_EVERY)
+            last = ended.wait(_READ_EVERY)
             try:
                 lines = experiment.read_metrics(run)
-            except (OSError, UserError):  # an object store did not answer: the next look may do
+            except (OSError, UserError):  # the object store did not answer: the next read may succeed
                 lines = []
             for line in [line for line in lines if METRIC in line][shown:]:
                 shown += 1
-                if console.is_terminal:  # there it is in what is drawn anew
+                if console.is_terminal:
                     continue
                 rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(experiment.learning_rates(line).values()))
                 say(

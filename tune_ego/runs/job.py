@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tune_ego.config import Config
+from tune_ego.feed.feed_plan import FeedPlan
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, as it travels to its workers."""
+    """Description of one run."""
 
     config: Config
     data: str
-    """The shards."""
+    """Folder or URI of the shards."""
     run: str
-    """The run's folder or URI."""
+    """Folder or URI of the run."""
     gpus: float
-    """GPUs of a worker."""
+    """GPUs of each worker."""
     stop: str
-    """The file that asks the run to write a checkpoint and end."""
+    """URI of the stop file. While it exists, workers write a checkpoint and end."""
     final: bool
-    """Write `final/model.pt` at the end."""
+    """Whether this is a final run, which writes `final/model.pt` at its end, and no trial."""
+
+    def averaged_iterations(self, plan: FeedPlan) -> list[int]:
+        """Return the iterations whose checkpoints are averaged into the final weights; empty where none are."""
+        last = plan.validation_iterations[-self.config.train.average_checkpoints :] if self.final else []
+        return last if len(last) > 1 else []

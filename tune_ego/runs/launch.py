@@ -1,4 +1,4 @@
-"""Runs on Ray Train: what is checked before, and starting them. No torch here, nor in what only watches them."""
+"""Checking, resolving and starting runs on Ray Train. No torch here: the driver starts without it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tune_ego.runs.placement import worker_resources
 
 
 def fit(job: Job, callbacks: list[Any] | None = None) -> None:
-    """Run a job to its end on a Ray cluster, from its last checkpoint where it has one.
+    """Run a job on a Ray cluster to its end, from its last checkpoint if it has one.
 
-    Raises `UserError` with the reason where it failed for good, `Interrupted` where it was asked to stop.
+    Raises `UserError` with the reason where the run failed, `Interrupted` where the stop file ended it.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
     failure = experiment.read_failure(job.run)
     if failure is not None and failure.final:
         raise UserError(failure.reason)
-    storage.remove(storage.join(job.run, experiment.FAILURE_FILE))  # the user may have put it right
+    storage.remove(storage.join(job.run, experiment.FAILURE_FILE))  # the user may have mended the cause
     storage.write_text(storage.join(job.run, experiment.CONFIG_FILE), dump_config(job.config))
     compute = job.config.compute
     workers = compute.workers if isinstance(compute.workers, int) else tuple(compute.workers)
@@ -65,13 +65,23 @@ def _work(settings: dict[str, Any]) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The last line of the innermost message: Ray wraps a worker's traceback in its own."""
+    """Return the last line of the message, the innermost error: Ray wraps a worker's traceback in its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
+def resolve_run(config: Config, data: str, before: Config | None = None) -> Config:
+    """Resolve the starting weights of a run and check it against the shards, before a cluster is started.
+
+    `before` is the configuration of the same run at an earlier start. Raises `UserError`.
+    """
+    config = resolve_weights(config, before)
+    check_run(config, data)
+    return config
+
+
 def check_run(config: Config, data: str) -> None:
-    """Raise `UserError` for what can be seen before a cluster is started; tells what `init_from` gives."""
+    """Raise `UserError` where shards or starting weights do not fit a run; print which tensors `init_from` loads."""
     from tune_ego.model import build_stream, load_weights
 
     shards = open_shards(data)
@@ -88,10 +98,11 @@ def check_run(config: Config, data: str) -> None:
         say(f"{modality} starts from {source}: {len(weights.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
 
 
-def with_found_weights(config: Config, before: Config | None = None) -> Config:
-    """`init_from` as the absolute paths of files: workers have another working directory, and a run goes on.
+def resolve_weights(config: Config, before: Config | None = None) -> Config:
+    """Return the configuration with the absolute path of a file for each entry of `init_from`.
 
-    `before` is the same run's configuration at an earlier start: a folder still means the file that it meant then.
+    Workers have another working directory. `before` is the configuration of the same run at an earlier start, whose
+    choice of a file in a folder is kept.
     """
     earlier = initial_weights(before) if before else {}
     paths = {}
@@ -102,6 +113,6 @@ def with_found_weights(config: Config, before: Config | None = None) -> Config:
 
 
 def initial_weights(config: Config) -> dict[str, str]:
-    """Stream -> the weights that it starts from."""
+    """Return the source of each stream's starting weights; no entry for streams that start with fresh weights."""
     files = {modality: getattr(config.init_from, modality) for modality in config.stream_names}
     return {modality: path for modality, path in files.items() if path is not None}

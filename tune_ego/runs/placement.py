@@ -13,28 +13,28 @@ from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml
 
 READER_CPUS = 0.25
-"""CPUs that a worker reserves for each of its reader tasks. Without them, workers that took every CPU would wait for
-their readers for ever."""
+"""CPUs that a worker reserves for each of its reader tasks. Without the reservation, workers on every CPU would
+wait for their readers for ever."""
 TRIAL_CPUS = 0.1
-"""CPUs that Ray reserves for a trial's own actor, which only starts and watches its workers."""
+"""CPUs that Ray reserves for a trial's own actor, which starts and supervises its workers."""
 _HEAD = "node:__internal_head__"
 """A resource that Ray gives to the head of a cluster alone."""
 _BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """File that `ray up` leaves on the head: the cluster's description, with the resources of each type of node."""
 
 Node = dict[str, float]
-"""Its resources."""
+"""Resource name -> amount, of one node."""
 
 
 def live_nodes() -> list[Node]:
-    """The nodes of the cluster."""
+    """Return the resources of each live node of the cluster."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def nodes_to_come(address: str | None) -> list[Node]:
-    """The nodes that a cluster made by `ray up` may start, where this process is on its head; else none."""
+    """Return the nodes that a cluster of `ray up` may start, if this process is on its head; else none."""
     file = Path(_BOOTSTRAP).expanduser()
     if is_local(address) or not file.exists():
         return []
@@ -79,8 +79,9 @@ def runs_at_a_time(
 ) -> int:
     """Return how many of `trials` runs of this configuration, with its fewest workers, run at a time.
 
-    As many as the nodes hold now; where the cluster can start nodes, `concurrent` may be more, and a run may wait for
-    its node. `beside` are CPUs that each node keeps for other processes. Raises `UserError` where not one run fits.
+    By default the number that fits on the current nodes. `concurrent` may be more on a cluster that can start nodes;
+    a run then waits for its node. `beside` is the number of CPUs of each node that other processes use. Raises
+    `UserError` where not even one run fits.
     """
     nodes, coming = live_nodes(), nodes_to_come(address)
     fits = fitting_runs(config, gpus, nodes, beside)

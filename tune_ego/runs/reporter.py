@@ -22,16 +22,16 @@ _METRICS_EVERY = 2.0
 
 
 class Reporter:
-    """Writes the run's files on rank 0 and tells Ray Train about validations on every rank.
+    """Writer of a run's files on rank 0, which also reports validations to Ray Train on every rank.
 
-    The files are ours and not Ray's: whole or not there, whenever a process dies, and read without Ray.
+    Metrics and checkpoints are files of tune_ego, not of Ray. Each is whole or absent whenever a process dies, and can
+    be read without Ray.
     """
 
     def __init__(self, job: Job, rank: int, plan: FeedPlan) -> None:
         self.job, self.rank = job, rank
-        last = plan.validation_iterations[-job.config.train.average_checkpoints :] if job.final else ()
-        self.needed = {*last} if len(last) > 1 else set()
-        """Checkpoints that the final weights will be the mean of."""
+        self.averaged = set(job.averaged_iterations(plan))
+        """Iterations whose checkpoints are kept to be averaged into the final weights."""
         self.trainer: Trainer | None = None
         """Trainer whose attention maps are drawn after validations."""
         self.lines: list[dict[str, Any]] = []
@@ -40,19 +40,19 @@ class Reporter:
         self.writing: Future[None] | None = None
 
     def begin(self, iteration: int) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from, and report its validations again.
+        """Drop metrics after `iteration`, from which the run resumes, and report the validations up to it again.
 
-        A search's scheduler may not have heard of some of them; what it has heard changes nothing.
+        The scheduler of a search may have missed some of them. Those that it has on record change nothing.
         """
         self.lines = [line for line in experiment.read_metrics(self.job.run) if line["iteration"] <= iteration]
         for line in [] if self.job.final else self.lines:
             if experiment.METRIC in line:
-                self._tell_ray(line)
+                self._report_to_ray(line)
 
     def __call__(self, metrics: dict[str, Any] | None, checkpoint: dict[str, Any] | None) -> None:
         if self.rank == 0:
             if self.writing is not None and self.writing.done():
-                self.wait()  # what failed is heard of now
+                self.wait()  # raises what the writing raised
             self.lines += [metrics] if metrics else []
             if checkpoint is not None or time.monotonic() - self.written > _METRICS_EVERY:
                 experiment.write_metrics(self.job.run, self.lines)
@@ -62,28 +62,29 @@ class Reporter:
             if metrics and checkpoint is not None:
                 self._draw(metrics["iteration"])
         if metrics and checkpoint is not None:
-            self._tell_ray(metrics)
+            self._report_to_ray(metrics)
 
     def _write(self, checkpoint: dict[str, Any], waits: bool) -> None:
-        """A checkpoint, after its metrics: those without one are forgotten.
+        """Write a checkpoint, after the metrics up to it: a resumed run drops metrics beyond its checkpoint.
 
-        A final run goes on meanwhile. A trial may be ended as soon as it is heard of, and what was asked for between
-        validations is for a machine that ends soon.
+        A final run continues while the checkpoint of a validation is written. Two kinds of checkpoints are waited for:
+        those of a trial, which the scheduler may end right after its report, and those that a signal asked for, as the
+        machine may be about to end.
         """
         self.wait()
         if waits:
-            write_checkpoint(self.job.run, checkpoint, self.needed)
+            write_checkpoint(self.job.run, checkpoint, self.averaged)
         else:
-            self.writing = self.pool.submit(write_checkpoint, self.job.run, snapshot(checkpoint), self.needed)
+            self.writing = self.pool.submit(write_checkpoint, self.job.run, snapshot(checkpoint), self.averaged)
 
     def wait(self) -> None:
-        """Until the last checkpoint is written. Raises what its writing raised, once."""
+        """Wait until the last checkpoint is written. Raises an error of its writing, once."""
         if self.writing is not None:
             written, self.writing = self.writing, None
             written.result()
 
     def end(self) -> None:
-        """`wait`, after an error, which a second one is not to hide."""
+        """Wait like `wait`, but print an error instead: the run's own error must not be hidden."""
         try:
             self.wait()
         except Exception as error:
@@ -96,7 +97,7 @@ class Reporter:
             storage.write_bytes(storage.join(self.job.run, experiment.picture_file(iteration)), png)
 
     @staticmethod
-    def _tell_ray(metrics: dict[str, Any]) -> None:
+    def _report_to_ray(metrics: dict[str, Any]) -> None:
         import ray.train
 
         ray.train.report(metrics)  # returns when all workers have called it

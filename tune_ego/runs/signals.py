@@ -16,11 +16,10 @@ _STOP_EVERY = 1.0
 
 
 @contextmanager
-def watched(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
-    """Yield a function that returns the signal for a worker: from the stop file and Ray's preemption notices.
+def watch_signals(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
+    """Yield a function that returns the current signal, from the stop file and Ray's preemption notices.
 
-    Rank 0 checks for the file in a thread of its own, and reads the notices. `Trainer.step` passes its signal to all
-    ranks.
+    Rank 0 alone reads them, the stop file in a thread of its own. `Trainer.step` passes the signal to all ranks.
     """
     ended, stop_requested = threading.Event(), threading.Event()
 
@@ -34,7 +33,7 @@ def watched(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
 
     last_notice = None
 
-    def notice() -> Signal:
+    def read_signal() -> Signal:
         nonlocal last_notice
         if rank != 0:
             return Signal.NONE
@@ -50,6 +49,6 @@ def watched(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
     if rank == 0:
         thread.start()
     try:
-        yield notice
+        yield read_signal
     finally:
         ended.set()

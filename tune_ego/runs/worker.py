@@ -17,7 +17,7 @@ from tune_ego.runs.job import Job
 from tune_ego.runs.placement import decodes_on_gpu
 from tune_ego.runs.ray_private import throttling_callback
 from tune_ego.runs.reporter import Reporter
-from tune_ego.runs.signals import watched
+from tune_ego.runs.signals import watch_signals
 from tune_ego.training.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes
 from tune_ego.training.hardware import set_up_torch
 from tune_ego.training.loop import train
@@ -25,16 +25,16 @@ from tune_ego.training.trainer import NonFiniteLoss, Trainer
 
 
 def work(job: Job) -> None:
-    """Train one run in this process, from its last checkpoint on."""
+    """Train one run in this process, from its last whole checkpoint or from scratch."""
     import ray.train
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    # Ray Data's executor is a thread of this process; the default of 5 ms makes training wait for it.
+    # Ray Data's executor is a thread of this process: with Python's default interval of 5 ms training waits for it.
     sys.setswitchinterval(1e-3)
     set_up_torch(job.config, job.gpus)
     if experiment.read_failure(job.run) is not None:
-        return  # another worker's, before Ray started them all again
+        return  # another worker has failed for a reason that a restart does not help
     shards = open_shards(job.data)
     plan = FeedPlan.from_config(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
     reporter = Reporter(job, rank, plan)
@@ -46,30 +46,30 @@ def work(job: Job) -> None:
             batches = prefetch_first(
                 ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan), throttling_callback)
             )
-        trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, go_on=saved is not None)
+        trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None)
         if saved is not None:
             trainer.load(*saved)
         reporter.begin(done)
         if done < plan.iterations:
-            with watched(job.stop, rank) as notice:
+            with watch_signals(job.stop, rank) as read_signal:
                 reporter.trainer = trainer
-                train(trainer, plan, batches_to_device(batches, trainer.device), reporter, notice)
+                train(trainer, plan, batches_to_device(batches, trainer.device), reporter, read_signal)
                 reporter.wait()
     except Exception as error:
         reporter.end()
         mistake = user_error_in(error)
         if isinstance(mistake, StorageError) or (mistake is None and not isinstance(error, NonFiniteLoss)):
-            raise  # Ray tries again
-        # This would fail again. The driver finds the reason in the run's folder.
+            raise  # Ray restarts the workers
+        # A restart would fail in the same way. The driver reads the reason from the run's folder.
         reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
         if reason:
             experiment.write_failure(job.run, experiment.Failure(reason, final))
         if mistake is not None and workers > 1:
-            raise  # the others may wait for this one
+            raise  # the other workers may be waiting for this one in a collective operation
         return
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
-        last = plan.validation_iterations[-job.config.train.average_checkpoints :]
-        weights = mean_weights(job.run, last) if len(last) > 1 else trainer.model.state_dict()
+        averaged = job.averaged_iterations(plan)
+        weights = mean_weights(job.run, averaged) if averaged else trainer.model.state_dict()
         storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
 
 

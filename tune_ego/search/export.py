@@ -1,4 +1,4 @@
-"""`export`: the best configuration of an experiment, complete, with where it came from."""
+"""`export`: write the complete best configuration of a search, with its provenance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINAL_ITERATIONS = 3000
 def export_best(root: str, out: str) -> Configuration:
     """Write the best configuration, resolved, and its provenance to the YAML file `out`.
 
-    Of repeats over seeds the mean counts. The budget becomes the final run's; raises `UserError` where no trial has
+    Repeats over seeds count by their mean. The budget becomes the final run's. Raises `UserError` where no trial has
     been validated yet.
     """
     search = read_experiment(root)
@@ -33,7 +33,7 @@ def export_best(root: str, out: str) -> Configuration:
 
 
 def _final(config: Config) -> Config:
-    """The configuration with the final run's budget; a shorter horizon of its schedule becomes that too."""
+    """Return the configuration with the final run's budget, to which a shorter schedule horizon is raised."""
     changes: dict[str, Any] = {"train.iterations": FINAL_ITERATIONS}
     if config.horizon < FINAL_ITERATIONS and isinstance(config.schedule, CosineConfig):
         changes["schedule.horizon"] = None

@@ -43,9 +43,9 @@ def show_plan(
     probe: bool = False,
     price: float | None = None,
 ) -> dict[str, Any]:
-    """Print and return the plan of a search. With `probe` a short run is written and deleted again.
+    """Print and return the plan of a search. With `probe` a short run is trained, measured and deleted.
 
-    `price` is that of a GPU for an hour, or of a worker where there are no GPUs. Raises `UserError` where `tune` would
+    `price` is the price of a GPU for an hour, without GPUs that of a worker. Raises `UserError` where `tune` would
     refuse the search.
     """
     space, _ = resolved_space(space_name, changes, seed)
@@ -84,7 +84,7 @@ def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
     if experiment.CONFIG_FILE in names:  # left by a probe that was killed
         storage.remove_folder(run)
     elif names:
-        raise UserError(f"{run}: the probe writes there, and it is not empty")
+        raise UserError(f"{run}: the folder of the probe is not empty")
     iterations = _WARM_UP + _MEASURED
     changes = {"train.iterations": iterations, "train.log_every": 1, "train.validate_every": iterations}
     short = override_config(config, {**changes, "schedule.warmup": 0}, "--probe")

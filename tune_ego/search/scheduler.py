@@ -58,7 +58,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
         action = TrialScheduler.CONTINUE if recorded is None and iteration >= self._budget else recorded
         if action is not None and isinstance(self._scheduler, MedianStoppingRule):
             # `on_trial_complete` only records the report. `on_trial_result` may decide to stop the trial, and raises an
-            # AssertionError at its next report: a trial that had finished goes on when the budget is raised.
+            # AssertionError at its next report: a finished trial reports again when the budget is raised.
             self._scheduler.on_trial_complete(None, self._trials[trial], result)
         else:
             decision = str(self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result))

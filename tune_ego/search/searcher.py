@@ -1,7 +1,7 @@
 """Choice of the next configuration: a Ray Tune searcher over the draws of a search space.
 
-What a search has drawn is in its `trials.json`; what is drawn next follows from that, the seed and a number. So a
-resumed search draws what an uninterrupted one would have drawn, given the same results.
+`trials.json` holds all draws of a search. The next draw depends on these, the seed and its number alone, so a resumed
+search draws the same configurations as an uninterrupted one with the same results.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class TrialSource(Searcher):  # type: ignore[misc]
-    """Gives Tune the trials of an experiment that have not ended, and draws new ones until all are there.
+    """Searcher that passes to Tune the trials of a search that have not ended, and then draws new ones.
 
-    What Tune gets as a trial's configuration: `{"trial": id, "repeat": 0, "sampled": {name: value}}`.
+    Tune's configuration of a trial is `{"trial": id, "repeat": 0, "sampled": {name: value}}`.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class TrialSource(Searcher):  # type: ignore[misc]
         new = [n for n in range(space.configurations) if any(name not in records for name in self._names(n))]
         self.left = len(unfinished) + sum(name not in records for n in new for name in self._names(n))
         """Trials that have not ended, drawn or not."""
-        if space.searcher == "random":  # all of them now: whoever looks sees what will come
+        if space.searcher == "random":  # draw all now, so that `status` lists the pending trials
             for number in new:
                 unfinished += self._add(number)
             new = []
         self._waiting = itertools.chain(unfinished, itertools.chain.from_iterable(map(self._add, new)))
         self._running: set[str] = set()
-        """Tune's names."""
+        """Tune's names of the running trials."""
 
     def _names(self, number: int) -> list[str]:
         repeats = self._space.repeats
         return [experiment.trial_name(number, repeat, repeats) for repeat in range(repeats)]
 
     def _add(self, number: int) -> list[dict[str, Any]]:
-        """Draw configuration `number`, and note its trials that are not on record yet."""
+        """Draw configuration `number`; record and return those of its trials that are not on record yet."""
         if self._space.searcher == "tpe":
             sampled = draw_by_tpe(self._space, self._seed, number, experiment.read_experiment(self._root).trials)
         else:
@@ -87,14 +87,14 @@ class TrialSource(Searcher):  # type: ignore[misc]
         self._running.discard(trial_id)
 
     def __reduce__(self) -> Any:
-        """Tune pickles it, and nobody reads that back: everything is in the experiment's files."""
+        """Pickle an empty searcher: Tune pickles this one but never loads it, as all state is in the search's files."""
         return Searcher, ()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Do nothing: all state is in the search's files."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Do nothing, like `save`."""
 
 
 def import_optuna() -> Any:
@@ -107,10 +107,10 @@ def import_optuna() -> Any:
 
 
 def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial]) -> dict[str, Any]:
-    """Configuration `number`, drawn by Optuna's TPE that knows the trials of the configurations before it.
+    """Draw configuration `number` with Optuna's TPE, fitted to the trials of the configurations before it.
 
-    A configuration is worth the mean of its repeats' best accuracies; a stopped one counts as pruned at the iteration
-    that it reached, a diverged one as the worst; running ones are taken for bad, so that others go elsewhere.
+    The value of a configuration is the mean of its repeats' best accuracies. A stopped one counts as pruned at the
+    iteration it reached, a failed one as worst. Running ones count as bad ("constant liar"), so that draws spread.
     """
     optuna = import_optuna()
     with warnings.catch_warnings():
@@ -124,16 +124,16 @@ def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial])
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for configuration in experiment.by_configuration(trials)[:number]:
         study.add_trial(_optuna_trial(space, configuration))
-    asked = study.ask()
+    optuna_trial = study.ask()
 
-    def pick(name: str, domain: Domain) -> Any:
+    def choose_value(name: str, domain: Domain) -> Any:
         if domain.form == "choice":
-            return domain.values[asked.suggest_categorical(name, range(len(domain.values)))]
+            return domain.values[optuna_trial.suggest_categorical(name, range(len(domain.values)))]
         if domain.form == "randint":
-            return asked.suggest_int(name, int(domain.values[0]), int(domain.values[1]) - 1)
-        return asked.suggest_float(name, *domain.values, log=domain.form == "loguniform")
+            return optuna_trial.suggest_int(name, int(domain.values[0]), int(domain.values[1]) - 1)
+        return optuna_trial.suggest_float(name, *domain.values, log=domain.form == "loguniform")
 
-    return space.choose(pick)
+    return space.choose(choose_value)
 
 
 def _optuna_trial(space: SearchSpace, configuration: Configuration) -> optuna.trial.FrozenTrial:
@@ -142,24 +142,24 @@ def _optuna_trial(space: SearchSpace, configuration: Configuration) -> optuna.tr
     repeats = configuration.trials
     values, distributions = parameters(space, repeats[0].sampled)
     states = optuna.trial.TrialState
-    known = {"params": values, "distributions": distributions}
+    about = {"params": values, "distributions": distributions}
     if len(repeats) < space.repeats or not all(trial.ended for trial in repeats):
-        return optuna.trial.create_trial(state=states.RUNNING, **known)
+        return optuna.trial.create_trial(state=states.RUNNING, **about)
     if all(trial.state == "finished" for trial in repeats):
-        return optuna.trial.create_trial(state=states.COMPLETE, value=configuration.accuracy, **known)
+        return optuna.trial.create_trial(state=states.COMPLETE, value=configuration.accuracy, **about)
     reached = min(trial.iteration for trial in repeats)
     seen = {} if configuration.accuracy is None else {reached: configuration.accuracy}
-    return optuna.trial.create_trial(state=states.PRUNED, intermediate_values=seen, **known)
+    return optuna.trial.create_trial(state=states.PRUNED, intermediate_values=seen, **about)
 
 
 def parameters(space: SearchSpace, sampled: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(values, distributions) by name of a draw, as Optuna has them; a choice or grid by the places of its values."""
+    """Return (values, distributions) of a draw by name, for Optuna. Choices and grids are indices into their values."""
     optuna = import_optuna()
     domains, values, distributions = dict(space.sampled()), {}, {}
     for name, value in sampled.items():
         domain = domains[name]
         if domain.form in ("choice", "grid"):
-            values[name] = [_plain(choice) for choice in domain.values].index(_plain(value))
+            values[name] = [_as_list(choice) for choice in domain.values].index(_as_list(value))
             distributions[name] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
         elif domain.form == "randint":
             values[name], ends = value, (int(domain.values[0]), int(domain.values[1]) - 1)
@@ -170,5 +170,6 @@ def parameters(space: SearchSpace, sampled: dict[str, Any]) -> tuple[dict[str, A
     return values, distributions
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
+    """Return a tuple as the list that it becomes in JSON, another value unchanged."""
     return list(value) if isinstance(value, tuple) else value

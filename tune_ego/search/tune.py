@@ -24,7 +24,7 @@ from tune_ego.results.progress import search_shown
 from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import check_run, fit, initial_weights, with_found_weights
+from tune_ego.runs.launch import fit, initial_weights, resolve_run, resolve_weights
 from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
@@ -43,9 +43,10 @@ def start_search(
     *,
     track: Sequence[str] = (),
 ) -> Experiment:
-    """Run a new search in the folder or URI `root`; raises `UserError` where that name is taken.
+    """Run a new search in the folder or URI `root`. Raises `UserError` where the folder is in use.
 
-    `track` names the trackers, of `tracking.make_trackers`, that its trials are written to.
+    `changes` are keys of the search space set on the command line. `track` names the trackers
+    (`tracking.make_trackers`) that record the trials.
     """
     check_trackers(track)
     space, changes = resolved_space(space_name, changes, seed)
@@ -53,7 +54,7 @@ def start_search(
     check_runs(space, data)
     if set(storage.list_names(root)) - {driver.DRIVER_FILE}:
         hint = (
-            f"; to go on with it: tune-ego resume {root}"
+            f"; to resume that search: tune-ego resume {root}"
             if storage.exists(storage.join(root, experiment.EXPERIMENT_FILE))
             else ""
         )
@@ -87,16 +88,16 @@ def resume_search(
     iterations: int | None = None,
     concurrent: int | None = None,
 ) -> Experiment:
-    """Go on with a search: unfinished trials from their last checkpoint, those that have ended left alone.
+    """Resume a search: unfinished trials from their last checkpoint; trials that have ended stay as they are.
 
-    With more `samples` further configurations are drawn; with more `iterations` finished trials go on to the new
-    budget, and stopped ones stay stopped.
+    With more `samples` further configurations are drawn. With more `iterations` finished trials continue to the new
+    budget; trials that the scheduler stopped stay stopped.
     """
     search = experiment.read_experiment(root)
     if search.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
     if open_shards(search.spec["data"]).info["settings"] != search.spec["data_settings"]:
-        raise UserError(f"{search.spec['data']}: not the shards this search was started on: their settings differ")
+        raise UserError(f"{search.spec['data']}: these shards have other settings than those the search started on")
     again = {"pending", "running", "interrupted", "failed"}
     if iterations is not None:
         before = any_config(search.space).train.iterations
@@ -115,12 +116,12 @@ def resume_search(
     resumed = Experiment(search.root, search.spec, search.trials)
     resumed.spec["trials"] = resumed.space.trials
     for trial in search.trials:
-        say(f"  {trial.id}: {trial.state}{_going_on(trial) if trial.state in again else ''}")
+        say(f"  {trial.id}: {trial.state}{_resume_note(trial) if trial.state in again else ''}")
     with ray_session(address):
         return _drive(resumed, address, again)
 
 
-def _going_on(trial: Trial) -> str:
+def _resume_note(trial: Trial) -> str:
     failure = experiment.read_failure(trial.run)
     if failure is not None and failure.final:
         return f" for good: {failure.reason}"
@@ -129,12 +130,12 @@ def _going_on(trial: Trial) -> str:
 
 
 def _drive(search: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]
-    """Run the trials of an experiment that have not ended, those in one of the states `again` too."""
+    """Run the trials of a search that have not ended, and trials in one of the states `again`."""
     root, spec, space = search.root, search.spec, search.space
     config, gpus = any_config(space), spec["gpus_per_worker"]
     at_a_time = runs_at_a_time(config, gpus, address, space.trials, spec["concurrent"])
-    to_go_on = shlex.join(["tune-ego", "resume", root])
-    with driver.driving(root, to_go_on) as interruption:
+    resume_command = shlex.join(["tune-ego", "resume", root])
+    with driver.driving(root, resume_command) as interruption:
         storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
         records = TrialRecords(root)
         records.reopen(again)
@@ -149,7 +150,7 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
                     num_samples=source.left,
                     search_alg=source,
                     scheduler=RecordedScheduler(root, space, config.train.iterations),
-                    reuse_actors=False,  # a stopped trial's process waits for its run: the next trial would hang
+                    reuse_actors=False,  # the process of a stopped trial waits for its run: the next one would hang
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
@@ -164,7 +165,7 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
         done = experiment.read_experiment(root)
         _show(done)
         if interruption and not all(trial.ended for trial in done.trials):
-            end_interrupted(to_go_on)
+            end_interrupted(resume_command)
     if done.trials and all(trial.state == "failed" for trial in done.trials):
         raise UserError(f"{root}: every trial failed, the first for: {done.trials[0].reason}")
     return done
@@ -177,15 +178,15 @@ def _show(done: Experiment) -> None:
 
 
 def resolved_space(name: str, changes: dict[str, Any], seed: int) -> tuple[SearchSpace, dict[str, Any]]:
-    """A search space with seed and absolute paths, and the changes to its file that make it so."""
+    """Return a search space with a seed and absolute paths, and the changes to its file that set them."""
     space = load_space(name, changes)
     if "seed" not in {**space.base, **space.branches}:
         changes = {**changes, "seed": seed}
         space = load_space(name, changes)
     if space.searcher == "tpe":
         import_optuna()
-    # Here and now: workers, and a resumed search, have other working directories.
-    weights = with_found_weights(any_config(space)).init_from.model_dump(exclude_none=True)
+    # Paths are resolved here: workers and a resumed search have other working directories.
+    weights = resolve_weights(any_config(space)).init_from.model_dump(exclude_none=True)
     changes = changes | {
         key: path for name, path in weights.items() if (key := f"init_from.{name}") not in space.branches
     }
@@ -193,7 +194,7 @@ def resolved_space(name: str, changes: dict[str, Any], seed: int) -> tuple[Searc
 
 
 def any_config(space: SearchSpace) -> Config:
-    """One of the space's configurations; budget and resources are the same in all."""
+    """Return one of the space's configurations. Budget and resources are the same in all."""
     return space.config(next(space.draws()))
 
 
@@ -205,9 +206,8 @@ def check_runs(space: SearchSpace, data: str) -> None:
         key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
         if repr(key) not in checked:
             checked.add(repr(key))
-            if with_found_weights(config) != config:
-                raise UserError(f"{space.source}: init_from: what is searched must be absolute paths of files")
-            check_run(config, data)
+            if resolve_run(config, data) != config:
+                raise UserError(f"{space.source}: init_from: values that are searched must be absolute paths of files")
 
 
 def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callable[..., None]:
@@ -217,16 +217,16 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
         config = space.config(draw["sampled"], draw["repeat"])
         run = experiment.run_folder(root, draw["trial"])
         ended = last_report(root, run, config)
-        if ended is not None:  # the driver died before it was noted
+        if ended is not None:  # the driver died before it recorded the end
             tune.report(ended)
             return
         try:
             fit(Job(config, data, run, gpus, driver.stop_uri(root), final=False), [TuneReportCallback()])
-        except UserError as error:  # what Tune should not try again
+        except UserError as error:  # Tune must not try again
             if experiment.read_failure(run) is None:
                 experiment.write_failure(run, experiment.Failure(str(error), final=False))
         except Interrupted:
-            return  # its checkpoint is written
+            return  # the checkpoint is written
 
     return trial
 

@@ -21,19 +21,19 @@ from tune_ego.search_space import SearchSpace
 _NAMES = {"asha": "ASHA", "median": "the median rule"}
 # Seconds.
 _RELEASE_AFTER = 3.0
-"""Between a trial's end and the first removal of its placement groups: Ray Train may do it itself."""
+"""Wait between a trial's end and the removal of its placement groups, which Ray Train may do itself."""
 _SWEEP_EVERY = 1.0
 _CONTROLLERS_END_WITHIN = 30.0
 _LAST_SWEEPS = 5
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]
-    """Keeps `trials.json`, prints events, and removes placement groups and checkpoints of stopped trials."""
+    """Callback that writes `trials.json`, prints events, and removes what stopped trials leave behind."""
 
     def __init__(self, root: str, space: SearchSpace, budget: int, records: TrialRecords) -> None:
         self.root, self.space, self.budget, self.records = root, space, budget, records
         self.ended: dict[str, float] = {}
-        """Trial -> when, by the monotonic clock."""
+        """Trial -> time of its end, by the monotonic clock."""
         self.cleared: set[str] = set()
         self.next_sweep = 0.0
         self.warned: set[str] = set()
@@ -48,7 +48,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
     ) -> None:
         name = trial.config["trial"]
         if METRIC in result:
-            if not console.is_terminal:  # there it is in the table that is drawn anew
+            if not console.is_terminal:  # on a terminal the progress table shows it
                 accuracy = percent(result[METRIC])
                 say(f"  {name}: iteration {result['iteration']}, validation mean class accuracy {accuracy}")
             if name not in self.warned:
@@ -103,20 +103,20 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         end = time.monotonic() + _CONTROLLERS_END_WITHIN
         while ray_private.live_controllers() and time.monotonic() < end:
             time.sleep(0.1)
-        for _ in range(_LAST_SWEEPS):  # what a controller asked for with its last breath may come late
+        for _ in range(_LAST_SWEEPS):  # a group that a controller requested just before its end may appear late
             self._sweep(trial.config["trial"] for trial in trials)
             time.sleep(0.2)
-        self._remove_losers(self.records)  # those of a driver that died too
+        self._remove_losers(self.records)  # also of trials that an earlier driver ran
 
     def _sweep(self, names: Iterable[str]) -> None:
-        """Remove the placement groups of trials that have ended; a controller that still lives may make another."""
+        """Remove the placement groups of trials that have ended. A live controller may create another."""
         prefixes = tuple(placement_group_prefix(self._run(name)) for name in names)
         for group, record in placement_group_table().items() if prefixes else ():
             if record["state"] != "REMOVED" and record["name"].startswith(prefixes):
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
     def _remove_losers(self, names: Iterable[str]) -> None:
-        """Delete the checkpoints of those that the scheduler stopped: nothing goes on from them."""
+        """Delete the checkpoints of trials that the scheduler stopped: they are never resumed."""
         for name in names:
             if self.records.state(name) == "stopped" and not self.space.scheduler.keep_stopped:
                 checkpoint_files.remove_checkpoints(self._run(name))

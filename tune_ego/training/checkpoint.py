@@ -84,18 +84,18 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 
 
 def write_checkpoint(run: str, content: dict[str, Any], keep: Iterable[int] = ()) -> None:
-    """Write a run's checkpoint; of all, the last two, that of the best validation and the iterations `keep` stay."""
+    """Write a run's checkpoint, and remove all but the last two, the best one and those of the iterations `keep`."""
     iteration = content["iteration"]
     earlier = [saved for saved in checkpoint_iterations(run) if saved < iteration]
     data, beside = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
-    storage.remove(beside)  # of one that was damaged
+    storage.remove(beside)  # the checksum of a damaged checkpoint
     storage.write_bytes(checkpoint_uri(run, iteration), data)
     storage.write_json(beside, checksum(data))
     remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[-1:], *keep})
 
 
 def mean_weights(run: str, iterations: list[int]) -> dict[str, Tensor]:
-    """The mean of the weights in a run's checkpoints of these iterations; counters are the last one's."""
+    """Return the mean of the weights in a run's checkpoints of these iterations, and the counters of the last one."""
     states = [read_checkpoint(checkpoint_uri(run, iteration))["model"] for iteration in iterations]
     last: dict[str, Tensor] = states[-1]
     return {
@@ -116,9 +116,9 @@ def last_checkpoint(run: str) -> tuple[dict[str, Any], str] | None:
 
 
 def read_checkpoint(uri: str) -> dict[str, Any]:
-    """A checkpoint's content, from its file or the folder it is in.
+    """Read a checkpoint's content from its file or folder.
 
-    Raises `UserError` where it is none, or of another format; `DamagedCheckpoint` where its checksum is another.
+    Raises `UserError` for another file or format, `DamagedCheckpoint` where the checksum does not match.
     """
     if not storage.exists(uri):
         raise UserError(f"{uri}: there is no checkpoint here")
@@ -148,32 +148,32 @@ _OPTIMIZER_KINDS: dict[str, type] = {"optimizer": dict, "schedule": dict, "scale
 _NAMED = ("optimizer", "schedule")
 
 
-def check_content(content: Any, source: str, goes_on: Config | None = None) -> None:
-    """Raise `UserError` where this is not what `pack` makes: what is absent, or of another type.
+def check_content(content: Any, source: str, resumed: Config | None = None) -> None:
+    """Raise `UserError` where a checkpoint lacks a key that `pack` writes, or a value has another type.
 
-    `goes_on`: the configuration of the run that is to go on from it. Its optimizer and schedule have to be those that
-    the checkpoint holds the states of.
+    `resumed` is the configuration of a run that resumes from the checkpoint. It must have the optimizer and schedule
+    whose states the checkpoint holds.
     """
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise UserError(f"{source}: not a checkpoint of tune_ego")
     if content["format"] != FORMAT:
         raise UserError(f"{source}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
-    _check_kinds(content, _KINDS | (_MORE_KINDS if goes_on else {}), "", source)
+    _check_kinds(content, _KINDS | (_MORE_KINDS if resumed else {}), "", source)
     sizes = content["image_size"]
     if not all(isinstance(name, str) for name in content["actions"]) or not content["actions"]:
         raise UserError(f"{source}: a damaged checkpoint: its actions are not names")
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise UserError(f"{source}: a damaged checkpoint: its image_size is {sizes}, not width and height")
-    if goes_on is None:
+    if resumed is None:
         return
     if not all(isinstance(losses, Tensor) for losses in content["losses"]):
         raise UserError(f"{source}: a damaged checkpoint: its losses are not tensors")
-    for modality in goes_on.stream_names:
+    for modality in resumed.stream_names:
         _check_kinds(content["optimizers"], {modality: dict}, "optimizers.", source)
         _check_kinds(content["optimizers"][modality], _OPTIMIZER_KINDS, f"optimizers.{modality}.", source)
     saved = build_config(content["config"], source)
     for part in _NAMED:
-        theirs, ours = getattr(saved, part).name, getattr(goes_on, part).name
+        theirs, ours = getattr(saved, part).name, getattr(resumed, part).name
         if theirs != ours:
             raise UserError(f"{source}: a checkpoint of a run with {part}.name: {theirs}, not {ours}")
 
@@ -188,7 +188,7 @@ def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type], above: str,
 
 
 def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoStream]:
-    """Configuration, data set and model of a checkpoint, weights loaded."""
+    """Return configuration, data set and model of a checkpoint, with its weights."""
     config = build_config(content["config"], source)
     origin = Origin(content["actions"], tuple(content["image_size"]), content["flow_method"])
     model = TwoStream(config.stream_names, len(origin.actions), config.model)
@@ -197,7 +197,7 @@ def rebuild(content: dict[str, Any], source: str) -> tuple[Config, Origin, TwoSt
 
 
 def load_model_state(model: TwoStream, state: Any, source: str) -> None:
-    """Load strictly; the first difference is a `UserError` with both shapes."""
+    """Load a state dict strictly. Raises `UserError` that names the first difference and both shapes."""
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{source}: holds no state dict of a model")
     ours = model.state_dict()

@@ -19,7 +19,7 @@ beside an H200, on which the whole 3,000 iterations of the published recipe take
 
 
 def set_up_torch(config: Config, gpus: float) -> None:
-    """Threads, memory and kernels, in a process that computes for this configuration."""
+    """Set threads, memory and kernels of this process for a run of this configuration."""
     if not gpus:
         torch.set_num_threads(math.ceil(config.compute.cpus_per_worker))
         keep_freed_memory()
@@ -30,23 +30,31 @@ def set_up_torch(config: Config, gpus: float) -> None:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type of mixed precision, None for float32 (in convolutions on a GPU torch's default, TF32)."""
-    if precision == "auto":
-        if device.type != "cuda":
+    """Return the 16-bit type of mixed precision, None for float32 (torch's default, TF32, in convolutions on a GPU)."""
+    match precision:
+        case "auto" if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        case "auto":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        case "off":
+            return None
+        case "fp16":
+            return torch.float16
+        case "bf16":
+            return torch.bfloat16
+        case _:
+            raise ValueError(f"no precision {precision!r}")
 
 
 def memory_format(device: torch.device, dtype: torch.dtype | None) -> torch.memory_format:
-    """Channels last where tensor cores convolve: other layouts are transposed for them, at each convolution."""
+    """Return channels last for tensor cores, as every convolution would transpose other layouts; else contiguous."""
     return torch.channels_last_3d if device.type == "cuda" and dtype is not None else torch.contiguous_format
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether a run of this configuration is to compile its streams; the same at each start.
+    """Tell whether a run of this configuration compiles its streams; each start of a run decides the same.
 
-    On a GPU only, and not with activation checkpointing, whose recomputation the compiler does not take.
+    Never on a CPU, and never with activation checkpointing, whose recomputation the compiler does not support.
     """
     train = config.train
     if train.deterministic or train.activation_checkpointing or device.type != "cuda":
@@ -55,10 +63,10 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 def compile_streams(model: TwoStream, clips: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, bool]:
-    """Compile each stream for training and evaluation, by trying it on `clips` [B, C, T, H, W], and change no value.
+    """Compile each stream by running it on `clips`, [B, C, T, H, W], for training and for evaluation.
 
-    One that cannot be compiled stays as it is, and a line says why; returns which streams are compiled. Random states
-    move: a trainer seeds every pass.
+    Returns which streams are compiled. A stream that cannot be compiled trains uncompiled, and a printed line says why.
+    Weights, buffers and gradients are as before; random states are not, but a trainer seeds every pass.
     """
     compiled = {}
     for modality, stream in model.items():
@@ -71,7 +79,7 @@ def compile_streams(model: TwoStream, clips: dict[str, Tensor], dtype: torch.dty
             compiled[modality] = False
             stream._compiled_call_impl = None  # what `compile` has set
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            say(f"The {modality} stream is not compiled, and trains as it is: {reason}")
+            say(f"The {modality} stream trains uncompiled: {reason}")
         finally:
             stream.zero_grad(set_to_none=True)
             for name, buffer in stream.named_buffers():

@@ -17,11 +17,11 @@ from tune_ego.model.two_stream import StreamOutput
 def gaze_target(
     gaze_BT2: Tensor, valid_BT: Tensor, map_size: tuple[int, int, int] = (2, 7, 7), sigma: float = 3.0
 ) -> tuple[Tensor, Tensor]:
-    """The Gaussian map around the mean gaze point of each slice of the window.
+    """Return a Gaussian map around the mean gaze point of each slice of the window (Lu, equation 2).
 
-    `gaze_BT2` holds x, y in crop coordinates ([0, 1] of the crop; it may lie outside), `valid_BT` which frames have
-    gaze (a frame whose gaze is not finite has none, whatever it says); `sigma` is in cells. Returns the target
-    [B, T', H, W] in (0, 1] and which slices have one, [B, T'].
+    `gaze_BT2` holds x, y in [0, 1] of the crop, or outside it. `valid_BT` marks the frames with gaze; frames whose gaze
+    is not finite count as frames without. `sigma` is in cells of the map. Returns the target [B, T', H, W] in (0, 1],
+    and a mask of the slices that have one, [B, T'].
     """
     slices, height, width = map_size
     batch, frames = valid_BT.shape
@@ -42,7 +42,7 @@ def gaze_target(
 
 
 def gaze_loss(attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> Tensor:
-    """Mean squared error between attention and target over the slices that have gaze; 0 where none has."""
+    """Return the mean squared error between attention and target over the slices with gaze; 0 without any."""
     _, slices, height, width = attention_BTHW.shape
     target_BTHW, valid_BT = gaze_target(gaze_BT2.to(attention_BTHW.dtype), valid_BT, (slices, height, width), sigma)
     error_BT = (attention_BTHW - target_BTHW).square().mean(dim=(2, 3))
@@ -58,7 +58,7 @@ class Losses(NamedTuple):
 def stream_losses(
     output: StreamOutput, label_B: Tensor, gaze_BT2: Tensor, valid_BT: Tensor, gaze_weight: float, gaze_sigma: float
 ) -> Losses:
-    """Losses of one stream: cross-entropy of its scores plus the weighted gaze loss of its attention."""
+    """Return the losses of one stream: the total is cross-entropy plus the weighted gaze loss of its attention."""
     action = F.cross_entropy(output.logits_BK.float(), label_B)
     if output.attention_BTHW is None:
         return Losses(action, action, torch.zeros_like(action))

@@ -12,7 +12,7 @@ from torch import Tensor
 class ClipScores:
     """Softmax scores of each stream, summed over the windows of each clip.
 
-    Every worker adds its own windows; `reduce` sums over workers, so the result does not depend on their number.
+    Each worker adds its own windows. `reduce` sums over workers, so the result does not depend on their number.
     """
 
     def __init__(self, modalities: tuple[str, ...], clips: int, classes: int, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class ClipScores:
         self._windows = torch.zeros(clips, dtype=torch.float64, device=device)
 
     def add(self, clip_B: Tensor, logits: dict[str, Tensor], present_B: Tensor) -> None:
-        """Add windows: their clips' indices, each stream's logits [B, K], and which rows are no padding."""
+        """Add windows: indices of their clips, each stream's logits [B, K], and a mask of rows that are no padding."""
         weight_B = present_B.double()
         self._windows.index_add_(0, clip_B, weight_B)
         for name, logits_BK in logits.items():
@@ -28,7 +28,7 @@ class ClipScores:
             self._sums[name].index_add_(0, clip_B, scores_BK)
 
     def reduce(self, fusion_weight: float) -> dict[str, Tensor]:
-        """Mean scores [N, K] over the windows of all workers, per stream, and `fused` where there are two."""
+        """Return mean scores [N, K] over the windows of all workers, per stream, and `fused` for two streams."""
         if dist.is_available() and dist.is_initialized():
             for tensor in (*self._sums.values(), self._windows):
                 dist.all_reduce(tensor)
@@ -39,36 +39,36 @@ class ClipScores:
 
 
 def fuse(scores: dict[str, Tensor], rgb_weight: float) -> Tensor:
-    """The weighted mean of the two streams' softmax scores."""
+    """Return the weighted mean of the two streams' softmax scores."""
     return rgb_weight * scores["rgb"] + (1 - rgb_weight) * scores["flow"]
 
 
 def confusion(scores_NK: Tensor, label_N: Tensor) -> Tensor:
-    """[K, K] counts: rows are true classes, columns predicted ones."""
+    """Return the confusion matrix, counts [K, K]: rows are true classes, columns predicted classes."""
     classes = scores_NK.shape[1]
     pairs = label_N * classes + scores_NK.argmax(dim=1)
     return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def micro_accuracy(confusion_KK: Tensor) -> float:
-    """Share of the clips that are right; NaN where there are none."""
+    """Return the share of clips that are classified correctly; NaN without clips."""
     return (confusion_KK.diagonal().sum() / confusion_KK.sum()).item()
 
 
 def class_recall(confusion_KK: Tensor) -> list[float | None]:
-    """The share of each class's clips that are right; None for a class without clips."""
+    """Return the share of each class's clips that are classified correctly; None for a class without clips."""
     pairs = zip(confusion_KK.diagonal().tolist(), confusion_KK.sum(dim=1).tolist())
     return [right / clips if clips else None for right, clips in pairs]
 
 
 def mean_class_accuracy(confusion_KK: Tensor) -> float:
-    """Mean of per-class recall over the classes that have clips; NaN, as `micro_accuracy`, where there are none."""
+    """Return the mean recall of the classes that have clips; NaN without clips."""
     present = [recall for recall in class_recall(confusion_KK) if recall is not None]
     return sum(present) / len(present) if present else math.nan
 
 
 def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str, float]]:
-    """`micro_accuracy` and `mean_class_accuracy`, fractions, for each entry of `scores`."""
+    """Return `micro_accuracy` and `mean_class_accuracy`, fractions, for each entry of `scores`."""
     result = {}
     for name, scores_NK in scores.items():
         counts = confusion(scores_NK, label_N)
@@ -77,6 +77,6 @@ def accuracies(scores: dict[str, Tensor], label_N: Tensor) -> dict[str, dict[str
 
 
 def cross_entropy(scores_NK: Tensor, label_N: Tensor) -> float:
-    """Mean of -log of the score in [0, 1] that each clip's class has; a score of 0 counts as the smallest number."""
+    """Return the mean of -log of the score of each clip's class; a score of 0 counts as the smallest number."""
     own = scores_NK.gather(1, label_N[:, None]).clamp_min(torch.finfo(scores_NK.dtype).tiny)
     return -own.log().mean().item()

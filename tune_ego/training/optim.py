@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_ego.config import Config, CosineConfig, MultiStepConfig, PlateauConfig, SGDConfig
+from tune_ego.config import (
+    Config,
+    ConstantConfig,
+    CosineConfig,
+    MultiStepConfig,
+    PlateauConfig,
+    RangerConfig,
+    SGDConfig,
+)
 from tune_ego.config import Schedule as ScheduleConfig
 
 
 class Ranger(torch.optim.RAdam):
     """RAdam (Liu et al., ICLR 2020) inside LookAhead (Zhang et al., NeurIPS 2019).
 
-    The slow weights start as a copy of the weights before the first step; after every k-th step they move by
-    `alpha` towards the weights, which then return to them. They live in the optimizer's state as `slow`.
+    The slow weights start as a copy of the weights before the first step. After every k-th step they move by `alpha`
+    towards the fast weights, which are then set to them. The optimizer's state holds them as `slow`.
     """
 
     def __init__(
@@ -36,7 +44,7 @@ class Ranger(torch.optim.RAdam):
         self.defaults.update(self._look_ahead_defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also called by torch for the first groups. Without `k` and `alpha` it has the optimizer's."""
+        """Add a parameter group; `k` and `alpha` default to the optimizer's. torch calls it for the first groups."""
         param_group = {**self._look_ahead_defaults, **param_group}
         _check_look_ahead(param_group)
         super().add_param_group(param_group)
@@ -48,7 +56,7 @@ class Ranger(torch.optim.RAdam):
             with torch.enable_grad():
                 loss = closure()
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # RAdam sets its state up only where there is none yet: the slow weights join afterwards.
+        # RAdam initialises the state of a parameter only while that is empty, so the slow weights are added afterwards.
         slow_start = {p: p.detach().clone() for p in moving if "slow" not in self.state.get(p, {})}
         _radam_step(self)
         for p, slow in slow_start.items():
@@ -59,7 +67,7 @@ class Ranger(torch.optim.RAdam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for group in self.param_groups:  # those of a plain RAdam's state have neither
+        for group in self.param_groups:  # the state of a plain RAdam has neither key
             for key in ("k", "alpha"):
                 group.setdefault(key, self.defaults[key])
             _check_look_ahead(group)
@@ -79,41 +87,50 @@ def _check_look_ahead(group: dict[str, Any]) -> None:
 
 
 def _radam_step(optimizer: Ranger) -> None:
-    """RAdam's step without hooks: torch adds them to the class's step as soon as it has an instance of its own."""
+    """Run RAdam's step without its hooks, which torch adds to the class once a plain RAdam exists."""
     step: Any = torch.optim.RAdam.step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    chosen = config.optimizer
-    if isinstance(chosen, SGDConfig):
-        return torch.optim.SGD(parameters, chosen.lr, chosen.momentum, weight_decay=chosen.weight_decay)
-    return Ranger(parameters, **chosen.model_dump(exclude={"name"}))
+    """Build the optimizer that the configuration names. Raises `ValueError` for one that is not known here."""
+    match config.optimizer:
+        case SGDConfig() as sgd:
+            return torch.optim.SGD(parameters, sgd.lr, sgd.momentum, weight_decay=sgd.weight_decay)
+        case RangerConfig() as ranger:
+            return Ranger(parameters, **ranger.model_dump(exclude={"name"}))
+        case unknown:
+            raise ValueError(f"no optimizer for {unknown!r}")
 
 
 def schedule_factor(schedule: ScheduleConfig, steps: int, horizon: int) -> float:
-    """The learning rate of the step after `steps` steps, as a factor on `optimizer.lr`; `horizon` is `Config.horizon`.
+    """Return the factor on `optimizer.lr` of the step after `steps` steps; `horizon` is `Config.horizon`.
 
-    Without what validations do to it: `plateau` is warm-up alone here.
+    `plateau` has its warm-up alone here: `Schedule` applies its reductions. Raises `ValueError` for an unknown
+    schedule.
     """
     if steps < schedule.warmup:
         return (steps + 1) / schedule.warmup
-    if isinstance(schedule, MultiStepConfig):
-        return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
-    if isinstance(schedule, CosineConfig):
-        done = min(1.0, (steps - schedule.warmup) / max(1, horizon - schedule.warmup))
-        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * done)) / 2
-    return 1.0
+    match schedule:
+        case MultiStepConfig():
+            return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
+        case CosineConfig():
+            progress = min(1.0, (steps - schedule.warmup) / max(1, horizon - schedule.warmup))
+            return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2
+        case PlateauConfig() | ConstantConfig():
+            return 1.0
+        case unknown:
+            raise ValueError(f"no learning-rate schedule for {unknown!r}")
 
 
 class Schedule:
-    """The learning rate over a run: told of every optimizer step taken and of every validation."""
+    """Learning rate of one optimizer over a run. Call `after_step` and `after_validation` as the run proceeds."""
 
     def __init__(self, config: Config, optimizer: torch.optim.Optimizer) -> None:
         self._config, self._optimizer, self._steps = config, optimizer, 0
         self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if isinstance(config.schedule, PlateauConfig):
-            # Its rate, from 1 on, is the factor that validations have brought the run's rate down to.
+            # torch's scheduler changes an optimizer's rate. This one starts at 1, so its rate is the factor.
             stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
             self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 stand_in, mode="max", factor=config.schedule.factor, patience=config.schedule.patience
@@ -172,9 +189,9 @@ class StreamOptimizer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """Apply the accumulated gradients and forget them; where they overflowed, nothing moves but the loss scale.
+        """Apply the accumulated gradients and reset them; after an overflow change the loss scale only.
 
-        Raises `OverflowError` where they still overflow at a scale that leaves nothing of them.
+        Raises `OverflowError` where they overflow even at a loss scale below `_SMALLEST_SCALE`.
         """
         self._stepped = False
         self.scaler.step(self.optimizer)
@@ -195,5 +212,5 @@ class StreamOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.scaler.is_enabled() and state["scaler"]:  # it is empty where the run began without fp16
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if the run was started without fp16
             self.scaler.load_state_dict(state["scaler"])

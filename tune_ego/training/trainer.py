@@ -1,8 +1,4 @@
-"""The training loop, the same for trials and final runs. It knows no Ray.
-
-It takes an iterator of batches in the order of a `FeedPlan` and a `report` callable, so it can be run, tested and
-profiled anywhere.
-"""
+"""Model, training step and validation of a run, the same for trials and final runs. No Ray here."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from torch import Tensor, nn
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import ClipBatch, blank_batch
-from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.feed.feed_plan import FeedPlan, worker_passes
 from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
@@ -31,8 +27,8 @@ from tune_ego.training.optim import StreamOptimizer
 
 _WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
 Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], None]
-"""Takes metrics, and after a validation a checkpoint's content too; without metrics, a checkpoint that was asked for in
-between. Every worker calls it equally often."""
+"""Called with metrics, and after a validation with a checkpoint's content too; with a checkpoint alone where a signal
+asked for one. Every worker calls it equally often."""
 
 
 class Signal(enum.IntEnum):
@@ -46,7 +42,7 @@ class Signal(enum.IntEnum):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss left the finite numbers; going on, or trying again, would not help."""
+    """A loss or score is not finite. Training on, or a restart from the checkpoint, would not help."""
 
 
 class _StepStatus(NamedTuple):
@@ -63,18 +59,18 @@ class _StepStatus(NamedTuple):
 class Trainer:
     """Model of a run with the optimizer of each stream; training steps and validations.
 
-    The streams share nothing: two that are trained together equal two trained apart, on a CPU to the bit.
+    The streams share nothing: trained together they equal two streams trained apart, on a CPU to the bit.
     """
 
     def __init__(
-        self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, go_on: bool = False
+        self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, resume: bool = False
     ) -> None:
-        """Build model and optimizers. With `go_on` a checkpoint is loaded next, and `init_from` is not read."""
+        """Build model and optimizers. With `resume` the caller loads a checkpoint next, and `init_from` is not read."""
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
         self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
             source = getattr(config.init_from, modality)
-            if source is not None and not go_on:
+            if source is not None and not resume:
                 load_weights(self.model[modality], source)  # type: ignore[arg-type]
         self.dtype = autocast_dtype(config.train.precision, device)
         self.model.to(device).to(memory_format=memory_format(device, self.dtype))
@@ -104,7 +100,7 @@ class Trainer:
         self._means: list[Tensor] = []
 
     def load(self, content: dict[str, Any], source: str) -> None:
-        """Go on from a checkpoint; raises `UserError` where it is none of a run like this one."""
+        """Load the state in a checkpoint's content. Raises `UserError` where it does not fit this run."""
         check_content(content, source, self.config)
         load_model_state(self.model, content["model"], source)
         for modality, optimizer in self.optimizers.items():
@@ -119,7 +115,7 @@ class Trainer:
         assert not self._statuses  # `flush_status` comes first
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
-            losses=self.losses(),
+            losses=self.reduce_losses(),
             model=self.model.state_dict(),
             optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
         )
@@ -133,27 +129,23 @@ class Trainer:
         batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
         return compile_streams(self.model, batch.model_input(), self.dtype)
 
-    def step(self, batches: Iterator[ClipBatch], notice: int = 0) -> Tensor:
+    def step(self, batches: Iterator[ClipBatch], signal: int = 0) -> Tensor:
         """Train one iteration; return this worker's mean losses, [streams, (total, action, gaze)].
 
-        `batches` gives what the worker takes of it: `FeedPlan.own_passes`. All workers read the highest `notice`.
+        `batches` yields the batches of this worker's passes (`FeedPlan.own_passes`). Afterwards `self.signal` is the
+        highest `signal` of all workers. Raises `NonFiniteLoss`.
         """
         self.parallel.train()
-        passes = range(self.rank, self.config.passes, self.workers)
-        loss_config = self.config.loss
-        share = self.config.passes / self.workers  # of the passes: one worker's, on average
-        losses = torch.zeros(len(self.model), 3, device=self.device)
+        passes = worker_passes(self.config.passes, self.rank, self.workers)
+        passes_per_worker = self.config.passes / self.workers  # on average: DDP averages gradients over workers
+        mean_losses_S3 = torch.zeros(len(self.model), 3, device=self.device)
         for number in passes:
-            batch = next(batches)
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
                 self.parallel.require_backward_grad_sync = number == passes[-1]
-            outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
-            gaze = (batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, loss_config.gaze_weight, loss_config.gaze_sigma)
-            losses_S3 = torch.stack([torch.stack(stream_losses(output, *gaze)) for output in outputs.values()])
-            totals = zip(self.optimizers.values(), losses_S3[:, 0])
-            torch.stack([optimizer.scaler.scale(total / share) for optimizer, total in totals]).sum().backward()
-            losses += losses_S3.detach() / share
-        self._statuses.append(self._status(losses, notice))
+            losses_S3 = self._losses_of_pass(next(batches), number) / passes_per_worker
+            self._backward(losses_S3[:, 0])
+            mean_losses_S3 += losses_S3.detach()
+        self._statuses.append(self._status(mean_losses_S3, signal))
         self.signal = self._read_status(self.lag)
         for modality, optimizer in self.optimizers.items():
             try:
@@ -161,16 +153,31 @@ class Trainer:
             except OverflowError as error:
                 raise NonFiniteLoss(f"the {modality} stream: {error}") from error
         self.iteration += 1
-        self._losses.append(losses)
-        return losses
+        self._losses.append(mean_losses_S3)
+        return mean_losses_S3
+
+    def _losses_of_pass(self, batch: ClipBatch, number: int) -> Tensor:
+        """Run one forward pass; return the losses, [streams, (total, action, gaze)]."""
+        outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
+        weight, sigma = self.config.loss.gaze_weight, self.config.loss.gaze_sigma
+        losses = [
+            torch.stack(stream_losses(output, batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, weight, sigma))
+            for output in outputs.values()
+        ]
+        return torch.stack(losses)
+
+    def _backward(self, total_S: Tensor) -> None:
+        """Add the gradients of each stream's total loss, times the stream's loss scale."""
+        scaled = [optimizer.scaler.scale(total) for optimizer, total in zip(self.optimizers.values(), total_S)]
+        torch.stack(scaled).sum().backward()
 
     def flush_status(self) -> None:
         """Read the status of all finished iterations. Raises `NonFiniteLoss` where a loss was not finite."""
         self.signal = max(self.signal, self._read_status(0))
 
-    def _status(self, losses: Tensor, notice: int) -> _StepStatus:
+    def _status(self, losses: Tensor, signal: int) -> _StepStatus:
         not_finite = (~torch.isfinite(losses).all()).float()
-        flags = torch.stack([not_finite, torch.full_like(not_finite, float(notice))])
+        flags = torch.stack([not_finite, torch.full_like(not_finite, float(signal))])
         if self.distributed:  # all workers stop together
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         flags = flags.to("cpu", non_blocking=True)
@@ -179,21 +186,21 @@ class Trainer:
             ready.record()
         return _StepStatus(self.iteration + 1, losses, flags, ready)
 
-    def _read_status(self, waiting: int) -> int:
-        """Read all pending statuses but the last `waiting`; return the highest signal among them."""
+    def _read_status(self, lag: int) -> int:
+        """Read all pending statuses but the last `lag`; return the highest signal among them."""
         highest = 0
-        while len(self._statuses) > waiting:
-            verdict = self._statuses.pop(0)
-            if verdict.ready is not None:
-                verdict.ready.synchronize()
-            not_finite, signal = verdict.flags.tolist()
+        while len(self._statuses) > lag:
+            status = self._statuses.pop(0)
+            if status.ready is not None:
+                status.ready.synchronize()
+            not_finite, signal = status.flags.tolist()
             if not_finite:
-                raise NonFiniteLoss(self._describe_failure(verdict))
+                raise NonFiniteLoss(self._describe_failure(status))
             highest = max(highest, int(signal))
         return highest
 
-    def losses(self) -> list[Tensor]:
-        """Reduce the losses of each iteration since `forget_losses` over all workers, which must all call this."""
+    def reduce_losses(self) -> list[Tensor]:
+        """Return the mean over workers of each iteration's losses since `clear_losses`. All workers must call this."""
         if self._losses:
             mean = torch.stack(self._losses)
             if self.distributed:
@@ -203,7 +210,7 @@ class Trainer:
             self._losses = []
         return self._means
 
-    def forget_losses(self) -> None:
+    def clear_losses(self) -> None:
         """Drop the losses that have been logged."""
         self._means = []
 
@@ -217,60 +224,68 @@ class Trainer:
             for index, modality in enumerate(CHANNELS)
         }
 
-    def _describe_failure(self, verdict: _StepStatus) -> str:
+    def _describe_failure(self, status: _StepStatus) -> str:
         faults = [
             f"{kind} loss of the {modality} stream is {values[index].item()}"
-            for modality, values in zip(self.model, verdict.losses)
+            for modality, values in zip(self.model, status.losses)
             for index, kind in ((1, "action"), (2, "gaze"))
             if not torch.isfinite(values[index])
         ]
         if not faults:
-            return ""  # another worker's, or a gradient's
-        return f"iteration {verdict.iteration}: {', '.join(faults)}; a lower optimizer.lr may help"
+            return ""  # the loss of another worker
+        return f"iteration {status.iteration}: {', '.join(faults)}; a lower optimizer.lr may help"
 
     @torch.no_grad()
     def validate(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, float]:
-        """Accuracies on the validation clips, over all workers; steps the schedules and notes the best.
+        """Measure the model on the validation clips of all workers; update the schedules and `best`.
 
-        Raises `NonFiniteLoss`, on all workers, where a stream's scores are not finite: its weights are spoilt.
+        Returns the metrics of a validation, accuracies as fractions. Raises `NonFiniteLoss`, on all workers, where a
+        stream's scores are not finite.
         """
-        self.parallel.eval()
-        self.seen = None
-        if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        labels = torch.tensor(plan.validation_labels, device=self.device)
-        scores = ClipScores(self.config.stream_names, len(labels), len(self.origin.actions), self.device)
-        for _ in range(plan.validation_items):
-            batch = next(batches)
-            outputs = self.forward(self.model, batch, None)
-            self.seen = self.seen or (batch, outputs)
-            scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
-        mean_scores = scores.reduce(self.config.fusion_weight)
-        self._check_scores(mean_scores)
-        results = accuracies(mean_scores, labels)
+        label_N = torch.tensor(plan.validation_labels, device=self.device)
+        scores = self._validation_scores(batches, plan)  # stream or `fused` -> [clips, classes]
+        results = accuracies(scores, label_N)
         main = results.get("fused", results[self.config.stream_names[0]])
         metrics = {METRIC: main["mean_class_accuracy"], "val_micro_accuracy": main["micro_accuracy"]}
         metrics |= {f"{METRIC}_{name}": values["mean_class_accuracy"] for name, values in results.items()}
-        metrics["val_loss"] = sum(cross_entropy(mean_scores[name], labels) for name in self.config.stream_names)
+        metrics["val_loss"] = sum(cross_entropy(scores[name], label_N) for name in self.config.stream_names)
         if main["mean_class_accuracy"] > self.best.get(METRIC, -math.inf):
             self.best = {"iteration": self.iteration, METRIC: main["mean_class_accuracy"]}
         for modality, optimizer in self.optimizers.items():
             optimizer.schedule.after_validation(results[modality]["mean_class_accuracy"])
         return metrics
 
+    @torch.no_grad()
+    def _validation_scores(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, Tensor]:
+        """Run the model on a validation's batches; return mean scores [clips, classes] per stream, and `fused`."""
+        self.parallel.eval()
+        self.seen = None
+        if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        clips, classes = len(plan.validation_labels), len(self.origin.actions)
+        sums = ClipScores(self.config.stream_names, clips, classes, self.device)
+        for _ in range(plan.validation_items):
+            batch = next(batches)
+            outputs = self.forward(self.model, batch, None)
+            self.seen = self.seen or (batch, outputs)
+            sums.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
+        scores = sums.reduce(self.config.fusion_weight)
+        self._check_scores(scores)
+        return scores
+
     def memory(self) -> dict[str, int]:
         """Return this worker's peak GPU memory, bytes; empty on a CPU."""
         return {GPU_BYTES: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
 
     def _check_scores(self, scores: dict[str, Tensor]) -> None:
-        spoilt = [modality for modality in self.model if not scores[modality].isfinite().all()]
-        if spoilt:
-            streams = f"the validation scores of the {' and the '.join(spoilt)} stream are not finite"
+        not_finite = [modality for modality in self.model if not scores[modality].isfinite().all()]
+        if not_finite:
+            streams = f"the validation scores of the {' and the '.join(not_finite)} stream are not finite"
             raise NonFiniteLoss(f"iteration {self.iteration}: {streams}; a lower optimizer.lr may help")
 
     def training_metrics(self, losses: Tensor) -> dict[str, float]:
-        """Lines of the log from mean losses [streams, (total, action, gaze)]: per stream, and their sums."""
+        """Return metrics of the log from mean losses, [streams, (total, action, gaze)]: per stream, and their sums."""
         metrics: dict[str, float] = {}
         for modality, (_, action, gaze) in zip(self.model, losses.tolist()):
             metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
