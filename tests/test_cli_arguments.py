@@ -14,6 +14,7 @@ from tune_ego import __version__, cli
 from tune_ego.bench.record import Benchmark
 from tune_ego.cluster import end_interrupted
 from tune_ego.config import Config, override_config
+from tune_ego.dataset.commands import parse_size
 from tune_ego.dataset.prepare import Settings
 from tune_ego.errors import UserError
 
@@ -294,9 +295,9 @@ def test_of_changes_of_one_key_the_last_counts() -> None:
 def test_a_size_is_width_x_height(text: str, size: tuple[int, int] | None) -> None:
     if size is None:
         with pytest.raises(UserError, match=f"'{text}' is not a size; write WIDTHxHEIGHT"):
-            cli._parse_size(text)
+            parse_size(text)
     else:
-        assert cli._parse_size(text) == size
+        assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(

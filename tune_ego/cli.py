@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -10,6 +9,7 @@ import typer
 
 from tune_ego import __version__
 from tune_ego.bench.commands import bench
+from tune_ego.dataset.commands import Address, Seed, prepare, synthesize
 from tune_ego.errors import UserError
 from tune_ego.report.commands import report, visualize
 
@@ -25,10 +25,6 @@ app = typer.Typer(
 Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")]
 Storage = Annotated[str, typer.Option("--storage", help="Folder or URI under which results go.")]
 Name = Annotated[str, typer.Option("--name", help="Name of the result below --storage.")]
-Address = Annotated[
-    Optional[str],
-    typer.Option("--address", help="Ray cluster to join, e.g. auto; without it one is started on this machine."),
-]
 Set = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
 ]
@@ -36,14 +32,6 @@ Track = Annotated[
     list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
 ]
 _TRACKERS = ["tensorboard"]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
-
-
-class FlowChoice(str, enum.Enum):
-    dis = "dis"
-    tvl1 = "tvl1"
-    farneback = "farneback"
-    raft = "raft"
 
 
 def main() -> None:
@@ -59,13 +47,6 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     print(f"tune-ego: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"{text!r} is not a size; write WIDTHxHEIGHT, e.g. 320x240")
-    return int(width), int(height)
 
 
 def _parse_changes(pairs: list[str] | None) -> dict[str, Any]:
@@ -104,82 +85,8 @@ def demo(
     run_demo(out, seed)
 
 
-@app.command()
-def synthesize(
-    out: Annotated[str, typer.Argument(help="Folder to write; must be empty or absent.")],
-    verbs: Annotated[int, typer.Option(help="Number of motions; an action is a verb and a noun.")] = 3,
-    nouns: Annotated[int, typer.Option(help="Number of objects.")] = 4,
-    clips: Annotated[int, typer.Option(help="Number of clips.")] = 480,
-    seconds: Annotated[float, typer.Option(help="Mean length of a clip.")] = 1.5,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the videos, pixels.")] = "320x240",
-    distractors: Annotated[int, typer.Option(min=0, help="Objects in each clip that are not acted on.")] = 1,
-    seed: Seed = 0,
-) -> None:
-    """Make a synthetic data set in the file layout of EGTEA Gaze+.
-
-    Writes H.264 clips, split and index files, and gaze files in both BeGaze layouts. Takes about 10 ms a clip.
-    """
-    from tune_ego.dataset.synthetic import synthesize as run
-
-    run(
-        out,
-        verbs=verbs,
-        nouns=nouns,
-        clips=clips,
-        seconds=seconds,
-        size=_parse_size(size),
-        distractors=distractors,
-        seed=seed,
-    )
-
-
-@app.command()
-def prepare(
-    egtea: Annotated[str, typer.Argument(help="Folder or URI with cropped_clips/, action_annotation/ and gaze_data/.")],
-    shards: Annotated[
-        Optional[str], typer.Argument(help="Folder or URI for the shards; not needed with --check.")
-    ] = None,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Read everything, write nothing, and list what is present, missing or unusual."),
-    ] = False,
-    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the stored frames, pixels.")] = "320x240",
-    flow: Annotated[
-        FlowChoice,
-        typer.Option(help="Optical flow. tvl1 is the published method; dis takes a fiftieth of its time on a CPU."),
-    ] = FlowChoice.dis,
-    flow_weights: Annotated[
-        Optional[str], typer.Option("--flow-weights", help="State dict of torchvision's RAFT, for --flow raft.")
-    ] = None,
-    frame_offset: Annotated[
-        int, typer.Option(help="Added to a clip's session frames to find its gaze; published code has 0 and -1.")
-    ] = 0,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Continue although more than 5 % of the clips cannot be used.")
-    ] = False,
-    jobs: Annotated[
-        Optional[int], typer.Option(min=1, help="Shards made at a time; by default one for each CPU.")
-    ] = None,
-    address: Address = None,
-) -> None:
-    """Turn EGTEA's clips and gaze into Parquet shards: JPEG frames, optical flow, gaze per frame, labels.
-
-    Reads the EGTEA folder and writes SHARDS. If the command was killed, the same command continues. All of EGTEA takes
-    about 20 GB and several hours on two CPU cores at 320 x 240 with DIS flow; --check estimates the hours.
-    """
-    from tune_ego.dataset.prepare import Settings
-
-    settings = Settings(_parse_size(image_size), flow.value, flow_weights, frame_offset)
-    if check:
-        from tune_ego.dataset.check import check as run_check
-
-        run_check(egtea, settings, shards)
-    elif shards is None:
-        raise UserError("prepare EGTEA SHARDS: give a folder or URI for the shards, or --check")
-    else:
-        from tune_ego.dataset.prepare import prepare as run
-
-        run(egtea, shards, settings, allow_missing=allow_missing, jobs=jobs, address=address)
+app.command()(synthesize)
+app.command()(prepare)
 
 
 @app.command()

@@ -90,6 +90,9 @@ def test_the_counts_are_those_of_the_clips(shards: str) -> None:
         "clips_without_gaze": 0,
         "clips_shorter_than_a_window": sum(row["frames"] < 16 for row in rows),
         "clips_of_another_length": 0,
+        "clips_placed_by_time": 0,
+        "clips_turned": 0,
+        "clips_kept_damaged": 0,
         "flow_fields_repeated": 40,
     }
     assert info["clips_shorter_than_a_window"] > 0

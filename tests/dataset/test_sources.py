@@ -133,6 +133,9 @@ def test_what_closes_a_data_set(tmp_path: Path) -> None:
         "clips_without_gaze": 3,
         "clips_shorter_than_a_window": 2,  # under 16 frames
         "clips_of_another_length": 1,
+        "clips_placed_by_time": 0,
+        "clips_turned": 0,
+        "clips_kept_damaged": 0,
         "flow_fields_repeated": 4,  # the last one of each clip
         "problems": rows,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},

@@ -290,7 +290,7 @@ def test_a_task_names_its_files_and_their_identities(root: Path) -> None:
     assert task.videos == [*files, None]
     assert task.gaze == [f"{root}/gaze_data/{SESSION}.txt"] * 3
     text = Path(f"{root}/gaze_data/{SESSION}.txt").read_bytes()
-    assert task.sources.keys() == {f"{MOVING}.mp4", f"{STILL}.mp4", f"{SESSION}.txt"}
+    assert task.sources.keys() == {f"{MOVING}.mp4", f"{STILL}.mp4", f"{SESSION}.txt", "tune_ego video reader"}
     assert task.sources[f"{SESSION}.txt"] == hashlib.sha256(text).hexdigest()[:16]
     (task,) = plan_shards(Annotations(["a"], ["v"], ["n"], clips), videos, {})
     assert task.gaze == [None] * 3 and f"{SESSION}.txt" not in task.sources
@@ -354,4 +354,4 @@ def test_image_sizes_go_from_32_to_4096(size: tuple[int, int], flow: str, good: 
 
 
 def test_defaults_of_prepare() -> None:
-    assert Settings() == ((320, 240), "dis", None, 0)
+    assert Settings() == ((320, 240), "dis", None, 0, False)

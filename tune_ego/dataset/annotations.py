@@ -42,6 +42,11 @@ class ClipName(NamedTuple):
     """Frame of the session (24 fps); the clip spans [first_frame, last_frame)."""
     last_frame: int
 
+    @property
+    def frames(self) -> int:
+        """Number of session frames."""
+        return self.last_frame - self.first_frame
+
 
 def parse_clip_name(name: str) -> ClipName:
     """Split a clip's name into its fields. Raises `UserError` for a name that is not of EGTEA's form."""

@@ -30,7 +30,7 @@ from tune_ego.dataset.annotations import (
 from tune_ego.dataset.gaze import Gaze, no_gaze, read_gaze
 from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings
 from tune_ego.dataset.shards import Problem
-from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_missing_limit, length_mismatch
+from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_missing_limit, describe_lengths, length_mismatch
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -67,7 +67,8 @@ class CheckResult(NamedTuple):
 def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult:
     """Print and return the facts and problems of an EGTEA folder.
 
-    Every video is read to its end without decoding, and every gaze file is parsed.
+    Every video is read to its end and its first frame decoded; every gaze file is parsed. Damage inside later frames is
+    found by `prepare` alone, which decodes them.
 
     Args:
         egtea: Path or URI of the folder.
@@ -81,7 +82,7 @@ def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult
     egtea = storage.absolute(egtea)
     annotations = read_annotations(egtea)
     videos = find_clips(egtea)
-    facts, problems = _look_at_videos(annotations, videos)
+    facts, problems = _look_at_videos(annotations, videos, settings)
     problems += [
         Problem(name, "annotation", f"{len(files)} mp4 have this name; {videos[name].uri} is used", kept=True)
         for name, files in find_duplicate_clips(egtea).items()
@@ -101,15 +102,18 @@ def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult
         **gaze_facts,
     }
     result = CheckResult(folder_facts, problems + gaze_problems, estimate)
-    _print_result(egtea, result, settings, out, ready=not broken)
+    lengths = describe_lengths(annotations.clips, {name: fact.frames for name, fact in facts.items()})
+    _print_result(egtea, result, settings, out, ready=not broken and not lengths)
     if broken:
         raise UserError(f"{len(broken)} gaze files cannot be used, first {broken[0]}")
     check_missing_limit([problem for problem in problems if not problem.kept], len(annotations.clips), egtea)
+    if lengths:
+        raise UserError(f"{egtea}: {lengths}")
     return result
 
 
 def _look_at_videos(
-    annotations: Annotations, videos: dict[str, SourceFile]
+    annotations: Annotations, videos: dict[str, SourceFile], settings: Settings
 ) -> tuple[dict[str, video.VideoFacts], list[Problem]]:
     """Return (clip name -> facts of the video, for usable clips; problems)."""
 
@@ -118,7 +122,7 @@ def _look_at_videos(
         if file is None:
             return "no mp4 of this name"
         try:
-            video_facts = video.probe(file.uri)
+            video_facts = video.probe(file.uri, clip.name.frames, keep_damaged=settings.keep_damaged)
         except UserError as error:
             return str(error)
         return video_facts if video_facts.frames else "the video holds no frame"
@@ -132,6 +136,7 @@ def _look_at_videos(
                 problems.append(Problem(name, "video", facts_or_reason, kept=False))
             else:
                 facts[name] = facts_or_reason
+                problems += [Problem(name, *remark, kept=True) for remark in facts_or_reason.remarks]
                 if reason := length_mismatch(clip, facts_or_reason.frames):
                     problems.append(Problem(name, "length", reason, kept=True))
             advance(1)

@@ -9,7 +9,7 @@ from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import print_table
 from tune_ego.dataset import shards
 from tune_ego.dataset.annotations import Annotations, action_parts
-from tune_ego.dataset.sources import check_missing_limit
+from tune_ego.dataset.sources import check_missing_limit, describe_lengths
 from tune_ego.errors import UserError
 
 _SHOWN = 20
@@ -38,14 +38,14 @@ def write_dataset(
         problems: The rows of `problems.parquet`, in any order.
         settings: The settings of `prepare`, as `dataset.json` records them.
         out: Path or URI of the data set.
-        allow_missing: Accept any number of clips that were left out.
+        allow_missing: Accept any number of clips that were left out or are of another length.
 
     Returns:
         The content of `dataset.json`.
 
     Raises:
-        UserError: Too many clips were left out. They are listed in `problems.parquet`, and the data set stays
-            unfinished.
+        UserError: Too many clips were left out, or most are not as long as their names say. The clips are listed in
+            `problems.parquet`, and the data set stays unfinished.
     """
     records = sorted(records, key=lambda record: record["clip"])
     problems = sorted(problems)
@@ -54,6 +54,9 @@ def write_dataset(
     try:
         if not allow_missing:
             check_missing_limit(left_out, len(annotations.clips), out)
+            lengths = describe_lengths(annotations.clips, {record["clip"]: record["frames"] for record in records})
+            if lengths:
+                raise UserError(f"{out}: {lengths}")
         if not records:
             raise UserError(f"{out}: not one clip could be read")
     except UserError as error:
@@ -97,6 +100,9 @@ def _describe(
         "clips_without_gaze": sum(record["gaze_frames"] == 0 for record in records),
         "clips_shorter_than_a_window": sum(record["frames"] < WINDOW_FRAMES for record in records),
         "clips_of_another_length": sum(problem.stage == "length" for problem in problems),
+        "clips_placed_by_time": sum(problem.stage == "time" for problem in problems),
+        "clips_turned": sum(problem.stage == "rotation" for problem in problems),
+        "clips_kept_damaged": sum(problem.stage == "damage" for problem in problems),
         "flow_fields_repeated": len(records),
         "problems": [problem._asdict() for problem in problems],
         "sha256": {name: shards.checksum(data) for name, data in files.items()},
@@ -125,6 +131,9 @@ def _print_summary(info: dict[str, Any], left_out: list[shards.Problem], out: st
         ("of these without gaze", f"{info['clips_without_gaze']:,}"),
         (f"of these under {WINDOW_FRAMES} frames (padded)", f"{info['clips_shorter_than_a_window']:,}"),
         ("of these not as long as named", f"{info['clips_of_another_length']:,}"),
+        ("of these placed by their times", f"{info['clips_placed_by_time']:,}"),
+        ("of these turned upright", f"{info['clips_turned']:,}"),
+        ("of these damaged", f"{info['clips_kept_damaged']:,}"),
         ("left out", f"{info['clips_left_out']:,}"),
     ]
     print_table(f"Shards in {out}", ["", ""], [*rows, *_rows_of_clips(left_out)])

@@ -22,6 +22,8 @@ from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
 """Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
+_READER = "tune_ego video reader"
+"""Entry of `ShardTask.sources` with the version of the code that reads videos."""
 NO_USABLE_GAZE = "no frame with usable gaze"
 _SETTINGS_FILE = "prepare.json"
 """Settings of an output folder; written before its first shard."""
@@ -40,7 +42,10 @@ class ShardTask(NamedTuple):
     gaze: list[str | None]
     """URI of each clip's gaze file; None where there is no file."""
     sources: dict[str, str]
-    """File name -> identity of every video and gaze file. A shard is written again where an identity changed."""
+    """File name -> identity of every video and gaze file, and the version of the code that reads videos.
+
+    A shard is written again where one of them has changed.
+    """
 
     @property
     def frames(self) -> int:
@@ -65,6 +70,8 @@ class Settings(NamedTuple):
     """Path or URI of RAFT's weights."""
     frame_offset: int = 0
     """Frames that are added to a clip's first session frame, where its gaze is read."""
+    keep_damaged: bool = False
+    """Keep clips whose decoder reports damage, instead of leaving them out."""
 
     def absolute(self) -> Settings:
         """Return the same settings with an absolute path of the weights, for processes in other folders."""
@@ -92,6 +99,8 @@ class Settings(NamedTuple):
             "frame_offset": self.frame_offset,
             "jpeg_quality": video.JPEG_QUALITY,
         }
+        if self.keep_damaged:
+            values["keep_damaged"] = True
         if self.flow_weights is not None:
             values["flow_weights"] = hashlib.sha256(storage.read_bytes(self.flow_weights)).hexdigest()[:16]
         return values
@@ -112,7 +121,7 @@ def prepare(
         egtea: Path or URI of the folder.
         out: Path or URI of the data set.
         settings: Image size, flow method and frame offset.
-        allow_missing: Accept any number of clips that are absent or unreadable.
+        allow_missing: Accept any number of clips that are absent, unreadable or of another length.
         jobs: Shards that are written at a time; by default one for each CPU of the cluster.
         address: Address of a Ray cluster; by default Ray starts on this machine.
 
@@ -120,7 +129,8 @@ def prepare(
         The content of `dataset.json`.
 
     Raises:
-        UserError: Annotations or gaze files are broken, or more than 5 % of the clips are absent or unreadable.
+        UserError: Annotations or gaze files are broken, more than 5 % of the clips are absent or unreadable, or most
+            are not as long as their names say.
     """
     settings = (settings or Settings()).absolute()
     settings.check()
@@ -178,7 +188,7 @@ def plan_shards(
 
 
 def _named_frames(clip: AnnotatedClip) -> int:
-    return max(1, clip.name.last_frame - clip.name.first_frame)
+    return max(1, clip.name.frames)
 
 
 def _task(
@@ -194,6 +204,7 @@ def _task(
         [None if file is None else file.uri for file in files] for files in (clip_files, gaze_files)
     )
     sources = {Path(file.uri).name: identity[file.uri] for file in [*clip_files, *gaze_files] if file is not None}
+    sources[_READER] = video.READER_VERSION
     return ShardTask(shard, clips, video_uris, gaze_uris, sources)
 
 
@@ -257,11 +268,14 @@ def write_task(task: ShardTask, out: str, settings: Settings) -> ShardResult:
         try:
             if uri is None:
                 raise UserError("no mp4 of this name")
-            encoded = video.encode_clip(uri, settings.image_size, method)
+            encoded, remarks = video.encode_clip(
+                uri, settings.image_size, method, clip.name.frames, keep_damaged=settings.keep_damaged
+            )
         except UserError as error:
             result.problems.append(shards.Problem(name, "video", str(error), kept=False))
             continue
         frames = len(encoded.rgb)
+        result.problems.extend(shards.Problem(name, *remark, kept=True) for remark in remarks)
         if reason := length_mismatch(clip, frames):
             result.problems.append(shards.Problem(name, "length", reason, kept=True))
         gaze = no_gaze(frames)
@@ -298,9 +312,9 @@ def _check_same_settings(out: str, settings: dict[str, Any]) -> None:
         return
     existing = storage.read_json(settings_uri)
     different = [
-        f"{key}: {existing.get(key)!r} there, {value!r} now"
-        for key, value in settings.items()
-        if existing.get(key) != value
+        f"{key}: {existing.get(key)!r} there, {settings.get(key)!r} now"
+        for key in settings | existing
+        if existing.get(key) != settings.get(key)
     ]
     if different:
         raise UserError(

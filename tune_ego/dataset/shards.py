@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
     clip: str
     stage: str
-    """`video`, `length` or `gaze`; `annotation`, too, in `prepare --check`."""
+    """`video` (left out), `damage`, `time`, `rotation`, `length` or `gaze`; `annotation`, too, in `prepare --check`."""
     reason: str
     kept: bool
     """Whether the clip is in the shards in spite of the problem."""

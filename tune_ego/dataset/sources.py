@@ -15,6 +15,8 @@ from tune_ego.storage import SourceFile
 
 MISSING_LIMIT = 0.05
 """Largest share of clips that may be absent or unreadable."""
+_CLOSE, _CLOSE_FRAMES = 0.05, 2
+"""Differences between a clip's length and its name that count as equal: a fraction, or a few frames."""
 READERS = 16
 """Threads that open files."""
 _ENDS = 8192
@@ -22,9 +24,30 @@ _ENDS = 8192
 
 
 def length_mismatch(clip: AnnotatedClip, frames: int) -> str | None:
-    """Describe a difference between a clip's number of frames and the number in its name; None if they are equal."""
-    named = clip.name.last_frame - clip.name.first_frame
-    return None if frames == named else f"{frames} frames, its name says {named}"
+    """Describe a difference between a clip's session frames and the number in its name; None if they are equal."""
+    return None if frames == clip.name.frames else f"{frames} frames, its name says {clip.name.frames}"
+
+
+def describe_lengths(clips: list[AnnotatedClip], frames: dict[str, int]) -> str:
+    """Describe the conflict if most clips differ in length from their names by more than `_CLOSE`; else "".
+
+    Then frames and gaze do not belong together: the clips are from another source, or were cut in another way.
+    `frames` is clip name -> session frames of the usable clips.
+    """
+    usable = [clip for clip in clips if clip.name.name in frames]
+    differ = [clip for clip in usable if _differs(clip, frames[clip.name.name])]
+    if len(differ) <= len(usable) / 2:
+        return ""
+    first = differ[0].name.name
+    return (
+        f"{len(differ)} of {len(usable)} clips are not as long as their names say, first {first}: "
+        f"{length_mismatch(differ[0], frames[first])}. So their frames may not be those that the gaze belongs to; "
+        "to continue all the same: --allow-missing"
+    )
+
+
+def _differs(clip: AnnotatedClip, frames: int) -> bool:
+    return abs(frames - clip.name.frames) > max(_CLOSE_FRAMES, _CLOSE * clip.name.frames)
 
 
 def find_unusable_clips(clips: list[AnnotatedClip], videos: dict[str, SourceFile]) -> list[Problem]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from fractions import Fraction
+from typing import NamedTuple, Union
 
 import av
 import cv2
@@ -12,9 +13,16 @@ import numpy as np
 
 from tune_ego import storage
 from tune_ego.dataset import flow
+from tune_ego.dataset.decoder_log import DecoderLog
+from tune_ego.dataset.frame_times import Placement, place_frames
+from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import UserError
 
+Source = Union[str, bytes]
+"""A video: its path or URI, or the content of its file."""
 JPEG_QUALITY = 90
+READER_VERSION = "2"
+"""Version of the reading of videos. Shards of another version are written again."""
 # FFmpeg's numbers, including the number for "unspecified", which FFmpeg treats in the same way.
 _BT_601 = (2, 5, 6)
 _LIMITED = (0, 1)
@@ -29,23 +37,62 @@ class EncodedClip(NamedTuple):
     """Grey images: `flow.quantise` of the motion to the next frame. The last frame repeats the image before."""
 
 
-class VideoFacts(NamedTuple):
-    """Facts from a video's index and packets, without decoding."""
+class Orientation(NamedTuple):
+    """Turn of the stored frames that a video's display matrix asks for: transposed first, then mirrored."""
 
-    frames: int
+    transposed: bool = False
+    mirrored_x: bool = False
+    mirrored_y: bool = False
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Turn an image, [H, W, ...]."""
+        image = image.swapaxes(0, 1) if self.transposed else image
+        return np.ascontiguousarray(image[:: -1 if self.mirrored_y else 1, :: -1 if self.mirrored_x else 1])
+
+
+class Remark(NamedTuple):
+    """Irregularity of a video that is nevertheless used."""
+
+    stage: str
+    """`damage`, `time` or `rotation` (`shards.Problem`)."""
+    reason: str
+
+
+class VideoFacts(NamedTuple):
+    """Facts from a video's index, packets and first frame, without decoding the others."""
+
+    placement: Placement
+    shown: int
     """Displayed frames. An mp4 that was cut without re-encoding holds further frames, which only the decoder needs."""
     size: tuple[int, int]
-    """(width, height), pixels."""
+    """(width, height) of the displayed image, pixels."""
     bytes: int
     """Size of the displayed frames' packets."""
+    orientation: Orientation
+    remarks: list[Remark]
+
+    @property
+    def frames(self) -> int:
+        """Number of session frames."""
+        return len(self.placement.sources)
 
 
-def encode_clip(uri: str, image_size: tuple[int, int], method: flow.FlowMethod) -> EncodedClip:
+def encode_clip(
+    uri: str, image_size: tuple[int, int], method: flow.FlowMethod, named: int | None = None, *, keep_damaged: bool
+) -> tuple[EncodedClip, list[Remark]]:
     """Decode a video, resize it to `image_size` (width, height), compute its flow and encode both.
 
-    Raises `UserError` for a video that is not whole: no part of such a video is used.
+    `named` is the number of session frames in the clip's name. Raises `UserError` for a video that is not whole: no
+    part of such a video is used, unless `keep_damaged`: then a remark says what the decoder has reported.
     """
-    return encode_frames(decode(uri, image_size), method)
+    source = uri if storage.is_local(uri) else storage.read_bytes(uri)
+    facts = probe(source, named, keep_damaged=keep_damaged)
+    damage: list[str] | None = [] if keep_damaged else None
+    encoded = encode_frames(decode(source, image_size, facts, damage), method)
+    remarks = list(facts.remarks)
+    if damage and not any(remark.stage == "damage" for remark in remarks):
+        remarks.append(Remark("damage", damage[0]))
+    return encoded, remarks
 
 
 def encode_frames(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> EncodedClip:
@@ -72,36 +119,112 @@ def encode_frames(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> Enco
     return encoded
 
 
-def decode(uri: str, image_size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield resized BGR frames, uint8 [H, W, 3]. Raises `UserError` for a damaged frame or a truncated video."""
-    with _open(uri) as container:
-        declared, count = container.streams.video[0].frames, 0
-        try:
-            for frame in container.decode(video=0):
-                if frame.is_corrupt:
-                    raise UserError(f"frame {count} is damaged")
-                yield _resize(_to_bgr(frame), image_size)
-                count += 1
-        except (av.error.FFmpegError, OSError) as error:
-            raise UserError(f"frame {count} cannot be decoded ({error})") from error
-    if count < declared and count < (shown := probe(uri).frames):
-        raise UserError(f"breaks off after {count} of {shown} frames")
+def decode(
+    source: Source, image_size: tuple[int, int], facts: VideoFacts | None = None, damage: list[str] | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the session frames of a clip: turned upright, resized, BGR, uint8 [H, W, 3].
+
+    Args:
+        source: A video.
+        image_size: (width, height), pixels.
+        facts: The result of `probe`, which is called without it.
+        damage: A list for the decoder's reports about damaged frames. Without it the first report is an error.
+
+    Raises:
+        UserError: The video is damaged or truncated.
+    """
+    facts = probe(source) if facts is None else facts
+    sources, count = facts.placement.sources, 0
+    with _open(source) as container:
+        frames = container.decode(video=0)
+        while True:
+            with DecoderLog() as log:
+                try:
+                    frame = next(frames, None)
+                except (av.error.FFmpegError, OSError) as error:
+                    raise UserError(f"frame {count} cannot be decoded ({error})") from error
+            fault = log.damage or ("marked as corrupt" if frame is not None and frame.is_corrupt else "")
+            if fault:
+                report = f"damaged near frame {count} ({fault})"
+                if damage is None:
+                    raise UserError(report)
+                damage.append(report)
+            if frame is None:
+                break
+            places = np.searchsorted(sources, [count, count + 1])
+            if places[0] < places[1]:
+                image = _resize(facts.orientation.apply(_to_bgr(frame)), image_size)
+                yield from [image] * int(places[1] - places[0])
+            count += 1
+    if count < facts.shown:
+        report = f"breaks off after {count} of {facts.shown} frames"
+        if damage is None:
+            raise UserError(report)
+        damage.append(report)
 
 
-def probe(uri: str) -> VideoFacts:
-    """Read a whole file without decoding it. Raises `UserError` for a file that is no video or is truncated."""
-    with _open(uri) as container:
+def probe(source: Source, named: int | None = None, *, keep_damaged: bool = False) -> VideoFacts:
+    """Read a whole file and decode its first frame.
+
+    `named` is the number of session frames in the clip's name. Raises `UserError` for a file that is no video, is
+    damaged or is truncated; with `keep_damaged` damage that FFmpeg can work around becomes a remark.
+    """
+    with DecoderLog() as log, _open(source) as container:
+        log.ignored = {stream.codec_context.name for stream in container.streams.audio}
         stream = container.streams.video[0]
-        declared, size = stream.frames, (stream.width, stream.height)  # 0 frames where the index has no number
+        declared, rate = stream.frames, stream.average_rate  # 0 frames where the index has no number
         packets = _read_packets(container)
     if len(packets) < declared:
         # FFmpeg skips packets that an edit list leaves out; count these packets, too.
-        with _open(uri, {"ignore_editlist": "1"}) as container:
+        with _open(source, {"ignore_editlist": "1"}) as container:
             count = len(_read_packets(container))
         if count < declared:
             raise UserError(f"breaks off after {count} of {declared} frames")
-    shown = [packet.size for packet in packets if not packet.is_discard]
-    return VideoFacts(len(shown), size, sum(shown))
+    shown = [packet for packet in packets if not packet.is_discard]
+    size, orientation, turn = _look_at_first_frame(source) if shown else ((0, 0), Orientation(), "")
+    placement = place_frames(_presentation_times(shown, rate), named)
+    damage = f"damaged ({log.damage})" if log.damage else ""
+    if damage and not keep_damaged:
+        raise UserError(damage)
+    reasons = {"damage": damage, "time": placement.remark, "rotation": turn}
+    remarks = [Remark(stage, reason) for stage, reason in reasons.items() if reason]
+    return VideoFacts(placement, len(shown), size, sum(packet.size for packet in shown), orientation, remarks)
+
+
+def _presentation_times(packets: list[av.Packet], rate: Fraction | None) -> np.ndarray:
+    """Return the packets' presentation times in seconds, ascending. Raw streams have none: their rate decides."""
+    if any(packet.pts is None for packet in packets):
+        return np.arange(len(packets)) / float(rate or FPS)
+    return np.sort([float(packet.pts * packet.time_base) for packet in packets])
+
+
+def _look_at_first_frame(source: Source) -> tuple[tuple[int, int], Orientation, str]:
+    """Return ((width, height) of the displayed image, its orientation, the turn in words)."""
+    with _open(source) as container:
+        try:
+            frame = next(container.decode(video=0), None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UserError(f"frame 0 cannot be decoded ({error})") from error
+    if frame is None:
+        raise UserError("the video holds no frame")
+    data = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    orientation = Orientation() if data is None else _orientation(np.frombuffer(data, np.int32).reshape(3, 3))
+    size = (frame.height, frame.width) if orientation.transposed else (frame.width, frame.height)
+    if orientation == Orientation():
+        return size, orientation, ""
+    mirrored = orientation.transposed ^ orientation.mirrored_x ^ orientation.mirrored_y
+    turn = f"turned by {frame.rotation} degrees counterclockwise{' and mirrored' if mirrored else ''}, as it is marked"
+    return size, orientation, turn
+
+
+def _orientation(matrix: np.ndarray) -> Orientation:
+    """Return the orientation of FFmpeg's display matrix, int32 [3, 3] for row vectors (x, y, 1)."""
+    turn = matrix[:2, :2]
+    if turn[0, 0] and turn[1, 1] and not turn[0, 1] and not turn[1, 0]:
+        return Orientation(False, bool(turn[0, 0] < 0), bool(turn[1, 1] < 0))
+    if turn[0, 1] and turn[1, 0] and not turn[0, 0] and not turn[1, 1]:
+        return Orientation(True, bool(turn[1, 0] < 0), bool(turn[0, 1] < 0))
+    raise UserError("its display matrix turns it by an angle that is no multiple of 90 degrees")
 
 
 def _read_packets(container: av.container.InputContainer) -> list[av.Packet]:
@@ -117,15 +240,18 @@ def check_opens(uri: str) -> None:
     _open(uri).close()
 
 
-def _open(uri: str, options: dict[str, str] | None = None) -> av.container.InputContainer:
+def _open(source: Source, options: dict[str, str] | None = None) -> av.container.InputContainer:
     try:
         # A clip is about 2 MB. From an object store it is read in one request, instead of a request for each seek.
-        container = av.open(uri if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri)), options=options)
+        if isinstance(source, str) and not storage.is_local(source):
+            source = storage.read_bytes(source)
+        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source, options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot be opened ({error})") from error
     if not container.streams.video:
         container.close()
         raise UserError("the file holds no video stream")
+    container.streams.video[0].codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
     return container
 
 

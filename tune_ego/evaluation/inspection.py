@@ -25,6 +25,14 @@ _FLOW_FULL = 8.0  # pixels of motion that are drawn in full colour
 _CELLS = 7  # of the gaze target's side, as at 224 x 224
 
 
+_IRREGULARITIES = {
+    "placed by their times": "clips_placed_by_time",
+    "turned upright": "clips_turned",
+    "damaged": "clips_kept_damaged",
+}
+"""Line of the table -> its key in `dataset.json`."""
+
+
 def show_counts(root: str) -> None:
     """Print clips and frames of a data set per split, fold, class and session."""
     shards = open_shards(root)
@@ -41,6 +49,7 @@ def show_counts(root: str) -> None:
             ("without gaze", f"{info['clips_without_gaze']:,}"),
             (f"under {WINDOW_FRAMES} frames", f"{info['clips_shorter_than_a_window']:,}"),
             ("not as long as named", f"{info['clips_of_another_length']:,}"),
+            *((words, f"{info[key]:,}") for words, key in _IRREGULARITIES.items() if info.get(key)),
         ],
     )
     splits = [
@@ -101,7 +110,9 @@ def contact_sheet(shards: Shards, clip: str) -> np.ndarray:
     body = np.concatenate([part for column in columns for part in (gap, column)] + [gap], axis=1)
     action = shards.actions[record["action"]]
     title = f"{clip}   {action}   {record['frames']} frames, {record['gaze_frames']} with gaze"
-    return np.concatenate([label(title, body.shape[1]), body])
+    remarks = [problem for problem in shards.info["problems"] if problem["clip"] == clip]
+    lines = [title, *(f"{problem['stage']}: {problem['reason']}" for problem in remarks)]
+    return np.concatenate([*(label(line, body.shape[1]) for line in lines), body])
 
 
 def find_record(shards: Shards, clip: str) -> dict[str, Any]:
