@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,3 +331,17 @@ def test_options_that_do_not_go_together_are_refused(
 def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["tune demo", "train c.yaml"])
+def test_names_that_leave_the_storage_are_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("../up", ""):
+        monkeypatch.setattr("sys.argv", ["tune-ego", *command.split(), "--data", "d", "--storage", "s", "--name", name])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert exit.value.code == 2 and f"--name {name!r}: a name has" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]

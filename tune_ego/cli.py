@@ -143,9 +143,9 @@ def tune(
     Reads a search space and shards. Writes STORAGE/NAME: experiment.json, trials.json and runs/.
     Shipped search spaces state their cost in their headers. After a crash: `tune-ego resume STORAGE/NAME`.
     """
-    from tune_ego.storage import absolute, join
+    from tune_ego.storage import join_name
 
-    what = (space, data, absolute(join(storage, name)), _parse_changes(changes), seed, concurrent, address)
+    what = (space, data, join_name(storage, name), _parse_changes(changes), seed, concurrent, address)
     if (probe and not dry_run) or (price is not None and not probe):
         raise UserError("--probe belongs to --dry-run, and --price to --probe")
     if dry_run:
@@ -256,13 +256,13 @@ def train(
     """
     from tune_ego.config import load_config, override_config
     from tune_ego.runs.final import train_final
-    from tune_ego.storage import join
+    from tune_ego.storage import join_name
 
     settings = _parse_changes(changes)
     if iterations is not None:
         settings["train.iterations"] = iterations
     resolved = override_config(load_config(config), settings, "--set")
-    train_final(resolved, data, join(storage, name), address, test=evaluate, track=track)
+    train_final(resolved, data, join_name(storage, name), address, test=evaluate, track=track)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,19 @@ def absolute(uri: str | Path) -> str:
 
 def join(uri: str | Path, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def join_name(folder: str | Path, name: str) -> str:
+    """Return the path or URI of a result below a folder. Raises `UserError` for a name that is no path component."""
+    if _NAME.fullmatch(name) is None:
+        raise UserError(
+            f"--name {name!r}: a name has up to 100 letters, digits, dots, dashes and underscores, and begins with a "
+            "letter or digit"
+        )
+    return join(absolute(folder), name)
 
 
 def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:

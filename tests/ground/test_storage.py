@@ -209,3 +209,15 @@ def test_the_user_s_mistake_behind_an_exception(
 ) -> None:
     mistake = user_error_in(error)
     assert (type(mistake), str(mistake)) == (kind, text) if kind else mistake is None
+
+
+@pytest.mark.parametrize("name", ["full", "run-2", "0.5_a", "A" * 100])
+def test_a_name_is_one_component_below_the_folder(name: str, tmp_path: Path) -> None:
+    assert storage.join_name(tmp_path, name) == f"{tmp_path}/{name}"
+    assert storage.join_name("s3://bucket/results/", name) == f"s3://bucket/results/{name}"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "/etc", "-x", ".hidden", "a b", "ä", "a\n", "A" * 101])
+def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--name .* a name has up to 100 letters, digits, dots, dashes"):
+        storage.join_name(tmp_path, name)
