@@ -168,7 +168,7 @@ def test_class_names_without_distinct_numbers_are_refused(tmp_path: Path, text: 
 
 
 def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
-    (tmp_path / "idx.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "idx.txt").write_bytes(b"\xff\xfa\x00")
     for read in (read_index, read_split):
         with pytest.raises(UserError, match=r"idx\.txt: cannot be read"):
             read(tmp_path / "idx.txt")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tune_ego import storage
+from tune_ego.dataset.foreign_files import describe_foreign_file
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -105,7 +106,10 @@ def read_index(path: str | Path) -> list[str]:
 
 def _read_lines(path: str | Path) -> list[str]:
     try:
-        return storage.read_bytes(path).decode("utf-8-sig").splitlines()
+        raw = storage.read_bytes(path)
+        if foreign := describe_foreign_file(raw):
+            raise UserError(f"{path}: no annotation file but {foreign}")
+        return raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from tune_ego import storage
+from tune_ego.dataset.foreign_files import describe_foreign_file
 from tune_ego.errors import UserError
 
 FPS = 24
@@ -118,9 +119,12 @@ def check_gaze_layout(path: str | Path) -> None:
 
 def _read(path: str | Path, size: int | None = None) -> bytes:
     try:
-        return storage.read_bytes(path, size)
+        raw = storage.read_bytes(path, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if foreign := describe_foreign_file(raw):
+        raise UserError(f"{path}: no gaze file but {foreign}")
+    return raw
 
 
 class _Layout(NamedTuple):

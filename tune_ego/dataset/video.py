@@ -14,6 +14,7 @@ import numpy as np
 from tune_ego import storage
 from tune_ego.dataset import flow
 from tune_ego.dataset.decoder_log import DecoderLog
+from tune_ego.dataset.foreign_files import HEAD, describe_foreign_file
 from tune_ego.dataset.frame_times import Placement, place_frames
 from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import UserError
@@ -247,12 +248,21 @@ def _open(source: Source, options: dict[str, str] | None = None) -> av.container
             source = storage.read_bytes(source)
         container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source, options=options)
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"cannot be opened ({error})") from error
+        raise UserError(_describe_unreadable(source) or f"cannot be opened ({error})") from error
     if not container.streams.video:
         container.close()
         raise UserError("the file holds no video stream")
     container.streams.video[0].codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
     return container
+
+
+def _describe_unreadable(source: Source) -> str:
+    try:
+        head = source if isinstance(source, bytes) else storage.read_bytes(source, HEAD)
+    except (OSError, UserError):
+        return ""
+    foreign = describe_foreign_file(head)
+    return foreign and f"no video but {foreign}"
 
 
 def _to_bgr(frame: av.VideoFrame) -> np.ndarray:
