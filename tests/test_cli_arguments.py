@@ -23,7 +23,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLACES = ["--data", "D", "--storage", "/s", "--name", "n"]
 SYNTHETIC = {"verbs": 3, "nouns": 4, "clips": 480, "seconds": 1.5, "size": (320, 240), "distractors": 1, "seed": 0}
 PREPARE = {"allow_missing": False, "jobs": None, "address": None}
-RESUME = {"samples": None, "iterations": None, "concurrent": None}
+RESUME = {"data": None, "samples": None, "iterations": None, "concurrent": None}
 BOARD = {"track": ["tensorboard"]}
 
 
@@ -81,10 +81,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ),
         ("resume /s/n", "search.tune.resume_search", ("/s/n", None), RESUME),
         (
-            "resume /s/n --samples 5 --iterations 60 --concurrent 7 --address auto",
+            "resume /s/n --data d --samples 5 --iterations 60 --concurrent 7 --address auto",
             "search.tune.resume_search",
             ("/s/n", "auto"),
-            {"samples": 5, "iterations": 60, "concurrent": 7},
+            {"data": "d", "samples": 5, "iterations": 60, "concurrent": 7},
         ),
         ("report e", "report.write.write_report", ("e", "report.html", None, None, None), {}),
         (

@@ -161,6 +161,9 @@ def tune(
 @app.command()
 def resume(
     experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    data: Annotated[
+        Optional[str], typer.Option("--data", help="New folder or URI of the search's shards, if they were moved.")
+    ] = None,
     samples: Annotated[
         Optional[int], typer.Option(min=1, help="Raise `samples` of the search space: more configurations are drawn.")
     ] = None,
@@ -182,7 +185,7 @@ def resume(
     """
     from tune_ego.search.tune import resume_search
 
-    resume_search(experiment, address, samples=samples, iterations=iterations, concurrent=concurrent)
+    resume_search(experiment, address, data=data, samples=samples, iterations=iterations, concurrent=concurrent)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import Config, build_config, check_key, override
+from tune_ego.config import Config, build_config, check_key, load_config, override, override_config
 from tune_ego.errors import UserError
 from tune_ego.space_schema import Domain, Entry, SchedulerEntry, SpaceFile, validated
 from tune_ego.yaml_files import parse_yaml
@@ -113,6 +113,18 @@ class SearchSpace:
         """Return the full configuration of a draw; repeat `n` has the seed plus `n`."""
         tree = override(self.base, self.overrides(sampled))
         return build_config({**tree, "seed": tree.get("seed", 0) + repeat}, self.source)
+
+    def resumed_config(self, uri: str, sampled: dict[str, Any], repeat: int = 0) -> Config:
+        """Return the configuration of a trial that has started: that of its `config.yaml`, at `uri`.
+
+        The file holds every key, so a later version of the package with other defaults resumes the same trial. Only the
+        number of iterations is the search's, which may have been raised. Without the file this is `config`.
+        Raises `UserError` for keys that this version does not have.
+        """
+        drawn = self.config(sampled, repeat)
+        if not (uri and storage.exists(uri)):
+            return drawn
+        return override_config(load_config(uri), {"train.iterations": drawn.train.iterations}, uri)
 
     def overrides(self, sampled: dict[str, Any]) -> dict[str, Any]:
         """Return dotted key -> value of a draw."""
@@ -306,12 +318,37 @@ def _branches(entry: Any, place: str, not_yet_drawn: list[str]) -> list[Branch]:
 
 
 def _check_configurations(space: SearchSpace) -> None:
-    """Build the configurations of the space. A branch that never holds has a mistyped condition: `UserError`."""
+    """Build the configurations of the space.
+
+    Raises `UserError` for a branch that never holds, whose condition is mistyped, and for a key without a branch for
+    some of the drawn values.
+    """
     reached: set[tuple[str, int]] = set()
     for sampled in space.draws():
-        reached |= space.branch_of(sampled).items()
-        space.config(sampled)
+        taken = space.branch_of(sampled)
+        reached |= taken.items()
+        config = space.config(sampled)
+        for key in space.branches.keys() - taken.keys():
+            _check_not_applicable(key, config, space)
     for key, branches in space.branches.items():
         for index, branch in enumerate(branches):
             if branch.when and (key, index) not in reached:
                 raise UserError(f"{space.source}: space.{key}: branch {index + 1} is never taken (when: {branch.when})")
+
+
+def _check_not_applicable(key: str, config: Config, space: SearchSpace) -> None:
+    """Raise `UserError` if no branch of a key holds in a configuration that has the key: its default would be used."""
+    part, _, leaf = key.rpartition(".")
+    node = getattr(config, part) if part else config
+    if leaf in type(node).model_fields:
+        conditions = {name for branch in space.branches[key] for name in branch.when}
+        drawn = ", ".join(f"{name}: {_value_of(config, name)}" for name in sorted(conditions))
+        raise UserError(
+            f"{space.source}: space.{key}: no branch for {drawn}; add a branch, or one without 'when' at the end, "
+            f"for example {{value: {getattr(node, leaf)}}}"
+        )
+
+
+def _value_of(config: Config, key: str) -> Any:
+    part, _, leaf = key.rpartition(".")
+    return getattr(getattr(config, part) if part else config, leaf, None)

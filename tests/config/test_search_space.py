@@ -321,3 +321,36 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
     Path("binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"^binary\.yaml: cannot be read \('utf-8' codec can't decode byte 0xff"):
         load_space("binary.yaml")
+
+
+def test_a_key_without_a_branch_for_a_drawn_value_is_refused() -> None:
+    """Its default would be used without a word. A branch without `when` at the end is an explicit default."""
+    text = """
+space:
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.lr:
+    - {when: {optimizer.name: sgd}, loguniform: [0.01, 0.1]}
+"""
+    with pytest.raises(UserError) as caught:
+        parse_space(text, "s.yaml")
+    assert str(caught.value) == (
+        "s.yaml: space.optimizer.lr: no branch for optimizer.name: ranger; add a branch, or one without 'when' at the "
+        "end, for example {value: 0.001}"
+    )
+    assert parse_space(text + "    - {value: 0.002}\n", "s.yaml").searched_keys == ["optimizer.name", "optimizer.lr"]
+
+
+def test_a_key_that_the_chosen_optimizer_does_not_have_needs_no_branch() -> None:
+    text = """
+space:
+  optimizer.name: {choice: [sgd, ranger]}
+  optimizer.k:
+    - {when: {optimizer.name: ranger}, choice: [3, 6]}
+"""
+    assert parse_space(text, "s.yaml").searched_keys == ["optimizer.name", "optimizer.k"]
+
+
+def test_a_key_may_not_depend_on_a_value_of_the_base_that_it_does_not_cover() -> None:
+    text = "base: {streams: rgb}\nspace: {model.dropout: [{when: {streams: flow}, uniform: [0, 0.5]}]}\n"
+    with pytest.raises(UserError, match="no branch for streams: rgb"):
+        parse_space(text, "s.yaml")

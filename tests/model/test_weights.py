@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,8 +56,8 @@ def test_attention_is_left_out_only_where_the_stream_has_none(tmp_path: Path) ->
     assert report.fresh_modules == ["attention_inc_2"] and not report.left_out
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("key", [None, "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "model_state_dict"])
 def test_weights_lie_at_the_top_or_under_model_or_state_dict(tmp_path: Path, key: str | None, prefix: str) -> None:
     """Files in the forms of published trainers, with other things beside; counters of batches may be absent."""
     theirs = small().state_dict()
@@ -198,6 +199,40 @@ def with_a_flipped_bit(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :]
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        np.float64(0.5),
+        np.float32(0.5),
+        np.int64(3),
+        np.bool_(True),
+        np.str_("a"),
+        np.arange(3),
+        np.ones((2, 2), np.float16),
+        np.array(["a", "bc"]),
+        {"nested": [np.float64(1), (np.int32(2),)]},
+    ],
+    ids=str,
+)
+def test_numbers_and_arrays_of_numpy_beside_the_weights_are_no_code(
+    tmp_path: Path, beside: object, zipped: bool
+) -> None:
+    theirs = small().state_dict()
+    (tmp_path / "w.pt").write_bytes(saved({"best": beside, "state_dict": theirs}, zipped=zipped))
+    stream = small()
+    load_weights(stream, tmp_path / "w.pt")
+    assert all(torch.equal(value, theirs[name]) for name, value in stream.state_dict().items())
+
+
+def test_the_names_of_numpy_before_its_second_version_are_known(tmp_path: Path) -> None:
+    data = saved({"best": np.float64(0.5), "state_dict": small().state_dict()}, zipped=False)
+    renamed = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    assert renamed != data or np.__version__.startswith("1.")
+    (tmp_path / "w.pt").write_bytes(renamed)
+    load_weights(small(), tmp_path / "w.pt")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:'torch.load' received")
 @pytest.mark.parametrize(
     ("made", "words"),
@@ -206,6 +241,8 @@ def with_a_flipped_bit(data: bytes) -> bytes:
         (lambda: saved({"a": RunsInShell()}, zipped=False), "it holds code (posix.system), not only tensors: refused"),
         (lambda: saved({"a": Runs()}), "it holds code (exec), not only tensors: refused"),
         (lambda: saved(torch.nn.Linear(1, 1)), "it holds code (torch.nn.modules.linear.Linear), not only tensors"),
+        (lambda: saved({"a": np.array([Runs()], dtype=object)}), "it holds"),
+        (lambda: saved({"a": np.array([{}], dtype=object)}), "it holds more than tensors"),
         (scripted, "it holds code (TorchScript), not only tensors: refused"),
         (lambda: saved({"a": torch.ones(5000)})[:5000], "a truncated or damaged archive"),
         (lambda: saved({"a": torch.ones(5000)}, zipped=False)[:5000], "a truncated or damaged archive"),
@@ -301,7 +338,7 @@ def test_the_other_modality_is_guessed_by_the_channels_alone(tmp_path: Path) -> 
         (lambda state: {"a\x1b[1m": 1}, r"its keys: 'a\\x1b\[1m'$"),
         (
             lambda state: {**state, "module.logits.conv3d.bias": state["logits.conv3d.bias"]},
-            r"holds both logits\.conv3d",
+            r"holds logits\.conv3d\.bias twice, once as module\.logits",
         ),
     ],
 )

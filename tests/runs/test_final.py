@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.search.test_search import assert_nothing_is_left
-from tune_ego import storage
+from tune_ego import __version__, storage
 from tune_ego.config import Config, dump_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
@@ -21,6 +23,7 @@ from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri
 from tune_ego.results.driver import stop_uri
 from tune_ego.results.experiment import METRIC, read_metrics
+from tune_ego.runs import final
 from tune_ego.runs.final import train_final
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import fit
@@ -79,6 +82,34 @@ def started_run(folder: Path, shards: str, config: Config) -> str:
     storage.write_text(str(folder / "run" / "config.yaml"), dump_config(config))
     storage.write_json(str(folder / "run" / "run.json"), {"data": shards, "version": "0"})
     return str(folder / "run")
+
+
+def test_a_run_resumes_on_the_same_shards_in_another_place(tmp_path: Path, shards: str, handmade_shards: str) -> None:
+    """Compared is the content of the data set; the new place is on record."""
+    config = tiny_config()
+    run = started_run(tmp_path, shards, config)
+    record = {"data": shards, "data_fingerprint": open_shards(shards).fingerprint, "version": "0"}
+    storage.write_json(f"{run}/run.json", record)
+    moved = str(shutil.copytree(shards, tmp_path / "moved"))
+    with pytest.raises(UserError, match=f"{run}: {handmade_shards} is another data set than it was started on"):
+        final._check_same_run(config, handmade_shards, run)
+    final._check_same_run(config, moved, run)
+    final._write_record(run, moved)
+    assert storage.read_json(f"{run}/run.json") == {**record, "data": moved, "version": __version__}
+
+
+@pytest.mark.parametrize("change", ["settings", "classes", "clips"])
+def test_a_fingerprint_is_that_of_the_content(change: str, shards: str, tmp_path: Path) -> None:
+    data = open_shards(shards)
+    moved = open_shards(str(shutil.copytree(shards, tmp_path / "moved")))
+    assert moved.fingerprint == data.fingerprint
+    info = json.loads(json.dumps(moved.info))
+    if change == "settings":
+        info["settings"]["flow"] = "tvl1"
+    elif change == "classes":
+        info["actions"] = info["actions"][::-1]
+    table = moved.table.slice(1) if change == "clips" else moved.table
+    assert dataclasses.replace(moved, info=info, table=table).fingerprint != data.fingerprint
 
 
 def test_a_run_does_not_go_on_with_other_shards_or_another_configuration(tmp_path: Path, shards: str) -> None:

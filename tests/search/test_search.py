@@ -286,7 +286,11 @@ def test_a_search_that_ended_is_resumed_for_more_iterations_alone(
     """From 6 to 8 iterations: finished trials go on from their last one, stopped and diverged ones do not."""
     root = known_search.copy(tmp_path)
     before = read_experiment(root).trials
-    for changes, message in (({"iterations": 6}, "has 6 already"), ({"samples": 1}, "has 1 already")):
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"iterations": 6}, "has 6 already"),
+        ({"samples": 1}, "has 1 already"),
+    ]
+    for changes, message in refused:
         with pytest.raises(UserError, match=message):
             resume_search(root, None, **changes)
     larger = resume_search(root, None, iterations=8).trials
@@ -340,9 +344,9 @@ def test_what_a_resumed_search_is_asked_for_is_on_record(
     assert [experiment.space.base["train"]["iterations"] for experiment, *_ in driven] == [6, 6, 10]
     assert [again for *_, again in driven] == [states, states, states | {"finished"}]
     settings = json.loads((tmp_path / "search" / "experiment.json").read_text())
-    settings["data_settings"]["flow"] = "tvl1"
+    settings["data_fingerprint"] = "another"
     (tmp_path / "search" / "experiment.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="these shards have other settings than those the search started on"):
+    with pytest.raises(UserError, match="is another data set than it was started on"):
         resume_search(root, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from ray import tune as ray_tune
 
 from tests.conftest import tiny_config
 from tune_ego import __version__, storage
+from tune_ego.config import dump_config, override_config
+from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
 from tune_ego.results.experiment import (
@@ -55,6 +58,9 @@ def test_a_trial_that_ended_unnoticed_reports_its_last_validation_again(tmp_path
     write_decisions(root, "t1", [Decision(0, "t1", 10, 0.1, "CONTINUE")])
     assert tune.last_report(root, run, config) is None
     storage.write_text(checkpoint_uri(run, 20), "half")
+    assert tune.last_report(root, run, config) is None
+    write_checkpoint(run, 20)
+    storage.write_bytes(checkpoint_uri(run, 20), b"damaged")
     assert tune.last_report(root, run, config) is None
     write_checkpoint(run, 20)
     assert tune.last_report(root, run, config) == last
@@ -154,7 +160,8 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, s
     for trial, state in zip(records, STATES):
         records.note(trial, state)
     monkeypatch.setattr(tune, "ray_session", lambda address: nullcontext())
-    monkeypatch.setattr(tune, "open_shards", lambda data: SimpleNamespace(info={"settings": {"flow": "dis"}}))
+    same = SimpleNamespace(info={"settings": {"flow": "dis"}}, root="/shards")
+    monkeypatch.setattr(tune, "open_shards", lambda data: same)
     monkeypatch.setattr(tune, "_drive", lambda found, address, again: calls.append((found, again)))
     return calls
 
@@ -171,7 +178,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, s
 def test_a_search_is_resumed_and_made_larger(
     tmp_path: Path,
     driven: list[tuple[Any, set[str]]],
-    changes: dict[str, int],
+    changes: dict[str, Any],
     samples: int,
     trials: int,
     budget: int,
@@ -196,14 +203,14 @@ def test_the_states_of_a_resumed_search_are_printed(
     write_failure(run_folder(str(tmp_path), "00002-1"), Failure("nan", final=True))
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": "0.0.1"}))
-    for changes in ({}, {"iterations": 31}):
-        tune.resume_search(str(tmp_path), None, **changes)
+    for iterations in (None, 31):
+        tune.resume_search(str(tmp_path), None, iterations=iterations)
         assert capsys.readouterr().out.splitlines() == [
             f"Note: this search was started by tune_ego 0.0.1, and this is {__version__}",
             "  00000-0: pending, starts from scratch",
             "  00000-1: interrupted, resumes from iteration 20",  # its driver is dead
             "  00001-0: interrupted, starts from scratch",
-            "  00001-1: finished" + (", resumes from iteration 30" if changes else ""),
+            "  00001-1: finished" + (", resumes from iteration 30" if iterations else ""),
             "  00002-0: stopped",
             "  00002-1: failed for good: nan",
         ]
@@ -219,7 +226,7 @@ def test_the_states_of_a_resumed_search_are_printed(
     ],
 )
 def test_a_search_is_not_made_smaller(
-    tmp_path: Path, driven: list[tuple[Any, set[str]]], changes: dict[str, int], message: str
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         tune.resume_search(str(tmp_path), None, **changes)
@@ -229,8 +236,50 @@ def test_a_search_is_not_made_smaller(
 def test_a_search_is_not_resumed_on_other_shards(
     tmp_path: Path, driven: list[tuple[Any, set[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "open_shards", lambda data: SimpleNamespace(info={"settings": {"flow": "tvl1"}}))
-    with pytest.raises(UserError) as caught:
+    other = SimpleNamespace(info={"settings": {"flow": "tvl1"}}, root="/shards", fingerprint="2")
+    monkeypatch.setattr(tune, "open_shards", lambda data: other)
+    with pytest.raises(UserError, match="/shards has other settings than the shards it was started on"):
+        tune.resume_search(str(tmp_path), None)  # a record of an earlier version has no fingerprint
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "data_fingerprint": "1"}))
+    with pytest.raises(UserError, match="/shards is another data set than it was started on"):
         tune.resume_search(str(tmp_path), None)
-    assert str(caught.value) == "/shards: these shards have other settings than those the search started on"
     assert not driven
+
+
+def test_a_search_is_resumed_with_its_shards_in_another_place(
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "open_shards", open_shards)
+    moved = str(shutil.copytree(shards, tmp_path / "moved"))
+    file = tmp_path / "experiment.json"
+    spec = {**json.loads(file.read_text()), "data": "/gone", "data_fingerprint": open_shards(shards).fingerprint}
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=rf"/gone.*if the shards were moved: tune-ego resume {tmp_path} --data NEW"):
+        tune.resume_search(str(tmp_path), None)
+    tune.resume_search(str(tmp_path), None, data=moved)
+    ((resumed, _),) = driven
+    assert resumed.spec["data"] == moved
+
+
+def test_a_trial_resumes_with_the_configuration_that_it_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The defaults of another version are in its file; of the search only the iterations count."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(tune, "fit", lambda job, callbacks: jobs.append(job))
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: "callback")
+    space = parse_space(SPACE, "t", {"seed": 5})
+    run, sampled = run_folder(str(tmp_path), "00001-1"), {"model.stam_depth@0": 2}
+    draw = {"trial": "00001-1", "repeat": 1, "sampled": sampled}
+    drawn = space.config(sampled, 1)
+    started = override_config(drawn, {"model.dropout": 0.25, "train.iterations": 20}, "")
+    storage.write_text(f"{run}/config.yaml", dump_config(started))
+    trial = tune._trainable(space, "/shards", str(tmp_path), 0)
+    trial(draw)
+    assert jobs[0].config == override_config(started, {"train.iterations": 30}, "")
+    storage.write_text(f"{run}/config.yaml", dump_config(started) + "new_key: 1\n")
+    trial(draw)
+    failure = read_failure(run)
+    assert len(jobs) == 1 and failure is not None and not failure.final
+    assert failure.reason.startswith(f"{run}/config.yaml: unknown key 'new_key'")

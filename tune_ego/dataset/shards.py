@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -211,6 +211,16 @@ class Shards:
         """(width, height), pixels."""
         width, height = self.info["settings"]["image_size"]
         return width, height
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the data set's content: settings, class names in their order, and the rows of `clips.parquet`.
+
+        It does not depend on the place of the shards, nor on the version of the package that wrote them.
+        """
+        names = {key: self.info[key] for key in ("actions", "verbs", "nouns")}
+        content = {"settings": self.info["settings"], **names, "clips": self.table.to_pylist()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def verbs_and_nouns(self) -> ActionParts:
         """Return the verb and the first noun of each action."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,21 @@ from tune_ego.model.two_stream import Stream
 from tune_ego.results.checkpoint_files import is_final, read_last_whole_checkpoint, read_verified, run_of
 
 _CLASSIFIER = ("logits.conv3d.weight", "logits.conv3d.bias")
+_CONTAINERS = ("model", "state_dict", "model_state_dict")
+"""Keys under which training code keeps the state dict."""
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""Prefixes of parameter names: of DataParallel, torch.compile and Lightning."""
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"},
+    *(  # the functions that unpickle numbers and arrays; their module was renamed in numpy 2
+        (value.__reduce__()[0], f"{module}.multiarray.{name}")
+        for module in ("numpy.core", "numpy._core")
+        for name, value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1)))
+    ),
+]
+"""Types of numbers, strings and arrays of numpy, which training code stores beside the weights. They run no code."""
 _BLOCKS = {"attention_inc": "inception", "attention_self": "attention"}
 """Beginning of the module names of each `stam_block`."""
 _ZIP = b"PK\x03\x04"
@@ -50,7 +66,7 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def load_tensors(uri: str | Path) -> Any:
-    """Read a file of `torch.save` with tensors and plain containers only; a file that would run code is refused.
+    """Read a file of `torch.save` with tensors, numpy values and plain containers; a file that runs code is refused.
 
     Raises `UserError` where it cannot be read or is damaged.
     """
@@ -66,7 +82,8 @@ def unpack(data: bytes, source: str) -> Any:
     fault = _archive_fault(data) if data.startswith(_ZIP) else ""
     if not fault:
         try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_NUMPY):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises errors of many types for arbitrary bytes
             fault = _load_fault(data, str(error))
     raise UserError(f"{source}: {fault}")  # without torch's message, which explains how to load files that run code
@@ -104,10 +121,10 @@ def _shown(name: str) -> str:
 def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     """Load a file of weights into `stream`.
 
-    Takes I3D Kinetics files, Lu's "-o" and "-a" files (each with or without DataParallel's `module.` prefix), and
-    `model.pt` or a checkpoint of ours. A classifier of another number of classes is left out, and attention where the
-    stream has none; attention starts fresh where the file has none, and whole blocks beyond the file's depth do. Any
-    other difference is a `UserError` that names parameter and both shapes.
+    Accepts I3D Kinetics files, Lu's "-o" and "-a" files, and `model.pt` or a checkpoint of tune_ego; also inside the
+    containers `_CONTAINERS` and with the prefixes `_PREFIXES` of other training code. A classifier of another number of
+    classes is left out, and attention where the stream has none. Attention starts fresh where the file has none, and so
+    do whole blocks beyond the file's depth. Any other difference is a `UserError` that names parameter and both shapes.
     """
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
@@ -125,24 +142,28 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
-    """Return parameter name, without `module.`, -> tensor of a file's content."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    """Return parameter name, without `_PREFIXES`, -> tensor of a file's content."""
+    while isinstance(content, dict):
+        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a state dict of tensors but a {type(content).__name__}")
     if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         keys = [_shown(str(key)) for key in content]
         more = ", ..." if len(keys) > _NAMES_SHOWN else ""
         raise UserError(
-            f"{path}: not a state dict of tensors, at the top or under `model` or `state_dict`; "
+            f"{path}: not a state dict of tensors, at the top or under {', '.join(_CONTAINERS)}; "
             f"its keys: {', '.join(keys[:_NAMES_SHOWN]) or 'none'}{more}"
         )
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
-        plain = name.removeprefix("module.")
+        plain = name
+        while prefix := next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), ""):
+            plain = plain.removeprefix(prefix)
         if plain in tensors:
-            raise UserError(f"{path}: holds both {_shown(plain)} and module.{_shown(plain)}; keep one of the two")
+            raise UserError(f"{path}: holds {_shown(plain)} twice, once as {_shown(name)}; keep one of the two")
         tensors[plain] = value
     return tensors
 

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tune_ego import storage
+from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import driver
@@ -347,7 +347,8 @@ def read_trial(experiment: Experiment, trial: str, record: dict[str, Any], dead:
     decisions = trial_decisions(experiment.root, trial) if state == "stopped" else []
     if decisions:  # a trial trains on until it is stopped; how far it gets depends on timing
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
-    config = experiment.space.config(sampled, repeat)
+    started = "" if experiment.spec.get("version") == __version__ else storage.join(run, CONFIG_FILE)
+    config = experiment.space.resumed_config(started, sampled, repeat)
     return Trial(trial, state, run, sampled, repeat, config, metrics, record["reason"])
 
 

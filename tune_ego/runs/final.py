@@ -11,6 +11,7 @@ from tune_ego import __version__, storage
 from tune_ego.cluster import end_interrupted, ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import console, percent, say
+from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.driver import DRIVER_FILE, driving, stop_uri
@@ -56,7 +57,7 @@ def train_final(
         runs_at_a_time(config, gpus, address, beside=0)
         if not trained:
             with driving(run, _RESUME_COMMAND):
-                storage.write_json(storage.join(run, experiment.RUN_FILE), {"data": data, "version": __version__})
+                _write_record(run, data)
                 with run_tracked(track, config, run), run_shown(config, run), _print_validations(config, run):
                     fit(Job(config, data, run, gpus, stop_uri(run), final=True))
             say(f"Weights: {model}")
@@ -99,15 +100,24 @@ def _started(run: str) -> Config | None:
 
 
 def _check_same_run(config: Config, data: str, run: str) -> None:
+    from tune_ego.runs.launch import check_same_data
+
     before = _started(run)
     if before is not None:
         if before != config:
             raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
-        started_on = storage.read_json(storage.join(run, experiment.RUN_FILE))["data"]
-        if started_on != data:
-            raise UserError(f"{run}: this run was started on the shards {started_on}, not {data}")
+        record = storage.read_json(storage.join(run, experiment.RUN_FILE))
+        if "data_fingerprint" in record:
+            check_same_data(open_shards(data), record["data_fingerprint"], run)
+        elif record["data"] != data:  # of an earlier version
+            raise UserError(f"{run}: this run was started on the shards {record['data']}, not {data}")
     elif set(storage.list_names(run)) - {experiment.RUN_FILE, DRIVER_FILE}:
         raise UserError(f"{run}: the folder is not empty and holds no run; choose another --name")
+
+
+def _write_record(run: str, data: str) -> None:
+    record = {"data": data, "data_fingerprint": open_shards(data).fingerprint, "version": __version__}
+    storage.write_json(storage.join(run, experiment.RUN_FILE), record)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from tune_ego import storage
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
-from tune_ego.dataset.shards import open_shards
+from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.feed.reader import check_fits
 from tune_ego.results import checkpoint_files, experiment
@@ -78,6 +78,14 @@ def resolve_run(config: Config, data: str, before: Config | None = None) -> Conf
     config = resolve_weights(config, before)
     check_run(config, data)
     return config
+
+
+def check_same_data(shards: Shards, fingerprint: str, where: str) -> None:
+    """Raise `UserError` where shards are not those that the run or search `where` was started on, wherever they lie."""
+    if shards.fingerprint != fingerprint:
+        raise UserError(
+            f"{where}: {shards.root} is another data set than it was started on: settings, class names or clips differ"
+        )
 
 
 def check_run(config: Config, data: str) -> None:

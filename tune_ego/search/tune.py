@@ -24,7 +24,7 @@ from tune_ego.results.progress import search_shown
 from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import fit, initial_weights, resolve_run, resolve_weights
+from tune_ego.runs.launch import check_same_data, fit, initial_weights, resolve_run, resolve_weights
 from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
@@ -52,6 +52,7 @@ def start_search(
     space, changes = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
     check_runs(space, data)
+    shards = open_shards(data)
     if set(storage.list_names(root)) - {driver.DRIVER_FILE}:
         hint = (
             f"; to resume that search: tune-ego resume {root}"
@@ -67,7 +68,8 @@ def start_search(
             "samples": space.samples,
             "trials": space.trials,
             "data": data,
-            "data_settings": open_shards(data).info["settings"],
+            "data_settings": shards.info["settings"],
+            "data_fingerprint": shards.fingerprint,
             "seed": seed,
             "concurrent": concurrent,
             "track": list(track),
@@ -84,20 +86,20 @@ def resume_search(
     root: str,
     address: str | None,
     *,
+    data: str | None = None,
     samples: int | None = None,
     iterations: int | None = None,
     concurrent: int | None = None,
 ) -> Experiment:
     """Resume a search: unfinished trials from their last checkpoint; trials that have ended stay as they are.
 
-    With more `samples` further configurations are drawn. With more `iterations` finished trials continue to the new
-    budget; trials that the scheduler stopped stay stopped.
+    `data` is the new place of the shards if they were moved. With more `samples` further configurations are drawn. With
+    more `iterations` finished trials continue to the new budget; trials that the scheduler stopped stay stopped.
     """
     search = experiment.read_experiment(root)
     if search.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
-    if open_shards(search.spec["data"]).info["settings"] != search.spec["data_settings"]:
-        raise UserError(f"{search.spec['data']}: these shards have other settings than those the search started on")
+    search.spec["data"] = _checked_data(search, data)
     again = {"pending", "running", "interrupted", "failed"}
     if iterations is not None:
         before = any_config(search.space).train.iterations
@@ -119,6 +121,20 @@ def resume_search(
         say(f"  {trial.id}: {trial.state}{_resume_note(trial) if trial.state in again else ''}")
     with ray_session(address):
         return _drive(resumed, address, again)
+
+
+def _checked_data(search: Experiment, data: str | None) -> str:
+    """Return the place of a search's shards, `data` if it is given. Raises `UserError` for another data set."""
+    spec = search.spec
+    try:
+        shards = open_shards(spec["data"] if data is None else storage.absolute(data))
+    except UserError as error:
+        raise UserError(f"{error}; if the shards were moved: tune-ego resume {search.root} --data NEW") from error
+    if "data_fingerprint" in spec:
+        check_same_data(shards, spec["data_fingerprint"], search.root)
+    elif shards.info["settings"] != spec["data_settings"]:  # of an earlier version
+        raise UserError(f"{search.root}: {shards.root} has other settings than the shards it was started on")
+    return shards.root
 
 
 def _resume_note(trial: Trial) -> str:
@@ -214,8 +230,12 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
     def trial(draw: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        config = space.config(draw["sampled"], draw["repeat"])
         run = experiment.run_folder(root, draw["trial"])
+        try:
+            config = space.resumed_config(storage.join(run, experiment.CONFIG_FILE), draw["sampled"], draw["repeat"])
+        except UserError as error:
+            experiment.write_failure(run, experiment.Failure(str(error), final=False))
+            return
         ended = last_report(root, run, config)
         if ended is not None:  # the driver died before it recorded the end
             tune.report(ended)
@@ -236,6 +256,7 @@ def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
     decisions = experiment.trial_decisions(root, run.rpartition("/")[2])
     if decisions and decisions[-1].action == STOP:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
-    if config.train.iterations in checkpoint_files.checkpoint_iterations(run):
+    last = config.train.iterations
+    if last in checkpoint_files.checkpoint_iterations(run) and last_whole_iteration(run) == last:
         return [line for line in experiment.read_metrics(run) if METRIC in line][-1]
     return None
