@@ -18,7 +18,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from tests.search.test_search import assert_it_went_on, assert_nothing_is_left
-from tune_ego.cluster import _ENVIRONMENT
+from tune_ego.cluster import _ENVIRONMENT, _REQUIRED_ENVIRONMENT
 from tune_ego.config import load_config
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.runs.final import train_final
@@ -27,7 +27,7 @@ from tune_ego.search.tune import start_search
 
 def main(command: str, source: str, shards: str, root: str, notice: str = "") -> None:
     # The session that started this program may have a cluster of its own, which does not watch for spot notices.
-    os.environ.update({**_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"})
+    os.environ.update({**_REQUIRED_ENVIRONMENT, **_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"})
     head = {"num_cpus": 1, "include_dashboard": False}  # for a trial's own actor, and too few for a worker
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2) for _ in range(2))}

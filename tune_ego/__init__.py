@@ -5,12 +5,15 @@ The public names below are imported on first use, so that `import tune_ego` take
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_ego.api import Prediction, TrainedModel, load_model, open_shards, read_experiment, train
     from tune_ego.config import Config, load_config
     from tune_ego.errors import UserError
+
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # read when `ray.train` is imported; version 1 has other settings
 
 __version__ = "0.1.0"
 __all__ = [

@@ -32,6 +32,7 @@ Track = Annotated[
     list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
 ]
 _TRACKERS = ["tensorboard"]
+_LOG_LINES = 20  # that `status` prints of a run
 
 
 def main() -> None:
@@ -40,8 +41,13 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _fail(str(error))
-    except OSError as error:  # a full disk or a missing permission: no bug of this package
-        _fail(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.startswith("pyarrow")):
+            raise
+        # A full disk, a missing permission, an object store that does not answer: no bug of this package.
+        from tune_ego.storage import describe_error
+
+        _fail(f"{type(error).__name__}: {describe_error(error)}")
 
 
 def _fail(message: str) -> NoReturn:
@@ -189,8 +195,13 @@ def resume(
 
 
 @app.command()
-def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run.")]) -> None:
-    """Show the state of a search or run, and its trials, best first. Reads files, writes nothing, takes a second."""
+def status(
+    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run, or a trial's folder.")],
+) -> None:
+    """Show the state of a search with its trials, best first, or of a run or trial with the last lines of its log.
+
+    Reads files, writes nothing, takes a second.
+    """
     from tune_ego import storage
     from tune_ego.config import load_config
     from tune_ego.console import print_table, say
@@ -198,10 +209,13 @@ def status(experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a sea
     from tune_ego.results.experiment import CONFIG_FILE
     from tune_ego.results.progress import facts, run_facts, run_state, search_state, status_table
     from tune_ego.results.tables import configuration_table
+    from tune_ego.runs.run_log import last_log_lines
 
     experiment = storage.absolute(experiment)
     if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
         print_table("", ["", ""], run_facts(load_config(config), experiment, run_state(experiment)))
+        for line in last_log_lines(experiment, _LOG_LINES):
+            say(line)
         return
     files = read(experiment)
     search = files.experiment

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -17,15 +19,21 @@ from tune_ego.errors import UserError
 OBJECT_STORE_BYTES = 1 << 30
 """Shared memory of a cluster on this machine; the feed uses up to half of it."""
 
+_ANSWER_WITHIN = 5.0
+"""Seconds to connect to a cluster's address, and for its first answer."""
+
+_REQUIRED_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are handled by `results.driver`
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs keep their own metrics
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports nothing; its reason is in its files
+}
+"""Variables that are set in any case: with other values searches and runs fail."""
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are polled at this rate; the default is 2 s
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs keep their own metrics
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports nothing; its reason is in its files
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _LOCAL_ENVIRONMENT = {
@@ -47,13 +55,63 @@ def is_local(address: str | None) -> bool:
     return address is None and not os.environ.get("RAY_ADDRESS")
 
 
+def check_address(address: str | None) -> str:
+    """Return `--address ...` or `RAY_ADDRESS=...`, whichever names the cluster, after trying to reach it.
+
+    Ray itself waits for minutes and prints pages. Raises `UserError` where nothing answers, or something else than Ray.
+    """
+    given = f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}" if address is None else f"--address {address}"
+    value = os.environ.get("RAY_ADDRESS", "") if address is None else address
+    scheme, separator, rest = value.rpartition("://")
+    if scheme in ("http", "https"):
+        raise UserError(
+            f"{given}: this is the address of a dashboard, for `ray job submit`; on a machine of the cluster: auto"
+        )
+    if value == "auto":
+        rest = _running_cluster()
+    if value == "local" or (separator and scheme != "ray") or not rest:
+        return given
+    host, separator, port = rest.rpartition(":")
+    if not separator or not port.isdecimal():
+        raise UserError(f"{given}: not an address; write auto, HOST:PORT or ray://HOST:PORT")
+    reason = _refusal(host.strip("[]"), int(port))
+    if reason:
+        raise UserError(f"{given}: no Ray cluster answers there ({reason})")
+    return given
+
+
+def _running_cluster() -> str:
+    """Return HOST:PORT of the cluster that was started last on this machine, "" without one (Ray says so itself)."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _refusal(host: str, port: int) -> str:
+    """Return the reason why no gRPC server answers at an address; "" if one does.
+
+    The greeting is HTTP/2's (RFC 9113, section 3.4): its preface and an empty SETTINGS frame, to which a server answers
+    with a SETTINGS frame, of type 4.
+    """
+    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    try:
+        with socket.create_connection((host, port), _ANSWER_WITHIN) as connection:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return ""
+            connection.sendall(greeting)
+            answer = connection.recv(9)
+    except OSError as error:
+        return str(error) or type(error).__name__
+    return "" if len(answer) >= 4 and answer[3] == 4 else "another service answers"
+
+
 @contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
     """Connect to the Ray cluster at `address` for the body; without one, start a cluster that ends with the body.
 
-    A process that is already connected keeps its connection. Raises `UserError` where there is no cluster.
+    A process that is already connected keeps its connection. Raises `UserError` where no cluster answers or starts.
     """
     local = is_local(address)
+    os.environ.update(_REQUIRED_ENVIRONMENT)
     for key, value in {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}.items():
         os.environ.setdefault(key, value)
     import ray
@@ -64,12 +122,13 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     alone = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     options: dict[str, Any] = alone if local else {"address": address}
+    given = "" if local else check_address(address)
     for name in ("ray.data", "ray.train", "ray.tune"):  # tune_ego prints the failures of trials itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
-        where = "Ray does not start here" if local else f"--address {address}: no Ray cluster answers there"
+        where = "Ray does not start here" if local else f"{given}: no Ray cluster answers there"
         raise UserError(f"{where} ({error})") from error
     try:
         with _sigterm_as_sigint():

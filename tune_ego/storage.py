@@ -15,6 +15,8 @@ import pyarrow.fs as pafs
 from tune_ego.errors import StorageError, UserError
 
 _PARTIAL = ".partial"
+_RETRY_SECONDS = 20
+_LONGEST_ERROR = 300
 
 
 class SourceFile(NamedTuple):
@@ -58,10 +60,24 @@ def join_name(folder: str | Path, name: str) -> str:
 def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """Return (file system, path on it) of a local path or URI. Raises `UserError` where there is none."""
     try:
-        filesystem, path = pafs.FileSystem.from_uri(absolute(uri))
+        filesystem, path = pafs.FileSystem.from_uri(_with_time_limit(absolute(uri)))
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri}: not a path or URI that can be opened ({error})") from error
+        raise UserError(f"{uri}: not a path or URI that can be opened ({describe_error(error)})") from error
     return filesystem, path
+
+
+def _with_time_limit(uri: str) -> str:
+    """Add a time limit to a URI of Google's store without one. Its own limit, 15 minutes, looks like a hang."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_RETRY_SECONDS}"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the cause of a storage error in at most 300 characters; the messages of object stores are longer."""
+    text = " ".join(str(error).split())
+    text = text.rpartition("The underlying error message was: ")[2].partition(" error_info=")[0]
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}..."
 
 
 def exists(uri: str | Path) -> bool:
@@ -125,7 +141,7 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     try:
         _write_bytes(uri, data)
     except OSError as error:
-        raise StorageError(f"{uri}: cannot be written ({error})") from error
+        raise StorageError(f"{uri}: cannot be written ({describe_error(error)})") from error
 
 
 def _write_bytes(uri: str | Path, data: bytes) -> None:

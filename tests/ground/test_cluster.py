@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import ray
 
-from tune_ego.cluster import end_interrupted, is_local, ray_session
+from tune_ego.cluster import check_address, end_interrupted, is_local, ray_session
+from tune_ego.errors import UserError
 
 
 def test_a_cluster_is_local_where_neither_option_nor_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +40,89 @@ def test_a_session_s_settings_do_not_replace_the_user_s(ray_cluster: None, monke
         assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
         assert os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] == "1"
         assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+
+
+def test_settings_without_which_nothing_works_are_set_in_any_case(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "0")
+    monkeypatch.setenv("TUNE_DISABLE_STRICT_METRIC_CHECKING", "0")
+    with ray_session():
+        assert os.environ["RAY_TRAIN_V2_ENABLED"] == os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] == "1"
+    code = "import tune_ego.search.tune, ray.train; print(ray.train.RunConfig.__doc__ is not None, ray.train.v2)"
+    script = "import tune_ego, ray.train; print(ray.train.FailureConfig(max_preemption_failures=-1))"
+    environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for text in (code, script):  # version 1 has no `max_preemption_failures`
+        subprocess.run([sys.executable, "-c", text], env=environment, check=True, capture_output=True)
+
+
+class Server(threading.Thread):
+    """A TCP server that sends `banner` to each client, or nothing."""
+
+    def __init__(self, banner: bytes) -> None:
+        super().__init__(daemon=True)
+        self.banner, self.socket = banner, socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        self.clients: list[socket.socket] = []
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            client, _ = self.socket.accept()
+            self.clients.append(client)
+            client.sendall(self.banner)
+
+
+DEAD = "127.0.0.1:1"
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (DEAD, "no Ray cluster answers there (.*refused"),
+        (f"ray://{DEAD}", "no Ray cluster answers there (.*refused"),
+        ("no-such-host.invalid:6379", "no Ray cluster answers there ("),
+        ("http://127.0.0.1:8265", "the address of a dashboard"),
+        ("here", "not an address; write auto, HOST:PORT or ray://HOST:PORT"),
+        ("here:x", "not an address"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_named_at_once(
+    address: str, words: str, variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address if variable else "10.0.0.1:1")
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        check_address(None if variable else address)
+    given = f"RAY_ADDRESS={address}" if variable else f"--address {address}"
+    assert re.search(re.escape(f"{given}: ") + ".*" + words.replace("(", r"\("), str(caught.value))
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("banner", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_another_service_at_the_address_is_no_cluster(banner: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_ego.cluster._ANSWER_WITHIN", 0.3)
+    server = Server(banner)
+    words = "another service answers" if banner else "timed out"
+    with pytest.raises(UserError, match=f"--address {server.address}: no Ray cluster answers there .{words}"):
+        check_address(server.address)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    assert check_address(server.address) == f"--address {server.address}"  # Ray itself has the certificates
+
+
+def test_a_living_cluster_answers(ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also by `auto`, which is the cluster that Ray has noted last; a note about a dead one is no cluster."""
+    address = ray.get_runtime_context().gcs_address
+    assert check_address(address) == f"--address {address}"
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert check_address("auto") == "--address auto"  # no note: Ray looks for it by itself
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+    assert check_address("auto") == "--address auto"
+    (tmp_path / "ray" / "ray_current_cluster").write_text(DEAD)
+    with pytest.raises(UserError, match="--address auto: no Ray cluster answers there"):
+        check_address("auto")
 
 
 def test_sigterm_does_what_ctrl_c_does(ray_cluster: None) -> None:

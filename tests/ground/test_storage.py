@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import COMMAND
 from tune_ego import storage
 from tune_ego.errors import StorageError, UserError, user_error_in
 from tune_ego.yaml_files import parse_yaml, read_yaml
@@ -221,3 +225,37 @@ def test_a_name_is_one_component_below_the_folder(name: str, tmp_path: Path) -> 
 def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--name .* a name has up to 100 letters, digits, dots, dashes"):
         storage.join_name(tmp_path, name)
+
+
+def test_a_time_limit_is_added_to_google_s_store_alone() -> None:
+    for uri, limited in (
+        ("gs://bucket/a", "gs://bucket/a?retry_limit_seconds=20"),
+        ("gcs://bucket/a?scheme=http", "gcs://bucket/a?scheme=http&retry_limit_seconds=20"),
+        ("gs://bucket/a?retry_limit_seconds=5", "gs://bucket/a?retry_limit_seconds=5"),
+        ("s3://bucket/a", "s3://bucket/a"),
+        ("/a", "/a"),
+    ):
+        assert storage._with_time_limit(uri) == limited
+
+
+def test_errors_of_object_stores_become_one_readable_line() -> None:
+    google = (
+        "google::cloud::Status(UNAVAILABLE: Retry policy exhausted, with a last message of Could not create a token. "
+        "The underlying error message was: PerformWork() - CURL error [6]=Could not resolve hostname "
+        "error_info={reason=, domain=, metadata={}})"
+    )
+    assert storage.describe_error(OSError(google)) == "PerformWork() - CURL error [6]=Could not resolve hostname"
+    assert storage.describe_error(OSError("two\nlines")) == "two lines"
+    assert storage.describe_error(OSError("x" * 400)) == "x" * 300 + "..."
+
+
+def test_a_store_without_network_ends_soon_with_one_line(tmp_path: Path) -> None:
+    """A proxy that refuses stands for no network."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {"https_proxy": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
+    script = f"import tune_ego.storage as s; s._RETRY_SECONDS = 1; {COMMAND}"
+    for command in (["status", "gs://no-such-bucket/a"], ["inspect", "gs://no-such-bucket/a"]):
+        start = time.monotonic()
+        run = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True)
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and len(run.stderr) < 500
+        assert time.monotonic() - start < 30

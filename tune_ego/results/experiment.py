@@ -25,7 +25,7 @@ from tune_ego.search_space import SearchSpace, parse_space
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_READERS = 16  # threads that read files
+_READERS = 16
 METRIC = "val_mean_class_accuracy"
 """The metric that a search maximises, in [0, 1]. Only lines of validations have it."""
 VALIDATION_SECONDS = "validation_seconds"
@@ -46,6 +46,7 @@ METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failure.json"
 ERROR_FILE = "error.txt"
 """Traceback of the last error, if Ray gave up the run."""
+LOG_FILE = "log.txt"
 EVALUATION_FILE = "evaluation.json"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 
 from tune_ego import storage
-from tune_ego.console import say
+from tune_ego.console import percent, say
 from tune_ego.evaluation.attention_maps import validation_strip
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results import experiment
@@ -59,6 +59,7 @@ class Reporter:
                 self.written = time.monotonic()
             if checkpoint is not None:
                 self._write(checkpoint, waits=not self.job.final or metrics is None)
+                say(_describe(metrics, checkpoint["iteration"]))
             if metrics and checkpoint is not None:
                 self._draw(metrics["iteration"])
         if metrics and checkpoint is not None:
@@ -101,3 +102,12 @@ class Reporter:
         import ray.train
 
         ray.train.report(metrics)  # returns when all workers have called it
+
+
+def _describe(metrics: dict[str, Any] | None, iteration: int) -> str:
+    """Return a line of the run's log about a checkpoint."""
+    if metrics is None:
+        return f"iteration {iteration}: checkpoint, as a signal asked for"
+    accuracy = percent(metrics[experiment.METRIC])
+    loss = metrics.get("train_loss", float("nan"))
+    return f"iteration {iteration}: checkpoint; loss {loss:.3f}, validation mean class accuracy {accuracy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import torch
 
@@ -17,6 +18,7 @@ from tune_ego.runs.job import Job
 from tune_ego.runs.placement import decodes_on_gpu
 from tune_ego.runs.ray_private import throttling_callback
 from tune_ego.runs.reporter import Reporter
+from tune_ego.runs.run_log import recording
 from tune_ego.runs.signals import watch_signals
 from tune_ego.training.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes
 from tune_ego.training.hardware import set_up_torch
@@ -29,7 +31,11 @@ def work(job: Job) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
+    with recording(job.run, context.get_world_rank()):
+        _work(job, context.get_world_rank(), context.get_world_size())
+
+
+def _work(job: Job, rank: int, workers: int) -> None:
     # Ray Data's executor is a thread of this process: with Python's default interval of 5 ms training waits for it.
     sys.setswitchinterval(1e-3)
     set_up_torch(job.config, job.gpus)
@@ -66,6 +72,7 @@ def work(job: Job) -> None:
             experiment.write_failure(job.run, experiment.Failure(reason, final))
         if mistake is not None and workers > 1:
             raise  # the other workers may be waiting for this one in a collective operation
+        traceback.print_exc()
         return
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
         averaged = job.averaged_iterations(plan)
