@@ -124,6 +124,7 @@ def gaze_target(
 ) -> list[list[list[list[float]] | None]]:
     """[clip][slice] -> rows of the map, None for a slice without gaze."""
     slices, height, width = sizes
+    cells = sigma * height
     share = gaze.shape[1] // slices
     maps: list[list[list[list[float]] | None]] = []
     for b in range(gaze.shape[0]):
@@ -137,7 +138,7 @@ def gaze_target(
             y = sum(gaze[b, f, 1].item() for f in frames) / len(frames)
             maps[b].append(
                 [
-                    [math.exp(-((j - x * width) ** 2 + (i - y * height) ** 2) / (2 * sigma**2)) for j in range(width)]
+                    [math.exp(-((j - x * width) ** 2 + (i - y * height) ** 2) / (2 * cells**2)) for j in range(width)]
                     for i in range(height)
                 ]
             )
@@ -163,8 +164,13 @@ def cross_entropy(logits: Tensor, labels: list[int]) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def ranger(start: Tensor, gradients: list[Tensor | None], lr: float, k: int, alpha: float) -> Tensor:
-    """RAdam + LookAhead, element by element in float64; a gradient of None is a step that is skipped."""
+def ranger(
+    start: Tensor, gradients: list[Tensor | None], lr: float, k: int, alpha: float, decay: float = 0.0
+) -> Tensor:
+    """RAdam + LookAhead, element by element in float64; a gradient of None is a step that is skipped.
+
+    Weight decay is decoupled (Loshchilov & Hutter, ICLR 2019).
+    """
     b1, b2, eps = 0.95, 0.999, 1e-5
     w, slow = start.clone(), start.clone()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
@@ -174,6 +180,7 @@ def ranger(start: Tensor, gradients: list[Tensor | None], lr: float, k: int, alp
         if g is None:
             continue
         t += 1
+        w = w - lr * decay * w
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         rho = rho_inf - 2 * t * b2**t / (1 - b2**t)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # read when `ray.train` is imported; version 1 has other settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Config",
     "Prediction",

@@ -7,13 +7,16 @@ Keys are written with dots: `--set optimizer.lr=1e-3`, `optimizer.lr:` in a sear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tune_ego.console import say
 from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml
 
@@ -134,8 +137,8 @@ class ConstantConfig(_ScheduleNode):
 class LossConfig(_Node):
     gaze_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the gaze loss in the total loss (Lu); with 0 gaze is not used (Lu's "-v")."""
-    gaze_sigma: Positive = 3.0
-    """Standard deviation of the gaze target, cells of the attention map (Lu: 3 on 7 x 7)."""
+    gaze_sigma: Positive = 3 / 7
+    """Standard deviation of the gaze target, as a fraction of the attention map's side (Lu: 3 cells of 7)."""
 
 
 class TrainConfig(_Node):
@@ -284,6 +287,12 @@ def dump_config(config: Config) -> str:
 def build_config(tree: Mapping[str, Any], source: str) -> Config:
     """Validate a nested mapping. Raises `UserError` that begins with `source`."""
     tree = dict(tree)
+    loss = tree.get("loss")
+    if isinstance(loss, dict) and _is_in_cells(sigma := loss.get("gaze_sigma")):
+        tree["loss"] = {**loss, "gaze_sigma": sigma / _CELLS}
+        _say_once(
+            f"{source}: loss.gaze_sigma {sigma:g} is in cells of a 7 x 7 map, as in version 0.1: {sigma / _CELLS:.3g}"
+        )
     for part in ("optimizer", "schedule"):  # settings without a name belong to the default optimizer or schedule
         if isinstance(tree.get(part), dict):
             tree[part] = {"name": _default_name(part), **tree[part]}
@@ -291,6 +300,19 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from error
+
+
+_CELLS = 7
+
+
+def _is_in_cells(sigma: Any) -> TypeGuard[float]:
+    """Return whether a value of `loss.gaze_sigma` is one of version 0.1: a fraction above 1 would be a flat target."""
+    return isinstance(sigma, (int, float)) and not isinstance(sigma, bool) and 1 < sigma < math.inf
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

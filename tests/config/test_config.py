@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ schedule:
   warmup: 0
 loss:
   gaze_weight: 0.1            # Lu
-  gaze_sigma: 3.0             # Lu, cells of 7 x 7
+  gaze_sigma: 0.42857142857142855  # Lu, 3 cells of 7
 train:
   iterations: 3000            # the paper
   batch_size: 12              # a pass of Lu's code
@@ -223,7 +224,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("schedule.patience", [0], [-1]),
     ("schedule.warmup", [0, 2999], [-1, 3000]),
     ("loss.gaze_weight", [0.0, 5.0], [-0.001]),
-    ("loss.gaze_sigma", [0.001], [0.0]),
+    ("loss.gaze_sigma", [0.001, 1.0], [0.0, -1.0]),
     ("train.iterations", [1], [0]),
     ("train.batch_size", [1], [0]),
     ("train.accumulate", [1, 12], [0, 5, 24]),
@@ -371,3 +372,21 @@ def test_an_unknown_override_names_its_neighbours() -> None:
     )
     with pytest.raises(UserError, match=r"^t: unknown key 'nosuch\.key'; allowed: label, seed, .*, init_from\.flow$"):
         override_config(Config(), {"nosuch.key": 1}, "t")
+
+
+def test_a_gaze_sigma_in_cells_is_converted_once_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of version 0.1 have cells of a 7 x 7 map; a fraction over 1 would be a flat target."""
+    file = tmp_path / "config.yaml"
+    file.write_text("loss: {gaze_sigma: 3.0}\n")
+    assert load_config(file).loss.gaze_sigma == Config().loss.gaze_sigma == 3 / 7
+    assert load_config(file).loss.gaze_sigma == 3 / 7
+    words = f"{file}: loss.gaze_sigma 3 is in cells of a 7 x 7 map, as in version 0.1: 0.429"
+    assert capsys.readouterr().out.splitlines() == [words]
+    for sigma in (0.2, 1.0):
+        file.write_text(f"loss: {{gaze_sigma: {sigma}}}\n")
+        assert load_config(file).loss.gaze_sigma == sigma
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match=r"loss\.gaze_sigma"):
+        build_config({"loss": {"gaze_sigma": math.inf}}, "x")

@@ -87,9 +87,9 @@ def test_table1_is_the_papers() -> None:
     }
     assert seen == {
         "lu_original": ("off", "sgd", "multistep", 1),
-        "1_mixed_precision": ("auto", "sgd", "plateau", 1),
-        "2_ranger": ("auto", "ranger", "plateau", 1),
-        "3_stacked_stam": ("auto", "ranger", "plateau", 3),
+        "1_mixed_precision": ("fp16", "sgd", "plateau", 1),
+        "2_ranger": ("fp16", "ranger", "plateau", 1),
+        "3_stacked_stam": ("fp16", "ranger", "plateau", 3),
     }
     assert {config.streams for config in rows.values()} == {"rgb"}
     batches = {label: (c.train.batch_size, c.train.accumulate) for label, c in rows.items()}

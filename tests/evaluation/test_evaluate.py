@@ -269,7 +269,7 @@ def test_attention_is_compared_with_the_gaze_of_its_window(numbered: str, monkey
     """
     monkeypatch.setattr(TwoStream, "forward", known_scores)
     data = open_shards(numbered)
-    config = tiny_config(loss__gaze_sigma=1.7)
+    config = tiny_config(loss__gaze_sigma=1.7 / 4)
     model = TwoStream(("rgb", "flow"), 4, config.model)
     _, attention = score_clips(model, config, data.test(1), data)
     rising = torch.arange(4.0) / 3

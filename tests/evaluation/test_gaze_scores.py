@@ -113,7 +113,7 @@ def test_f1_and_the_centre_equal_their_formulas() -> None:
     ]
     attention = torch.rand(3, 2, 4, 6)
     centre = GazeScores(CPU)
-    centre.add_centre(attention.shape, gaze, valid, 1.3)
+    centre.add_centre(attention.shape, gaze, valid, 1.3 / 4)
     for result, smalls in (
         (scored(attention, gaze, valid), [*attention.flatten(0, 1)]),
         (centre.result(), [middle] * 6),

@@ -44,7 +44,7 @@ def random_gaze(seed: int) -> tuple[Tensor, Tensor]:
     return gaze, valid
 
 
-@pytest.mark.parametrize(("sizes", "sigma"), [((2, 7, 7), 3.0), ((4, 3, 5), 1.3), ((1, 8, 2), 0.7)])
+@pytest.mark.parametrize(("sizes", "sigma"), [((2, 7, 7), 3 / 7), ((4, 3, 5), 0.43), ((1, 8, 2), 0.09)])
 def test_gaze_target_and_loss_equal_their_formulas(sizes: tuple[int, int, int], sigma: float) -> None:
     gaze, valid = random_gaze(0)
     expected = literal.gaze_target(gaze, valid, sizes, sigma)
@@ -75,7 +75,7 @@ def test_the_target_is_a_gaussian_around_the_mean_of_the_gaze_points(
     points: list[tuple[float, float]], valid: list[bool]
 ) -> None:
     """Mean x = 0.5 of 4 columns is column 2, mean y = 0.5 of 2 rows is row 1; sigma is 1 cell."""
-    target, has_target = gaze_target(torch.tensor([points]), torch.tensor([valid]), (1, 2, 4), sigma=1.0)
+    target, has_target = gaze_target(torch.tensor([points]), torch.tensor([valid]), (1, 2, 4), sigma=1 / 2)
     assert has_target.tolist() == [[True]]
     torch.testing.assert_close(target[0, 0], torch.tensor(OF_THE_MIDDLE), rtol=0, atol=1e-6)
 
@@ -113,39 +113,39 @@ def test_the_gaze_loss_is_the_mean_over_the_slices_that_have_gaze() -> None:
     attention = torch.zeros(2, 2, 2, 4)
     attention[0, 1] = 100.0
     attention[1, 0] = 100.0
-    assert gaze_loss(attention[:1], gaze[:1], valid[:1], 1.0).item() == pytest.approx(0.299920, abs=1e-6)
+    assert gaze_loss(attention[:1], gaze[:1], valid[:1], 0.5).item() == pytest.approx(0.299920, abs=1e-6)
     attention[1, 1] = 1.0
     second = 1 - 2 * 3.772771 / 8 + 0.299920
-    loss = gaze_loss(attention, gaze, valid, 1.0)
+    loss = gaze_loss(attention, gaze, valid, 0.5)
     assert loss.item() == pytest.approx((0.299920 + second) / 2, abs=1e-6)
 
 
 def test_slices_without_gaze_have_neither_loss_nor_gradient() -> None:
     gaze, valid = random_gaze(1)
     attention = torch.rand(5, 2, 7, 7, requires_grad=True)
-    gaze_loss(attention, gaze, valid, sigma=3.0).backward()
+    gaze_loss(attention, gaze, valid, sigma=3 / 7).backward()
     assert attention.grad is not None and attention.grad.isfinite().all()
     assert (attention.grad[1] == 0).all() and (attention.grad[0, 0] == 0).all() and (attention.grad[0, 1] != 0).any()
-    assert gaze_loss(attention, gaze[1:2], valid[1:2].clone(), 3.0).item() == 0
+    assert gaze_loss(attention, gaze[1:2], valid[1:2].clone(), 0.4).item() == 0
 
 
 def test_gradient_of_the_gaze_loss() -> None:
     gaze, valid = random_gaze(2)
     attention = torch.rand(5, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: gaze_loss(a, gaze, valid, 2.0), attention)
+    assert torch.autograd.gradcheck(lambda a: gaze_loss(a, gaze, valid, 0.6), attention)
 
 
 def test_stream_losses_are_cross_entropy_and_weighted_gaze_loss() -> None:
     gaze, valid = random_gaze(3)
     logits, label, attention = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), torch.rand(5, 2, 7, 7)
     action = -sum(math.log(math.exp(row[k]) / sum(map(math.exp, row))) for row, k in zip(logits.tolist(), label)) / 5
-    for weight, sigma in ((0.1, 3.0), (2.0, 1.5), (0.0, 3.0)):
+    for weight, sigma in ((0.1, 3 / 7), (2.0, 0.2), (0.0, 3 / 7)):
         losses = stream_losses(StreamOutput(logits, attention), label, gaze, valid, weight, sigma)
         gaze_part = literal.gaze_loss(attention, gaze, valid, sigma).item()
         assert losses.action.item() == pytest.approx(action, rel=1e-5)
         assert losses.gaze.item() == pytest.approx(gaze_part, rel=1e-5)
         assert losses.total.item() == pytest.approx(action + weight * gaze_part, rel=1e-5)
-    without = stream_losses(StreamOutput(logits, None), label, gaze, valid, 0.1, 3.0)
+    without = stream_losses(StreamOutput(logits, None), label, gaze, valid, 0.1, 3 / 7)
     assert [loss.item() for loss in without] == [pytest.approx(action, rel=1e-5), without.total.item(), 0.0]
 
 

@@ -131,10 +131,9 @@ def test_ranger_goes_on_from_its_state() -> None:
 def test_ranger_s_first_steps_by_hand() -> None:
     """From 1, gradient 2, weight decay 0.5: the first steps of RAdam are not divided by the variance.
 
-    Step 1: m = 0.5 x 2.5, over 1 - 0.5: 2.5; 1 - 0.1 x 2.5 = 0.75. Step 2: 2 + 0.5 x 0.75 = 2.375, m = 0.625 + 1.1875,
-    over 1 - 0.25: 2.416667; 0.75 - 0.2416667 = 0.5083333. Then the slow weight moves from 1 by 0.25 of the way to it,
-    and the weight goes there: 1 - 0.25 x 0.4916667 = 0.8770833. Step 3: 2.4385417, m = 0.90625 + 1.2192708, over
-    0.875: 2.4291667; 0.8770833 - 0.2429167.
+    The mean of the gradients is 2 at each step. Decay leaves 1 - 0.1 x 0.5 = 0.95 of a weight. Step 1: 0.95 - 0.2 =
+    0.75. Step 2: 0.7125 - 0.2 = 0.5125; then the slow weight moves from 1 by 0.25 of the way to it, and the weight goes
+    there: 1 - 0.25 x 0.4875 = 0.878125. Step 3: 0.83421875 - 0.2.
     """
     p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = Ranger([p], lr=0.1, betas=(0.5, 0.999), weight_decay=0.5, k=2, alpha=0.25)
@@ -143,7 +142,21 @@ def test_ranger_s_first_steps_by_hand() -> None:
         p.grad = torch.full_like(p, 2.0)
         optimizer.step()
         weights.append(p.item())
-    assert weights == pytest.approx([0.75, 0.8770833, 0.6341667], abs=1e-6)
+    assert weights == pytest.approx([0.75, 0.878125, 0.63421875], abs=1e-9)
+
+
+def test_ranger_s_weight_decay_is_decoupled() -> None:
+    """60 steps with decay 0.5: as the formula has it, and not as with decay in the gradient."""
+    torch.manual_seed(0)
+    start = torch.randn(7, 3, dtype=torch.float64)
+    gradients = [torch.randn(7, 3, dtype=torch.float64) for _ in range(60)]
+    p = torch.nn.Parameter(start.clone())
+    optimizer = Ranger([p], lr=1e-2, weight_decay=0.5)
+    for gradient in gradients:
+        p.grad = gradient
+        optimizer.step()
+    expected = literal.ranger(start, list(gradients), 1e-2, 6, 0.5, decay=0.5)
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-10)
 
 
 def test_ranger_s_step_gives_the_loss_of_its_closure() -> None:

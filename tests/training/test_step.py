@@ -40,7 +40,7 @@ def test_a_step_s_gradients_equal_autograd_on_the_formula(monkeypatch: pytest.Mo
     and BatchNorm over few values are no matter."""
     clips = ClipBatch.model_input
     monkeypatch.setattr(ClipBatch, "model_input", lambda batch: {name: x.double() for name, x in clips(batch).items()})
-    weight, sigma = 0.7, 1.3
+    weight, sigma = 0.7, 0.6
     config = tiny_config(
         loss__gaze_weight=weight,
         loss__gaze_sigma=sigma,

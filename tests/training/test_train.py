@@ -235,7 +235,7 @@ def test_mixed_precision_follows_float32(shards: str) -> None:
         losses[precision] = [trainer.step(batches).sum().item() for _ in range(12)]
         steps = [moving.schedule.state_dict()["steps"] for moving in trainer.optimizers.values()]
         assert steps == [12, 12]  # none was skipped
-    for precision, at_first in (("bf16", 0.03), ("fp16", 0.005)):
+    for precision, at_first in (("bf16", 0.03), ("fp16", 0.01)):
         assert losses[precision] != losses["off"]
         assert losses[precision][0] == pytest.approx(losses["off"][0], rel=at_first)
         assert sum(losses[precision]) == pytest.approx(sum(losses["off"]), rel=0.06)

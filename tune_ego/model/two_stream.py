@@ -6,8 +6,8 @@ B batch, C channels, T time, H, W, K classes.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,11 @@ class Stream(nn.Module):
         attention_BTHW = None
         if self.attention_modules:
             a = x
-            for name in self.attention_modules:
+            *blocks, prediction = self.attention_modules
+            for name in blocks:
                 a = self._layer(name, a)
+            with _no_autocast(a.device):  # in 16 bits a map has some 30 levels, in 32 all differ
+                a = self._layer(prediction, a if a.dtype == torch.float64 else a.float())
             attention_BTHW = scale_attention(a[:, 0], self.attention_scale)
             x = x * attention_BTHW[:, None].to(x.dtype)
         pooled = F.adaptive_avg_pool3d(x, 1)
@@ -87,6 +90,11 @@ class Stream(nn.Module):
             context_fn=lambda: (nullcontext(), _statistics_kept(layer)),
         )
         return again
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from tune_ego.model.two_stream import StreamOutput
 
 
 def gaze_target(
-    gaze_BT2: Tensor, valid_BT: Tensor, map_size: tuple[int, int, int] = (2, 7, 7), sigma: float = 3.0
+    gaze_BT2: Tensor, valid_BT: Tensor, map_size: tuple[int, int, int] = (2, 7, 7), sigma: float = 3 / 7
 ) -> tuple[Tensor, Tensor]:
     """Return a Gaussian map around the mean gaze point of each slice of the window (Lu, equation 2).
 
     `gaze_BT2` holds x, y in [0, 1] of the crop, or outside it. `valid_BT` marks the frames with gaze; frames whose gaze
-    is not finite count as frames without. `sigma` is in cells of the map. Returns the target [B, T', H, W] in (0, 1],
-    and a mask of the slices that have one, [B, T'].
+    is not finite count as frames without. `sigma` is a fraction of the map's height. Returns the target, [B, T', H, W]
+    in (0, 1], and a mask of the slices that have one, [B, T'].
     """
     slices, height, width = map_size
     batch, frames = valid_BT.shape
@@ -38,7 +38,7 @@ def gaze_target(
     row = torch.arange(height, device=mean.device, dtype=mean.dtype)
     across = (column - mean[..., 0:1] * width).square()
     down = (row - mean[..., 1:2] * height).square()
-    return torch.exp(-(down[..., :, None] + across[..., None, :]) / (2 * sigma**2)), count > 0
+    return torch.exp(-(down[..., :, None] + across[..., None, :]) / (2 * (sigma * height) ** 2)), count > 0
 
 
 def gaze_loss(attention_BTHW: Tensor, gaze_BT2: Tensor, valid_BT: Tensor, sigma: float) -> Tensor:

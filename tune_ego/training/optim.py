@@ -25,7 +25,8 @@ class Ranger(torch.optim.RAdam):
     """RAdam (Liu et al., ICLR 2020) inside LookAhead (Zhang et al., NeurIPS 2019).
 
     The slow weights start as a copy of the weights before the first step. After every k-th step they move by `alpha`
-    towards the fast weights, which are then set to them. The optimizer's state holds them as `slow`.
+    towards the fast weights, which are then set to them. The optimizer's state holds them as `slow`. Weight decay is
+    decoupled, as in the optimizer that the paper's authors used: each step subtracts lr x weight_decay x weight.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Ranger(torch.optim.RAdam):
     ) -> None:
         self._look_ahead_defaults = {"k": k, "alpha": alpha}
         _check_look_ahead(self._look_ahead_defaults)
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True)
         self.defaults.update(self._look_ahead_defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
