@@ -272,13 +272,18 @@ def train(
     evaluation.json. Cost: on an H200 about 5 minutes for 3,000 iterations of 12 two-stream samples.
     """
     from tune_ego.config import load_config, override_config
+    from tune_ego.console import say
     from tune_ego.runs.final import train_final
+    from tune_ego.runs.launch import describe_micro_batches
     from tune_ego.storage import join_name
 
     settings = _parse_changes(changes)
     if iterations is not None:
         settings["train.iterations"] = iterations
-    resolved = override_config(load_config(config), settings, "--set")
+    stored = load_config(config)
+    resolved = override_config(stored, settings, "--set")
+    if note := describe_micro_batches(stored, resolved):
+        say(note)
     train_final(resolved, data, join_name(storage, name), address, test=evaluate, track=track)
 
 

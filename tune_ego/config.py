@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -76,6 +76,8 @@ class ModelConfig(_Node):
     """Factor on every channel count, rounded to whole channels; 1 is I3D. CPUs can train 0.25."""
     dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout rate before the classifier (Lu)."""
+    sync_bn: bool = False
+    """Normalise over the samples of all workers, on GPUs: with several workers each one has few samples."""
     bn_momentum: float = Field(0.01, gt=0, le=1)
     """Weight of a new batch in BatchNorm's running statistics (I3D); runs of a few hundred iterations need 0.1."""
 
@@ -156,8 +158,8 @@ class TrainConfig(_Node):
     """Mixed precision. auto: bf16 where the GPU supports it, else fp16 with loss scaling; off on a CPU, where 16-bit
     arithmetic is slow."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, on GPUs only, as it costs minutes at each start. auto: for runs of 10,000 iterations and more.
-    Never with `deterministic` or `activation_checkpointing`."""
+    """torch.compile, on GPUs only, as it costs minutes at each start. auto: for final runs of 10,000 iterations and
+    more. Never with `deterministic` or `activation_checkpointing`."""
     activation_checkpointing: bool = False
     """Recompute activations inside layers during the backward pass. The results are the same. Measured: 1.4 times the
     time on a CPU; on an H200 1.7 times the time and half of the memory."""
@@ -176,7 +178,8 @@ class ComputeConfig(_Node):
     """Training processes (DDP). [least, most]: elastic, as many as the cluster has room for at the time; the batch and
     its micro-batches stay those of `most`. Elastic workers are for final runs only."""
     gpus_per_worker: Union[Literal["auto"], Annotated[float, Field(ge=0)]] = "auto"
-    """GPUs of a training process. auto: one where the cluster has GPUs, else none."""
+    """GPUs of a training process: 1, 0, or a fraction of one that trials share (with one worker). auto: one where the
+    cluster has GPUs, else none."""
     cpus_per_worker: Positive = 1.0
     """CPUs that Ray reserves for a training process. Without GPUs this is also its number of threads, rounded up."""
     readers: int = Field(1, ge=1)
@@ -251,6 +254,15 @@ class Config(_Node):
         return self
 
     @model_validator(mode="after")
+    def _workers_have_one_gpu_each(self) -> Config:
+        gpus = self.compute.gpus_per_worker
+        if gpus == "auto" or gpus in (0, 1) or (gpus < 1 and self.compute.most_workers == 1):
+            return self
+        more = "a worker computes on one GPU; for more GPUs raise compute.workers"
+        shared = "workers of one run cannot share a GPU (NCCL refuses it); give each one GPU"
+        raise ValueError(f"compute.gpus_per_worker = {gpus:g}: {more if gpus > 1 else shared}")
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> Config:
         if self.schedule.warmup >= self.train.iterations:
             raise ValueError(
@@ -288,8 +300,9 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
     """Validate a nested mapping. Raises `UserError` that begins with `source`."""
     tree = dict(tree)
     loss = tree.get("loss")
-    if isinstance(loss, dict) and _is_in_cells(sigma := loss.get("gaze_sigma")):
-        tree["loss"] = {**loss, "gaze_sigma": sigma / _CELLS}
+    sigma = loss.get("gaze_sigma") if isinstance(loss, dict) else None
+    if isinstance(sigma, (int, float)) and 1 < sigma < math.inf:  # as a fraction it would be a flat target
+        tree["loss"] = {**loss, "gaze_sigma": sigma / _CELLS}  # type: ignore[dict-item]
         _say_once(
             f"{source}: loss.gaze_sigma {sigma:g} is in cells of a 7 x 7 map, as in version 0.1: {sigma / _CELLS:.3g}"
         )
@@ -303,16 +316,7 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
 
 
 _CELLS = 7
-
-
-def _is_in_cells(sigma: Any) -> TypeGuard[float]:
-    """Return whether a value of `loss.gaze_sigma` is one of version 0.1: a fraction above 1 would be a flat target."""
-    return isinstance(sigma, (int, float)) and not isinstance(sigma, bool) and 1 < sigma < math.inf
-
-
-@lru_cache
-def _say_once(text: str) -> None:
-    say(text)
+_say_once = lru_cache(say)
 
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

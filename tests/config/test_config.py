@@ -44,6 +44,7 @@ model:
   attention_scale: min_max    # Lu, as written
   width: 1.0                  # I3D
   dropout: 0.5                # Lu
+  sync_bn: false
   bn_momentum: 0.01           # I3D
 optimizer:
   name: ranger                # the paper, with Ranger's own settings
@@ -94,7 +95,7 @@ KEYS = """
 label seed streams fusion_weight
 data.split data.validation data.fold data.crop data.decode data.cache_dir data.cache_gb
 model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
-model.width model.dropout model.bn_momentum
+model.width model.dropout model.sync_bn model.bn_momentum
 optimizer.name optimizer.lr optimizer.momentum optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k
 optimizer.alpha
 schedule.warmup schedule.name schedule.factor schedule.patience schedule.milestones schedule.gamma schedule.floor
@@ -213,6 +214,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("model.attention_scale", ["min_max", "subtract_min"], ["softmax"]),
     ("model.width", [0.001, 1.0], [0.0, 1.001]),
     ("model.dropout", [0.0, 0.999], [-0.001, 1.0]),
+    ("model.sync_bn", [True], ["yes"]),
     ("model.bn_momentum", [0.001, 1.0], [0.0, 1.001]),
     ("optimizer.lr", [1e-9, 100.0], [0.0]),
     ("optimizer.betas", [[0.0, 0.999]], [[1.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.9]]),
@@ -236,7 +238,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("train.validation_windows", [1], [0]),
     ("train.log_every", [1], [0]),
     ("compute.workers", [1, [1, 1], [2, 4]], [0, [0, 1], [2, 1], [1, 2, 3], 5, [1, 5]]),
-    ("compute.gpus_per_worker", ["auto", 0, 0.25, 2], [-0.25, "all"]),
+    ("compute.gpus_per_worker", ["auto", 0, 0.25, 1], [-0.25, "all", 2]),
     ("compute.cpus_per_worker", [0.25], [0.0]),
     ("compute.readers", [1], [0]),
     ("compute.max_failures", [-1, 0], [-2]),
@@ -390,3 +392,24 @@ def test_a_gaze_sigma_in_cells_is_converted_once_with_a_word(
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"loss\.gaze_sigma"):
         build_config({"loss": {"gaze_sigma": math.inf}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "message"),
+    [
+        (0, 1, None),
+        (1, 4, None),
+        (0.5, 1, None),
+        (2, 1, "a worker computes on one GPU; for more GPUs raise compute.workers"),
+        (1.5, 1, "a worker computes on one GPU; for more GPUs raise compute.workers"),
+        (0.5, 2, "workers of one run cannot share a GPU"),
+        (0.5, [1, 2], "workers of one run cannot share a GPU"),
+    ],
+)
+def test_a_worker_has_one_gpu_or_a_part_of_one(gpus: float, workers: Any, message: str | None) -> None:
+    tree = {"compute": {"gpus_per_worker": gpus, "workers": workers}}
+    if message is None:
+        assert build_config(tree, "x").compute.gpus_per_worker == gpus
+    else:
+        with pytest.raises(UserError, match=rf"x: compute\.gpus_per_worker = {gpus:g}: {message}"):
+            build_config(tree, "x")

@@ -10,7 +10,7 @@ import torch
 from ray.train import ControllerError
 
 from tests.conftest import tiny_config
-from tune_ego.config import load_config
+from tune_ego.config import load_config, override_config
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.model import build_stream
 from tune_ego.results import experiment
@@ -18,7 +18,7 @@ from tune_ego.results.checkpoint_files import CHECKPOINT_FILE, CHECKSUM_FILE, ch
 from tune_ego.results.experiment import Failure, read_failure, write_failure
 from tune_ego.runs import ray_private
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import check_run, fit, initial_weights, resolve_weights
+from tune_ego.runs.launch import check_run, describe_micro_batches, fit, initial_weights, resolve_weights
 
 
 def start(monkeypatch: pytest.MonkeyPatch, run: Path, work: Any = lambda: None, **changes: Any) -> dict[str, Any]:
@@ -148,3 +148,30 @@ def test_starting_weights_are_absolute_files_and_a_folder_keeps_its_meaning(tmp_
     other = tiny_config(init_from__rgb=str(tmp_path / "runs" / "checkpoint.pt"))
     assert resolve_weights(config, other).init_from.rgb == str(final)
     assert resolve_weights(tiny_config()) == tiny_config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"compute__workers": 1, "train__batch_size": 48}, ""),
+        (
+            {"compute__workers": 4},
+            "Note: 4 workers: 3 samples in a forward pass instead of 12, and BatchNorm",
+        ),
+        ({"compute__workers": 4}, "on GPUs model.sync_bn: true normalises over all workers"),
+    ],
+)
+def test_smaller_passes_are_noted(changes: dict[str, Any], words: str) -> None:
+    note = describe_micro_batches(
+        tiny_config(train__batch_size=12), tiny_config(**{"train__batch_size": 12, **changes})
+    )
+    assert words in note and bool(words) == bool(note)
+
+
+def test_the_setting_that_keeps_the_passes_is_named() -> None:
+    before = tiny_config(train__batch_size=48, train__accumulate=4)
+    note = describe_micro_batches(before, override_config(before, {"compute.workers": 2}, ""))
+    assert note.endswith("To keep 12: --set train.accumulate=2")
+    kept = override_config(before, {"compute.workers": 2, "train.accumulate": 2}, "")
+    assert describe_micro_batches(before, kept) == ""

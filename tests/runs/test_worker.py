@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import tiny_config
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.runs import signals, worker
 from tune_ego.runs.signals import watch_signals
+from tune_ego.runs.worker import describe_failure
 from tune_ego.training.trainer import Signal
 
 
@@ -97,3 +99,11 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
 def test_the_bytes_of_a_batch(streams: str, encoded: bool, expected: int) -> None:
     plan = FeedPlan.from_config("", tiny_config(streams=streams), 1, 0, encoded=encoded)
     assert worker._batch_bytes(plan) == expected
+
+
+def test_a_lack_of_gpu_memory_comes_with_advice() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    reason = describe_failure(error)
+    assert reason.startswith("the GPU's memory is not enough (CUDA out of memory); raise train.accumulate, lower")
+    assert "train.activation_checkpointing: true" in reason
+    assert describe_failure(ValueError("other. And more")) == "other. And more"

@@ -135,7 +135,7 @@ def test_200_iterations_in_16_bits_end_near_float32(handmade_shards: str) -> Non
 
 def test_auto_precision_is_16_bits() -> None:
     assert trainer_on(GPU, train__precision="auto").dtype == (
-        torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
 
 

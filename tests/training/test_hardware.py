@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tune_ego.errors import UserError
 from tune_ego.model import StreamOutput, TwoStream
 from tune_ego.model.two_stream import Stream
 from tune_ego.training import hardware
-from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_up_torch
+from tune_ego.training.hardware import (
+    autocast_dtype,
+    compile_streams,
+    compiles,
+    memory_format,
+    set_batch_norms,
+    set_up_torch,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -39,7 +48,7 @@ def test_the_type_of_mixed_precision(
     dtype: torch.dtype | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu_has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_bf16)
     assert autocast_dtype(precision, device) == dtype
 
 
@@ -71,7 +80,58 @@ def test_channels_come_last_for_16_bits_on_a_gpu_alone(
 )
 def test_long_runs_on_a_gpu_compile(device: torch.device, changes: dict[str, Any], expected: bool) -> None:
     """By configuration and device alone, so that a resumed run computes as it did before."""
-    assert compiles(tiny_config(**changes), device) == expected
+    assert compiles(tiny_config(**changes), device, final=True) == expected
+    trial = expected and changes.get("train__compile") == "on"  # most trials end at their first rung
+    assert compiles(tiny_config(**changes), device, final=False) == trial
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), FP16), ((7, 5), FP16), ((8, 0), BF16), ((9, 0), BF16)])
+def test_a_gpu_that_emulates_bf16_computes_in_fp16(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A V100 (7.0) and a T4 (7.5); torch alone says that all of them support bf16."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert autocast_dtype("auto", GPU) == dtype
+
+
+@pytest.mark.parametrize(("gpus", "deterministic", "tries"), [(1, False, True), (1, True, False), (0, False, False)])
+def test_cudnn_tries_its_kernels_on_gpus(
+    gpus: float, deterministic: bool, tries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tries)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "before")
+    set_up_torch(tiny_config(train__deterministic=deterministic), gpus)
+    assert torch.backends.cudnn.benchmark == tries
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_momentum_of_a_worker_s_own_passes_moves_the_statistics_as_far(share: int) -> None:
+    """One update instead of `share` updates by the same value: what is left of the start is (1 - 0.1)^share."""
+    model = TwoStream(("flow",), 2, tiny_config().model)
+    before = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm3d)]
+    set_batch_norms(model, tiny_config(), CPU, share)
+    after = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm3d)]
+    assert before == [0.1] * len(before) and after == pytest.approx([1 - 0.9**share] * len(before))
+    assert share > 1 or before == after  # to the bit
+
+
+def test_batch_norm_over_all_workers_needs_gpus() -> None:
+    config = tiny_config(model__sync_bn=True)
+    with pytest.raises(UserError, match=r"model\.sync_bn: BatchNorm over all workers needs GPUs"):
+        set_batch_norms(TwoStream(("flow",), 2, config.model), config, CPU, 2)
+    model = TwoStream(("flow",), 2, config.model)
+    names = list(model.state_dict())
+    set_batch_norms(model, config, GPU, 2)
+    norms = [norm for norm in model.modules() if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert list(model.state_dict()) == names
+    assert [norm.momentum for norm in norms] == pytest.approx([0.19] * len(norms))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +156,6 @@ def test_a_worker_without_a_gpu_has_a_thread_for_each_cpu_and_keeps_memory(
     set_up_torch(tiny_config(compute__cpus_per_worker=cpus, train__deterministic=deterministic), gpus)
     assert made == calls
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (":4096:8" if deterministic else "before")
-    assert torch.backends.cudnn.benchmark == (not deterministic)
 
 
 def test_a_deterministic_run_sets_torch_so(monkeypatch: pytest.MonkeyPatch) -> None:

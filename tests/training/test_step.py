@@ -14,6 +14,7 @@ from tune_ego.feed.batches import ClipBatch
 from tune_ego.results.experiment import METRIC
 from tune_ego.training.checkpoint import Origin
 from tune_ego.training.loop import train
+from tune_ego.training.losses import gaze_target
 from tune_ego.training.trainer import NonFiniteLoss, Trainer
 
 CPU = torch.device("cpu")
@@ -126,3 +127,27 @@ class TwoValidations:
 
     def validates_after(self, iteration: int) -> bool:
         return True
+
+
+def test_the_gaze_loss_is_a_mean_over_the_slices_of_the_whole_batch() -> None:
+    """Of the first pass one slice has gaze, of the second all four: each slice counts a fifth, and not a half or an
+    eighth. Two passes have the gaze loss of one pass with both batches."""
+    config = tiny_config(streams="rgb", model__dropout=0.0, train__accumulate=2, train__precision="off")
+    first, second = batch(1, clips=2), batch(2, clips=2)
+    valid = torch.zeros_like(first.gaze_valid_BT)
+    valid[0, :8] = True
+    gaze = torch.rand(2, 16, 2, generator=torch.Generator().manual_seed(0))
+    first = first._replace(gaze_BT2=gaze, gaze_valid_BT=valid)
+    second = second._replace(gaze_BT2=gaze, gaze_valid_BT=torch.ones_like(valid))
+    trainer = Trainer(config, ORIGIN, CPU)
+    errors = []
+    for one in (first, second):
+        with torch.no_grad():
+            trainer.model.train()
+            attention = trainer.forward(trainer.model, one, None)["rgb"].attention_BTHW
+        assert attention is not None
+        target, has_gaze = gaze_target(one.gaze_BT2, one.gaze_valid_BT, tuple(attention.shape[1:]), 3 / 7)  # type: ignore[arg-type]
+        errors += (attention - target).square().mean(dim=(2, 3))[has_gaze].tolist()
+    assert len(errors) == 5
+    losses = Trainer(config, ORIGIN, CPU).step(iter([first, second]))
+    assert losses[0, 2].item() == pytest.approx(sum(errors) / 5, rel=1e-5)

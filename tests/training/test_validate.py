@@ -174,18 +174,19 @@ def test_the_first_of_equal_validations_stays_the_best(monkeypatch: pytest.Monke
         assert made.best == {"iteration": best, METRIC: pytest.approx(accuracy)}
 
 
-def test_every_worker_validates_with_the_first_one_s_batch_norm_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collective calls are stood in for: the first worker's buffers are fives, and its scores those of here."""
+def test_every_worker_validates_with_the_mean_of_all_batch_norm_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collective calls are stood in for: the other worker's buffers are fives, and its scores those of here."""
     made = trainer(monkeypatch, Model())
-    made.distributed = True
-    broadcast: list[Tensor] = []
-
-    def from_first(tensor: Tensor, source: int) -> None:
-        assert source == 0
-        broadcast.append(tensor.fill_(5))
-
-    monkeypatch.setattr(torch.distributed, "broadcast", from_first)
+    made.distributed, made.workers, made._statistics_differ = True, 2, True
+    reduced: list[Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: reduced.append(tensor.add_(5)))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.fill_(7))
     metrics = validate(made)
     buffers = dict(made.model.named_buffers())
-    assert len(broadcast) == len(buffers) > 0 and all((buffer == 5).all() for buffer in buffers.values())
-    assert metrics[METRIC] == pytest.approx(FUSED)
+    for name, buffer in buffers.items():
+        expected = 7 if name.endswith("num_batches_tracked") else 2.5 if name.endswith("mean") else 3.0
+        assert (buffer == expected).all()
+    count = len(reduced)
+    assert 0 < count < len(buffers) and metrics[METRIC] == pytest.approx(FUSED)
+    validate(made)  # nothing has been trained since
+    assert len(reduced) == count

@@ -88,6 +88,18 @@ def check_same_data(shards: Shards, fingerprint: str, where: str) -> None:
         )
 
 
+def describe_micro_batches(before: Config, after: Config) -> str:
+    """Return a warning if a run has smaller micro-batches than its configuration's file; else ""."""
+    if after.micro_batch >= before.micro_batch:
+        return ""
+    workers = after.compute.most_workers
+    change = f"{after.micro_batch} samples in a forward pass instead of {before.micro_batch}"
+    text = f"Note: {workers} workers: {change}, and BatchNorm normalises over these"
+    if before.passes % workers == 0:
+        return f"{text}. To keep {before.micro_batch}: --set train.accumulate={before.passes // workers}"
+    return f"{text}. A larger train.batch_size keeps them; on GPUs model.sync_bn: true normalises over all workers"
+
+
 def check_run(config: Config, data: str) -> None:
     """Raise `UserError` where shards or starting weights do not fit a run; print which tensors `init_from` loads."""
     from tune_ego.model import build_stream, load_weights

@@ -52,7 +52,9 @@ def _work(job: Job, rank: int, workers: int) -> None:
             batches = prefetch_first(
                 ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan), throttling_callback)
             )
-        trainer = Trainer(job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None)
+        trainer = Trainer(
+            job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None, final=job.final
+        )
         if saved is not None:
             trainer.load(*saved)
         reporter.begin(done)
@@ -64,13 +66,14 @@ def _work(job: Job, rank: int, workers: int) -> None:
     except Exception as error:
         reporter.end()
         mistake = user_error_in(error)
-        if isinstance(mistake, StorageError) or (mistake is None and not isinstance(error, NonFiniteLoss)):
+        known = mistake is not None or isinstance(error, (NonFiniteLoss, torch.OutOfMemoryError))
+        if isinstance(mistake, StorageError) or not known:
             raise  # Ray restarts the workers
         # A restart would fail in the same way. The driver reads the reason from the run's folder.
-        reason, final = str(mistake or error), isinstance(error, NonFiniteLoss)
+        reason, final = describe_failure(mistake or error), isinstance(error, NonFiniteLoss)
         if reason:
             experiment.write_failure(job.run, experiment.Failure(reason, final))
-        if mistake is not None and workers > 1:
+        if not isinstance(error, NonFiniteLoss) and workers > 1:
             raise  # the other workers may be waiting for this one in a collective operation
         traceback.print_exc()
         return
@@ -78,6 +81,14 @@ def _work(job: Job, rank: int, workers: int) -> None:
         averaged = job.averaged_iterations(plan)
         weights = mean_weights(job.run, averaged) if averaged else trainer.model.state_dict()
         storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the reason of a failure; for a lack of GPU memory with the settings that need less."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return str(error)
+    need_less = "raise train.accumulate, lower train.batch_size, or set train.activation_checkpointing: true"
+    return f"the GPU's memory is not enough ({str(error).partition('. ')[0]}); {need_less}"
 
 
 def _device(job: Job, workers: int) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tune_ego.config import Config
 from tune_ego.console import say
+from tune_ego.errors import UserError
 from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.model import TwoStream
 
@@ -23,9 +24,9 @@ def set_up_torch(config: Config, gpus: float) -> None:
     if not gpus:
         torch.set_num_threads(math.ceil(config.compute.cpus_per_worker))
         keep_freed_memory()
+    torch.backends.cudnn.benchmark = bool(gpus) and not config.train.deterministic  # all steps have one shape
     if config.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
 
 
@@ -35,7 +36,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         case "auto" if device.type != "cuda":
             return None
         case "auto":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            # A T4 or V100 emulates bf16, slowly.
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         case "off":
             return None
         case "fp16":
@@ -51,15 +54,16 @@ def memory_format(device: torch.device, dtype: torch.dtype | None) -> torch.memo
     return torch.channels_last_3d if device.type == "cuda" and dtype is not None else torch.contiguous_format
 
 
-def compiles(config: Config, device: torch.device) -> bool:
+def compiles(config: Config, device: torch.device, *, final: bool) -> bool:
     """Tell whether a run of this configuration compiles its streams; each start of a run decides the same.
 
-    Never on a CPU, and never with activation checkpointing, whose recomputation the compiler does not support.
+    Never on a CPU, and never with activation checkpointing, whose recomputation the compiler does not support. With
+    `auto` never in trials, most of which end at their first rung.
     """
     train = config.train
     if train.deterministic or train.activation_checkpointing or device.type != "cuda":
         return False
-    return train.compile == "on" or (train.compile == "auto" and train.iterations >= COMPILE_FROM)
+    return train.compile == "on" or (train.compile == "auto" and final and train.iterations >= COMPILE_FROM)
 
 
 def compile_streams(model: TwoStream, clips: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, bool]:
@@ -95,3 +99,19 @@ def _try(stream: nn.Module, clip_BCTHW: Tensor, dtype: torch.dtype | None) -> No
         if training:
             total = logits_BK.float().sum()
             (total if attention_BTHW is None else total + attention_BTHW.float().sum()).backward()
+
+
+def set_batch_norms(model: TwoStream, config: Config, device: torch.device, share: float) -> None:
+    """Set BatchNorm up for a worker that computes one in `share` of an iteration's passes.
+
+    Its running statistics move as far in an iteration as those of one worker that computes all passes: momentum m
+    becomes 1 - (1 - m)^share. Raises `UserError` for `model.sync_bn` on a CPU, where torch does not have it.
+    """
+    if config.model.sync_bn and device.type != "cuda":
+        raise UserError("model.sync_bn: BatchNorm over all workers needs GPUs")
+    for modality, stream in model.items():
+        if config.model.sync_bn:
+            model[modality] = nn.SyncBatchNorm.convert_sync_batchnorm(stream)
+    for module in model.modules() if share != 1 else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = 1 - (1 - module.momentum) ** share

@@ -20,8 +20,8 @@ from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
 from tune_ego.training.checkpoint import Origin, check_content, load_model_state, pack
-from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format
-from tune_ego.training.losses import stream_losses
+from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_batch_norms
+from tune_ego.training.losses import slices_with_gaze, stream_losses
 from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.training.optim import StreamOptimizer
 
@@ -63,9 +63,25 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, origin: Origin, device: torch.device, rank: int = 0, *, resume: bool = False
+        self,
+        config: Config,
+        origin: Origin,
+        device: torch.device,
+        rank: int = 0,
+        *,
+        resume: bool = False,
+        final: bool = True,
     ) -> None:
-        """Build model and optimizers. With `resume` the caller loads a checkpoint next, and `init_from` is not read."""
+        """Build model and optimizers.
+
+        Args:
+            config: Configuration of the run.
+            origin: Data set that the model is trained on.
+            device: Device of this worker.
+            rank: Number of this worker.
+            resume: The caller loads a checkpoint next, and `init_from` is not read.
+            final: This is a final run and no trial of a search.
+        """
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
         self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
@@ -75,13 +91,17 @@ class Trainer:
         self.dtype = autocast_dtype(config.train.precision, device)
         self.model.to(device).to(memory_format=memory_format(device, self.dtype))
         self.model.recompute(config.train.activation_checkpointing)
-        self.compiled = self._compile() if compiles(config, device) else {}
+        self.compiled = self._compile() if compiles(config, device, final=final) else {}
         """Stream -> True if it is compiled; empty if compilation was not requested."""
         self.parallel: nn.Module = self.model
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self.distributed:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.workers = dist.get_world_size() if self.distributed else 1
+        self.own_passes = worker_passes(config.passes, rank, self.workers)
+        if self.distributed:
+            set_batch_norms(self.model, config, device, config.passes / len(self.own_passes))
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.optimizers = {
             modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
             for modality, stream in self.model.items()
@@ -96,6 +116,8 @@ class Trainer:
         self._statuses: list[_StepStatus] = []
         self.seen: tuple[ClipBatch, dict[str, StreamOutput]] | None = None
         """First batch of the last validation with the model's outputs, for pictures."""
+        self._statistics_differ = False
+        """Whether the workers' running statistics may differ."""
         self._losses: list[Tensor] = []
         self._means: list[Tensor] = []
 
@@ -113,6 +135,7 @@ class Trainer:
 
     def checkpoint(self) -> dict[str, Any]:
         assert not self._statuses  # `flush_status` comes first
+        self._share_statistics()
         return pack(
             *(self.config, self.origin, self.iteration, self.best),
             losses=self.reduce_losses(),
@@ -136,13 +159,14 @@ class Trainer:
         highest `signal` of all workers. Raises `NonFiniteLoss`.
         """
         self.parallel.train()
-        passes = worker_passes(self.config.passes, self.rank, self.workers)
+        batches_of_step = [next(batches) for _ in self.own_passes]
+        slices = self._gaze_slices(batches_of_step)
         passes_per_worker = self.config.passes / self.workers  # on average: DDP averages gradients over workers
         mean_losses_S3 = torch.zeros(len(self.model), 3, device=self.device)
-        for number in passes:
+        for number, batch in zip(self.own_passes, batches_of_step):
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
-                self.parallel.require_backward_grad_sync = number == passes[-1]
-            losses_S3 = self._losses_of_pass(next(batches), number) / passes_per_worker
+                self.parallel.require_backward_grad_sync = number == self.own_passes[-1]
+            losses_S3 = self._losses_of_pass(batch, number, slices) / passes_per_worker
             self._backward(losses_S3[:, 0])
             mean_losses_S3 += losses_S3.detach()
         self._statuses.append(self._status(mean_losses_S3, signal))
@@ -153,17 +177,26 @@ class Trainer:
             except OverflowError as error:
                 raise NonFiniteLoss(f"the {modality} stream: {error}") from error
         self.iteration += 1
+        self._statistics_differ = self.distributed
         self._losses.append(mean_losses_S3)
         return mean_losses_S3
 
-    def _losses_of_pass(self, batch: ClipBatch, number: int) -> Tensor:
+    def _gaze_slices(self, batches: list[ClipBatch]) -> Tensor:
+        """Return the mean number of slices with gaze in a pass, over the passes of all workers.
+
+        With it the gaze loss is a mean over the iteration's slices, however they are divided into passes.
+        """
+        count = torch.stack([slices_with_gaze(batch.gaze_BT2, batch.gaze_valid_BT).sum() for batch in batches]).sum()
+        if self.distributed:
+            dist.all_reduce(count)
+        return count / self.config.passes
+
+    def _losses_of_pass(self, batch: ClipBatch, number: int, slices: Tensor) -> Tensor:
         """Run one forward pass; return the losses, [streams, (total, action, gaze)]."""
         outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
-        weight, sigma = self.config.loss.gaze_weight, self.config.loss.gaze_sigma
-        losses = [
-            torch.stack(stream_losses(output, batch.label_B, batch.gaze_BT2, batch.gaze_valid_BT, weight, sigma))
-            for output in outputs.values()
-        ]
+        loss = self.config.loss
+        gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices)
+        losses = [torch.stack(stream_losses(output, batch.label_B, *gaze)) for output in outputs.values()]
         return torch.stack(losses)
 
     def _backward(self, total_S: Tensor) -> None:
@@ -260,9 +293,7 @@ class Trainer:
         """Run the model on a validation's batches; return mean scores [clips, classes] per stream, and `fused`."""
         self.parallel.eval()
         self.seen = None
-        if self.distributed:  # every worker has its own BatchNorm statistics, and the checkpoint holds rank 0's
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+        self._share_statistics()
         clips, classes = len(plan.validation_labels), len(self.origin.actions)
         sums = ClipScores(self.config.stream_names, clips, classes, self.device)
         for _ in range(plan.validation_items):
@@ -273,6 +304,18 @@ class Trainer:
         scores = sums.reduce(self.config.fusion_weight)
         self._check_scores(scores)
         return scores
+
+    def _share_statistics(self) -> None:
+        """Replace BatchNorm's running statistics by their mean over the workers, which have seen different samples."""
+        if not self._statistics_differ:
+            return
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.workers
+            else:  # the number of batches: that of rank 0
+                dist.broadcast(buffer, 0)
+        self._statistics_differ = False
 
     def memory(self) -> dict[str, int]:
         """Return this worker's peak GPU memory, bytes; empty on a CPU."""
