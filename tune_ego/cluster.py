@@ -16,9 +16,6 @@ from typing import Any, NoReturn
 from tune_ego.console import say
 from tune_ego.errors import UserError
 
-OBJECT_STORE_BYTES = 1 << 30
-"""Shared memory of a cluster on this machine; the feed uses up to half of it."""
-
 _ANSWER_WITHIN = 5.0
 """Seconds to connect to a cluster's address, and for its first answer."""
 
@@ -120,7 +117,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         with _sigterm_as_sigint():
             yield
         return
-    alone = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    alone = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = alone if local else {"address": address}
     given = "" if local else check_address(address)
     for name in ("ray.data", "ray.train", "ray.tune"):  # tune_ego prints the failures of trials itself

@@ -137,3 +137,24 @@ def test_kill_9_at_three_moments_and_the_same_bytes(egtea: Path, tmp_path: Path,
     assert job.returncode == 0, printed
     assert not any(word in printed.lower() for word in ("ray", "raylet", "warning", "traceback"))
     assert contents(out) == contents(reference)
+
+
+FAKE_GPU = """
+import ray, sys
+from tune_ego.dataset import flow, prepare
+flow.uses_gpu = lambda name: True
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+assert prepare._gpu_share(prepare.Settings()) == 0.5 and prepare._most_actors(0.5, None) == 2
+assert prepare._most_actors(0.5, 1) == 1
+prepare.prepare(sys.argv[1], sys.argv[2], prepare.Settings((48, 36)))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_gpu_write_the_same_shards(egtea: Path, shards: str, tmp_path: Path) -> None:
+    """On a GPU that Ray believes in: actors write one shard after another."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("RAY_ADDRESS", None)
+    arguments = [sys.executable, "-c", FAKE_GPU, str(egtea), str(tmp_path / "out")]
+    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=300)
+    assert contents(tmp_path / "out") == contents(Path(shards))

@@ -20,6 +20,7 @@ from tune_ego.runs.placement import (
     live_nodes,
     nodes_to_come,
     placement_group_prefix,
+    read_ahead_bytes,
     runs_at_a_time,
     trial_resources,
     worker_resources,
@@ -228,3 +229,20 @@ def test_ray_divides_what_a_worker_reserves_without_a_remainder() -> None:
     for cpus in (0.45, 0.7, 0.85, 1.1, 3.05):
         reserved = worker_resources(tiny_config(compute__cpus_per_worker=cpus), 0)["CPU"]
         assert all(math.floor(n * reserved / reserved) == n for n in range(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("node", "gpus", "expected"),
+    [
+        ({"CPU": 2.5, "object_store_memory": 8e9}, 0, 2e9),  # two workers of 1.25 CPUs
+        ({"CPU": 16, "GPU": 4, "object_store_memory": 8e9}, 1, 1e9),  # four, as there are four GPUs
+        ({"CPU": 16, "GPU": 1, "object_store_memory": 8e9}, 0.5, 2e9),
+        ({"CPU": 1, "object_store_memory": 8e9}, 0, 4e9),
+        ({}, 0, 0),
+    ],
+)
+def test_a_worker_reads_ahead_its_share_of_the_node_s_store(
+    node: dict[str, float], gpus: float, expected: float
+) -> None:
+    """Half of the store is for what is read ahead."""
+    assert read_ahead_bytes(tiny_config(), gpus, node) == expected

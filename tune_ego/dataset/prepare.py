@@ -219,20 +219,42 @@ def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None)
     context.raise_original_map_exception = True
     context.execution_options.preserve_order = True
 
-    def work(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(write_task(tasks[int(row["id"])], out, settings))}
-
-    # One task for each shard, so that the output does not depend on the number of workers. The tasks share worker
-    # processes, which cache the flow method and its weights.
-    dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).map(
-        work, num_cpus=1, num_gpus=_gpu_share(settings), compute=ray.data.TaskPoolStrategy(size=jobs)
-    )
+    # One task for each shard, so that the output does not depend on the number of workers.
+    rows = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+    share = _gpu_share(settings)
+    if share:  # actors: Ray starts a new process, with a CUDA context, for each task that uses a GPU
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=_most_actors(share, jobs))
+        writer = (tasks, out, settings)
+        dataset = rows.map(_ShardWriter, fn_constructor_args=writer, num_cpus=1, num_gpus=share, compute=pool)
+    else:  # the tasks share worker processes, which cache the flow method and its weights
+        dataset = rows.map(
+            _ShardWriter(tasks, out, settings).__call__, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=jobs)
+        )
     try:
         for row in dataset.iter_rows():
             records, problems = json.loads(row["result"])
             yield ShardResult(records, [shards.Problem(*problem) for problem in problems])
     except Exception as error:
         raise user_error_in(error) or error from None
+
+
+class _ShardWriter:
+    """Process that writes shards one after another. It keeps the flow method, with its weights, between two shards."""
+
+    def __init__(self, tasks: list[ShardTask], out: str, settings: Settings) -> None:
+        self._tasks, self._out, self._settings = tasks, out, settings
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": json.dumps(write_task(self._tasks[int(row["id"])], self._out, self._settings))}
+
+
+def _most_actors(gpu_share: float, jobs: int | None) -> int:
+    """Return how many processes with this share of a GPU the cluster has room for, `jobs` at most."""
+    import ray
+
+    resources = ray.cluster_resources()
+    room = min(int(resources.get("CPU", 1)), int(resources.get("GPU", 0) / gpu_share + 1e-6))
+    return max(1, min(jobs or room, room))
 
 
 def _gpu_share(settings: Settings) -> float:

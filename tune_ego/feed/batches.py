@@ -23,7 +23,7 @@ from tune_ego.feed.packing import Batch, unpack
 MOST_TASKS = 2000
 """Upper bound on the reader tasks of a run: each task costs Ray some milliseconds."""
 BATCHES_AHEAD = 16
-"""Smallest number of batches that are read ahead of the trainer, where half of Ray's object store holds them."""
+"""Number of batches that are read ahead of the trainer, where the worker's share of the object store holds them."""
 BLOCK_BYTES = 1 << 23
 """Target size of a block. Smaller batches share a block; the batches of a block are read by the same task."""
 TASK_BYTES = 1 << 25
@@ -172,7 +172,12 @@ def _wait_for_copies(batch: ClipBatch, copied: torch.cuda.Event) -> ClipBatch:
 
 
 def ray_batches(
-    plan: FeedPlan, first_item: int, readers: int, batch_bytes: int, throttle: Callable[[Pace], type]
+    plan: FeedPlan,
+    first_item: int,
+    readers: int,
+    batch_bytes: int,
+    throttle: Callable[[Pace], type],
+    ahead_bytes: int = 0,
 ) -> Iterator[Batch]:
     """Yield the batches of a plan in the order of its items, read by Ray Data tasks in a single pipeline.
 
@@ -184,19 +189,22 @@ def ray_batches(
         readers: Most reader tasks at a time.
         batch_bytes: Size of a batch, from which the amount of data that is read ahead is computed.
         throttle: Constructor of the callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
+        ahead_bytes: Most bytes to read ahead, of at least two batches; 0: no limit but `BATCHES_AHEAD`.
     """
     import ray.data
 
     count, pace = plan.item_count - first_item, Pace()
     readers = min(readers, count)
     items_per_block = max(1, BLOCK_BYTES // batch_bytes)
-    items_per_task = max(min(max(2, TASK_BYTES // batch_bytes), count // readers), -(-count // MOST_TASKS))
+    ahead = min(BATCHES_AHEAD, max(2, ahead_bytes // batch_bytes)) if ahead_bytes else BATCHES_AHEAD
+    items_per_task = min(max(2, TASK_BYTES // batch_bytes), count // readers, max(1, ahead // (readers + 1)))
+    items_per_task = max(items_per_task, -(-count // MOST_TASKS))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=max(BATCHES_AHEAD, (readers + 1) * items_per_task) * batch_bytes
+        object_store_memory=max(ahead, (readers + 1) * items_per_task) * batch_bytes
     )
     # Ray estimates a task's output from this size. With the default of 128 MB, the limit above would never admit a
     # second task.

@@ -103,6 +103,24 @@ def fitting_runs(config: Config, gpus: float, nodes: list[Node], beside: float =
     return places // config.compute.least_workers
 
 
+def read_ahead_bytes(config: Config, gpus: float, node: Node) -> int:
+    """Return the bytes that a worker on this node may read ahead: its share of half of the node's object store.
+
+    The node is taken for full of such workers. Seven feeds of 771 MB in a store of 1 GiB wrote 11 GB to disk in 75 s.
+    """
+    needs = worker_resources(config, gpus)
+    workers = max(1, min(math.floor(node.get(kind, 0) / need) for kind, need in needs.items()))
+    return int(node.get("object_store_memory", 0) / 2 / workers)
+
+
+def this_node() -> Node:
+    """Return the resources of the node of this process."""
+    import ray
+
+    name = ray.get_runtime_context().get_node_id()
+    return next((node["Resources"] for node in ray.nodes() if node["NodeID"] == name), {})
+
+
 def _fits_nowhere(config: Config, gpus: float, nodes: list[Node], beside: float) -> UserError:
     totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     return UserError(

@@ -15,7 +15,7 @@ from tune_ego.feed.batches import batches_to_device, prefetch_first, ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.runs.job import Job
-from tune_ego.runs.placement import decodes_on_gpu
+from tune_ego.runs.placement import decodes_on_gpu, read_ahead_bytes, this_node
 from tune_ego.runs.ray_private import throttling_callback
 from tune_ego.runs.reporter import Reporter
 from tune_ego.runs.run_log import recording
@@ -49,9 +49,8 @@ def _work(job: Job, rank: int, workers: int) -> None:
         done = saved[0]["iteration"] if saved is not None else 0
         if done < plan.iterations:
             first = plan.first_item(done)
-            batches = prefetch_first(
-                ray_batches(plan, first, job.config.compute.readers, _batch_bytes(plan), throttling_callback)
-            )
+            readers, ahead = job.config.compute.readers, read_ahead_bytes(job.config, job.gpus, this_node())
+            batches = prefetch_first(ray_batches(plan, first, readers, _batch_bytes(plan), throttling_callback, ahead))
         trainer = Trainer(
             job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None, final=job.final
         )
