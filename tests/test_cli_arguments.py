@@ -81,6 +81,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ),
         ("resume /s/n", "search.tune.resume_search", ("/s/n", None), RESUME),
         (
+            "resume /s/n --node-type CPU=16,GPU=1,max=8 --node-type CPU=4",
+            "search.tune.resume_search",
+            ("/s/n", None),
+            {**RESUME, "node_types": ["CPU=16,GPU=1,max=8", "CPU=4"]},
+        ),
+        (
             "resume /s/n --data d --samples 5 --iterations 60 --concurrent 7 --address auto",
             "search.tune.resume_search",
             ("/s/n", "auto"),
@@ -112,6 +118,8 @@ def test_a_command_s_options_reach_its_function(
     monkeypatch.setattr(called, name, lambda *args, **kwargs: calls.append((args, kwargs)))
     words = [word for part in line.split() for word in (PLACES if part == "PLACES" else [part])]
     assert run(monkeypatch, *words) == 0
+    if name in ("start_search", "resume_search", "show_plan"):
+        named = {"node_types": (), **named}
     assert calls == [(positional, named)]
 
 
@@ -149,7 +157,7 @@ def test_train_overrides_the_configuration(
     file.write_text("label: mine\nprovenance: {trial: 3}\n")
     assert run(monkeypatch, "train", str(file), *PLACES, *options) == 0
     config = override_config(Config(label="mine"), changes, "t")
-    assert calls == [((config, "D", "/s/n", address), named)]
+    assert calls == [((config, "D", "/s/n", address), {"node_types": (), **named})]
 
 
 @pytest.mark.parametrize(

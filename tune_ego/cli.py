@@ -31,6 +31,10 @@ Set = Annotated[
 Track = Annotated[
     list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
 ]
+NodeType = Annotated[
+    Optional[list[str]],
+    typer.Option("--node-type", help="Nodes that the cluster may start, e.g. CPU=16,GPU=1,max=8; repeatable."),
+]
 _TRACKERS = ["tensorboard"]
 _LOG_LINES = 20  # that `status` prints of a run
 
@@ -143,6 +147,7 @@ def tune(
     changes: Set = None,
     track: Track = _TRACKERS,
     address: Address = None,
+    node_type: NodeType = None,
 ) -> None:
     """Search for the best configuration with Ray Tune on the validation mean class accuracy.
 
@@ -157,11 +162,11 @@ def tune(
     if dry_run:
         from tune_ego.search.plan import show_plan
 
-        show_plan(*what, probe=probe, price=price)
+        show_plan(*what, probe=probe, price=price, node_types=node_type or ())
     else:
         from tune_ego.search.tune import start_search
 
-        start_search(*what, track=track)
+        start_search(*what, track=track, node_types=node_type or ())
 
 
 @app.command()
@@ -183,6 +188,7 @@ def resume(
         Optional[int], typer.Option(min=1, help="Trials at a time from now on; by default as before.")
     ] = None,
     address: Address = None,
+    node_type: NodeType = None,
 ) -> None:
     """Resume a search that was killed or interrupted, or extend it.
 
@@ -191,7 +197,8 @@ def resume(
     """
     from tune_ego.search.tune import resume_search
 
-    resume_search(experiment, address, data=data, samples=samples, iterations=iterations, concurrent=concurrent)
+    changes = {"samples": samples, "iterations": iterations, "concurrent": concurrent}
+    resume_search(experiment, address, data=data, node_types=node_type or (), **changes)
 
 
 @app.command()
@@ -265,6 +272,7 @@ def train(
     changes: Set = None,
     track: Track = _TRACKERS,
     address: Address = None,
+    node_type: NodeType = None,
 ) -> None:
     """Train one configuration to its last iteration and test it. The same command resumes an interrupted run.
 
@@ -284,7 +292,8 @@ def train(
     resolved = override_config(stored, settings, "--set")
     if note := describe_micro_batches(stored, resolved):
         say(note)
-    train_final(resolved, data, join_name(storage, name), address, test=evaluate, track=track)
+    run = join_name(storage, name)
+    train_final(resolved, data, run, address, test=evaluate, track=track, node_types=node_type or ())
 
 
 @app.command()

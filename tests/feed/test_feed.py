@@ -13,7 +13,7 @@ from tune_ego.errors import UserError, user_error_in
 from tune_ego.feed import batches as batches_module
 from tune_ego.feed.batches import ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
-from tune_ego.runs.placement import decodes_on_gpu, gpus_per_worker
+from tune_ego.runs.placement import Nodes, decodes_on_gpu, gpus_per_worker
 from tune_ego.runs.ray_private import throttling_callback
 
 
@@ -66,9 +66,9 @@ def test_whatever_the_blocks_and_their_estimated_size_the_order_stays(
 def test_where_images_are_decoded_is_known_before_a_run_starts() -> None:
     for asked, gpus, expected in (("cpu", 1, False), ("auto", 1, True), ("auto", 0, False), ("gpu", 0.5, True)):
         config = tiny_config(data__decode=asked, compute__gpus_per_worker=float(gpus))
-        assert decodes_on_gpu(config, gpus_per_worker(config, [])) == expected
+        assert decodes_on_gpu(config, gpus_per_worker(config, Nodes([], [], may_grow=False))) == expected
     with pytest.raises(UserError, match=r"data.decode: gpu needs a GPU"):
-        gpus_per_worker(tiny_config(data__decode="gpu"), [{"CPU": 4}])
+        gpus_per_worker(tiny_config(data__decode="gpu"), Nodes([{"CPU": 4}], [], may_grow=False))
 
 
 def test_encoded_batches_travel_through_ray(handmade_shards: str, ray_cluster: None) -> None:

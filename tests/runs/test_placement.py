@@ -14,11 +14,14 @@ from tests.conftest import tiny_config
 from tune_ego.errors import UserError
 from tune_ego.runs.placement import (
     Node,
+    Nodes,
+    cluster_nodes,
     decodes_on_gpu,
     fitting_runs,
     gpus_per_worker,
     live_nodes,
     nodes_to_come,
+    parse_node_type,
     placement_group_prefix,
     read_ahead_bytes,
     runs_at_a_time,
@@ -85,7 +88,7 @@ def test_a_worker_reserves_a_quarter_of_a_cpu_for_each_reader_in_16ths(
         ({}, 0.5, [{"CPU": 2.0, "GPU": 1.0}], 1),
         ({"compute__workers": 2}, 1.0, [{"CPU": 16.0, "GPU": 1.0}] * 9, 4),
         ({"compute__workers": [2, 4]}, 1.0, [{"CPU": 16.0, "GPU": 1.0}] * 9, 4),  # the least that it may have
-        ({"compute__gpus_per_worker": 2.0}, 2.0, [{"CPU": 16.0, "GPU": 1.0}] * 8, 0),
+        ({}, 2.0, [{"CPU": 16.0, "GPU": 1.0}] * 8, 0),
     ],
 )
 def test_the_runs_that_nodes_hold(changes: dict[str, Any], gpus: float, nodes: list[Node], runs: int) -> None:
@@ -109,7 +112,59 @@ def test_cpus_that_a_node_keeps_for_other_processes() -> None:
     ],
 )
 def test_the_gpus_of_a_worker(setting: Any, nodes: list[Node], gpus: float) -> None:
-    assert gpus_per_worker(tiny_config(compute__gpus_per_worker=setting), nodes) == gpus
+    config = tiny_config(compute__gpus_per_worker=setting)
+    assert gpus_per_worker(config, Nodes(nodes, [], may_grow=False)) == gpus
+    assert gpus_per_worker(config, Nodes([], nodes, may_grow=False)) == gpus
+    if setting == "auto" and not gpus:
+        with pytest.raises(UserError, match=r"auto: the cluster has no GPU now.* --node-type CPU=16,GPU=1,max=8"):
+            gpus_per_worker(config, Nodes(nodes, [], may_grow=True))
+    else:
+        assert gpus_per_worker(config, Nodes(nodes, [], may_grow=True)) == gpus
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("CPU=16,GPU=1,max=3", [{"CPU": 16.0, "GPU": 1.0}] * 3),
+        ("CPU=1.5", [{"CPU": 1.5}]),
+        ("CPU=1, max=2", [{"CPU": 1.0}] * 2),
+        ("", None),
+        ("CPU", None),
+        ("CPU=x", None),
+        ("CPU=-1", None),
+        ("max=3", None),
+        ("CPU=1,max=1.5", None),
+        ("CPU=1,CPU=2", None),
+    ],
+)
+def test_a_node_type_is_resources_and_a_number(text: str, nodes: list[Node] | None) -> None:
+    if nodes is None:
+        with pytest.raises(UserError, match=rf"^--node-type '{text}': "):
+            parse_node_type(text)
+    else:
+        assert parse_node_type(text) == nodes
+
+
+def test_the_nodes_of_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine alone does not grow; a cluster may, to nodes that are told, or described, or unknown."""
+    put_nodes(monkeypatch, {"CPU": 4.0})
+    live = [{"CPU": 4.0}]
+    assert cluster_nodes(None, ["CPU=8"]) == Nodes(live, [], may_grow=False)
+    assert cluster_nodes("auto") == Nodes(live, [], may_grow=True)
+    describe(tmp_path, CLUSTER)
+    described = nodes_to_come("auto")
+    assert described and cluster_nodes("auto") == Nodes(live, described, may_grow=False)
+    assert cluster_nodes("auto", ["CPU=8,max=2", "GPU=1"]) == Nodes(
+        live, [{"CPU": 8.0}, {"CPU": 8.0}, {"GPU": 1.0}], may_grow=False
+    )
+
+
+def test_an_explicit_request_waits_for_nodes_of_an_unknown_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = Nodes([{"CPU": 1.0}], [], may_grow=True)
+    assert runs_at_a_time(tiny_config(), 1, nodes, trials=9) == 1
+    assert runs_at_a_time(tiny_config(), 1, nodes, trials=9, concurrent=3) == 3
+    words = "No node has room for a worker (1.25 CPU, 1 GPU) now: waiting for nodes that the cluster starts"
+    assert capsys.readouterr().out.splitlines() == [words] * 2
 
 
 def test_decoding_on_a_gpu_needs_one() -> None:
@@ -119,7 +174,7 @@ def test_decoding_on_a_gpu_needs_one() -> None:
     with pytest.raises(UserError, match=r"^data\.decode: gpu needs a GPU"):
         decodes_on_gpu(config, 0)
     with pytest.raises(UserError, match=r"^data\.decode: gpu needs a GPU"):
-        gpus_per_worker(config, [{"CPU": 4.0}])
+        gpus_per_worker(config, Nodes([{"CPU": 4.0}], [], may_grow=False))
 
 
 CLUSTER: dict[str, Any] = {
@@ -183,7 +238,7 @@ def test_the_runs_that_go_on_at_a_time(
 ) -> None:
     describe(tmp_path, CLUSTER)
     put_nodes(monkeypatch, *nodes)
-    assert runs_at_a_time(tiny_config(), 0, address, trials, concurrent) == expected
+    assert runs_at_a_time(tiny_config(), 0, cluster_nodes(address), trials, concurrent) == expected
 
 
 def test_a_run_that_fits_nowhere_is_refused_with_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +246,15 @@ def test_a_run_that_fits_nowhere_is_refused_with_all_nodes(tmp_path: Path, monke
     describe(tmp_path, CLUSTER)
     put_nodes(monkeypatch, {"CPU": 4.0})
     with pytest.raises(UserError) as caught:
-        runs_at_a_time(tiny_config(compute__workers=4), 1, "auto", trials=8)
+        runs_at_a_time(tiny_config(compute__workers=4), 1, cluster_nodes("auto"), trials=8)
     assert str(caught.value) == (
         "4 worker(s) ask for 1.25 CPUs and 1 GPUs each, 0.1 CPUs beside, and the cluster has 68 CPUs and 3 GPUs on "
         "6 node(s); change compute.workers, compute.cpus_per_worker, compute.gpus_per_worker or the cluster"
     )
     with pytest.raises(UserError, match="the cluster has 4 CPUs and 0 GPUs on 1 node"):
-        runs_at_a_time(tiny_config(), 1, None)
+        runs_at_a_time(tiny_config(), 1, cluster_nodes(None))
     with pytest.raises(UserError, match="3 CPUs beside"):
-        runs_at_a_time(tiny_config(), 0, None, beside=3.0)
+        runs_at_a_time(tiny_config(), 0, cluster_nodes(None), beside=3.0)
 
 
 @pytest.mark.parametrize(

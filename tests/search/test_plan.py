@@ -178,5 +178,5 @@ def test_a_plan_without_a_probe_has_no_hours_and_refuses_what_cannot_be(
 ) -> None:
     space = write_space(tmp_path)
     assert "hours_at_most" not in show_plan(space, shards, str(tmp_path / "s"), {}, 0, None, None)
-    with pytest.raises(UserError, match="64 GPUs each"):
-        show_plan(space, shards, str(tmp_path / "s"), {"compute.gpus_per_worker": 64.0}, 0, None, None)
+    with pytest.raises(UserError, match=r"ask for 64\.25 CPUs"):
+        show_plan(space, shards, str(tmp_path / "s"), {"compute.cpus_per_worker": 64.0}, 0, None, None)

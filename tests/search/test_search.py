@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -371,3 +372,26 @@ def test_repeats_over_seeds_with_tpe(
     assert [repeat["seed"] for repeat in provenance["repeats"]] == [5, 6] and "standard_deviation" in provenance
     assert "Configurations, over their repeats" in capsys.readouterr().out
     assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_search_starts_without_a_worker_node_and_gives_the_nodes_back(tmp_path: Path, shards: str) -> None:
+    """Three trials at a time on nodes that the autoscaler starts one by one, from none to three."""
+    changes: dict[str, Any] = {"train.iterations": 2, "train.validate_every": 2, "compute.gpus_per_worker": 0}
+    space = write_space(tmp_path, **changes)
+    Path(space).write_text(Path(space).read_text() + "samples: 2\n")
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.autoscaling", space, shards, str(tmp_path / "search")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "waiting for nodes that the cluster starts" in run.stdout
+    seen = json.loads(run.stdout.splitlines()[-1])
+    assert seen["nodes"][0] == 1 and max(seen["nodes"]) == 4 and seen["left"] == 1
+    assert set(seen["states"]) <= {"finished", "stopped"} and len(seen["states"]) == 4

@@ -30,6 +30,7 @@ from tune_ego.results.experiment import (
     write_metrics,
 )
 from tune_ego.runs.job import Job
+from tune_ego.runs.placement import Nodes
 from tune_ego.search import tune
 from tune_ego.search_space import parse_space
 
@@ -150,6 +151,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, s
         "trials": 6,
         "data": "/shards",
         "data_settings": {"flow": "dis"},
+        "gpus_per_worker": 0.0,
         "concurrent": None,
         "version": __version__,
     }
@@ -160,6 +162,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, s
     for trial, state in zip(records, STATES):
         records.note(trial, state)
     monkeypatch.setattr(tune, "ray_session", lambda address: nullcontext())
+    monkeypatch.setattr(tune, "cluster_nodes", lambda address, node_types: Nodes([{"CPU": 4.0}], [], False))
     same = SimpleNamespace(info={"settings": {"flow": "dis"}}, root="/shards")
     monkeypatch.setattr(tune, "open_shards", lambda data: same)
     monkeypatch.setattr(tune, "_drive", lambda found, address, again: calls.append((found, again)))
@@ -245,6 +248,31 @@ def test_a_search_is_not_resumed_on_other_shards(
     with pytest.raises(UserError, match="/shards is another data set than it was started on"):
         tune.resume_search(str(tmp_path), None)
     assert not driven
+
+
+def test_a_resumed_search_decides_again_how_many_gpus_a_worker_has(
+    tmp_path: Path,
+    driven: list[tuple[Any, set[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was started before a GPU node was up; the nodes that are told once are told from then on."""
+    asked: list[Any] = []
+
+    def nodes(address: str | None, node_types: Any) -> Nodes:
+        asked.append((address, list(node_types)))
+        return Nodes([{"CPU": 4.0}], [{"GPU": 1.0}] if node_types else [], False)
+
+    monkeypatch.setattr(tune, "cluster_nodes", nodes)
+    tune.resume_search(str(tmp_path), "auto", node_types=["GPU=1"])
+    assert asked == [("auto", ["GPU=1"])]
+    assert "Workers have 1 GPUs on this cluster; they had 0 before" in capsys.readouterr().out
+    ((resumed, _),) = driven
+    assert (resumed.spec["gpus_per_worker"], resumed.spec["node_types"]) == (1.0, ["GPU=1"])
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "node_types": ["GPU=1"]}))
+    tune.resume_search(str(tmp_path), None)
+    assert asked[1:] == [(None, ["GPU=1"])]
 
 
 def test_a_search_is_resumed_with_its_shards_in_another_place(

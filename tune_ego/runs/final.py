@@ -25,18 +25,25 @@ _RESUME_COMMAND = "the same command"
 
 
 def train_final(
-    config: Config, data: str, run: str, address: str | None, *, test: bool = False, track: Sequence[str] = ()
+    config: Config,
+    data: str,
+    run: str,
+    address: str | None,
+    *,
+    test: bool = False,
+    track: Sequence[str] = (),
+    node_types: Sequence[str] = (),
 ) -> str:
     """Train `config` in the folder or URI `run`; an interrupted run resumes from its last checkpoint.
 
     With `test` the final weights are tested at the end, on one worker's CPUs and GPUs. `track` names the trackers
-    (`tracking.make_trackers`) that record the run. Returns the URI of the weights.
-    Raises `UserError` where the folder holds another run.
+    (`tracking.make_trackers`) that record the run, `node_types` nodes that the cluster may start. Returns the URI of
+    the weights. Raises `UserError` where the folder holds another run.
     """
     from tune_ego.results.checkpoint_files import last_whole_iteration
     from tune_ego.runs.job import Job
     from tune_ego.runs.launch import fit, resolve_run
-    from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time
+    from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time
 
     check_trackers(track)
     run, data = storage.absolute(run), storage.absolute(data)
@@ -53,8 +60,9 @@ def train_final(
         saved = last_whole_iteration(run)
         say(f"{run}: {'starts from scratch' if saved is None else f'resumes from iteration {saved}'}")
     with ray_session(address):
-        gpus = gpus_per_worker(config, [*live_nodes(), *nodes_to_come(address)])
-        runs_at_a_time(config, gpus, address, beside=0)
+        nodes = cluster_nodes(address, node_types)
+        gpus = gpus_per_worker(config, nodes)
+        runs_at_a_time(config, gpus, nodes, beside=0)
         if not trained:
             with driving(run, _RESUME_COMMAND):
                 _write_record(run, data)

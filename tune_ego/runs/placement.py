@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tune_ego.cluster import is_local
 from tune_ego.config import Config
+from tune_ego.console import say
 from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml
 
@@ -33,6 +36,38 @@ def live_nodes() -> list[Node]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+class Nodes(NamedTuple):
+    """Nodes of a cluster, as far as they are known."""
+
+    live: list[Node]
+    to_come: list[Node]
+    """Nodes that the cluster may start."""
+    may_grow: bool
+    """Whether the cluster may start nodes that are not known here."""
+
+
+def cluster_nodes(address: str | None, node_types: Sequence[str] = ()) -> Nodes:
+    """Return the nodes of the cluster of this session; `node_types` describe nodes to come (`parse_node_type`)."""
+    if is_local(address):
+        return Nodes(live_nodes(), [], may_grow=False)
+    to_come = [node for text in node_types for node in parse_node_type(text)] or nodes_to_come(address)
+    return Nodes(live_nodes(), to_come, may_grow=not to_come)
+
+
+def parse_node_type(text: str) -> list[Node]:
+    """Return the nodes that a text such as `CPU=16,GPU=1,max=8` describes. Raises `UserError`."""
+    amounts: dict[str, float] = {}
+    for part in text.split(","):
+        name, separator, amount = part.strip().partition("=")
+        if not (name and separator and re.fullmatch(r"\d+(\.\d+)?", amount)) or name in amounts:
+            raise UserError(f"--node-type {text!r}: write NAME=AMOUNT,...,max=COUNT, e.g. CPU=16,GPU=1,max=8")
+        amounts[name] = float(amount)
+    count = amounts.pop("max", 1.0)
+    if not count.is_integer() or not amounts:
+        raise UserError(f"--node-type {text!r}: max is the number of nodes, beside at least one resource")
+    return [amounts] * int(count)
+
+
 def nodes_to_come(address: str | None) -> list[Node]:
     """Return the nodes that a cluster of `ray up` may start, if this process is on its head; else none."""
     file = Path(_BOOTSTRAP).expanduser()
@@ -45,10 +80,20 @@ def nodes_to_come(address: str | None) -> list[Node]:
     return nodes[: cluster.get("max_workers", 0)]
 
 
-def gpus_per_worker(config: Config, nodes: list[Node]) -> float:
-    """Return the GPUs of a worker on a cluster of these nodes. Raises `UserError` where decoding needs one more."""
-    available = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
-    gpus = available if config.compute.gpus_per_worker == "auto" else config.compute.gpus_per_worker
+def gpus_per_worker(config: Config, nodes: Nodes) -> float:
+    """Return the GPUs of a worker on a cluster of these nodes.
+
+    Raises `UserError` where decoding needs a GPU more, and for `auto` on a cluster without a GPU that may start others:
+    a run must not train on CPUs only because no GPU node is up yet.
+    """
+    gpus = config.compute.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in [*nodes.live, *nodes.to_come]) else 0.0
+        if not gpus and nodes.may_grow:
+            raise UserError(
+                "compute.gpus_per_worker: auto: the cluster has no GPU now, and may start nodes. Set it to 1 to wait"
+                " for GPUs or to 0 to train on CPUs, or describe the nodes: --node-type CPU=16,GPU=1,max=8"
+            )
     decodes_on_gpu(config, gpus)
     return gpus
 
@@ -72,7 +117,7 @@ def worker_resources(config: Config, gpus: float) -> Node:
 def runs_at_a_time(
     config: Config,
     gpus: float,
-    address: str | None,
+    nodes: Nodes,
     trials: int = 1,
     concurrent: int | None = None,
     beside: float = TRIAL_CPUS,
@@ -83,12 +128,13 @@ def runs_at_a_time(
     a run then waits for its node. `beside` is the number of CPUs of each node that other processes use. Raises
     `UserError` where not even one run fits.
     """
-    nodes, coming = live_nodes(), nodes_to_come(address)
-    fits = fitting_runs(config, gpus, nodes, beside)
-    most = fits if is_local(address) else trials
+    fits = fitting_runs(config, gpus, nodes.live, beside)
+    most = trials if nodes.may_grow or nodes.to_come else fits
     if not fits:
-        if not fitting_runs(config, gpus, coming, beside):
-            raise _fits_nowhere(config, gpus, [*nodes, *coming], beside)
+        if not nodes.may_grow and not fitting_runs(config, gpus, nodes.to_come, beside):
+            raise _fits_nowhere(config, gpus, [*nodes.live, *nodes.to_come], beside)
+        needs = ", ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(config, gpus).items())
+        say(f"No node has room for a worker ({needs}) now: waiting for nodes that the cluster starts")
         fits = 1
     return min(concurrent or fits, most, trials)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tune_ego.results import driver, experiment
 from tune_ego.results.progress import share_of_iterations
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import fit
-from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, worker_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, worker_resources
 from tune_ego.search.tune import check_runs, resolved_space
 from tune_ego.search_space import SearchSpace
 
@@ -42,6 +43,7 @@ def show_plan(
     *,
     probe: bool = False,
     price: float | None = None,
+    node_types: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Print and return the plan of a search. With `probe` a short run is trained, measured and deleted.
 
@@ -52,14 +54,14 @@ def show_plan(
     data = storage.absolute(data)
     check_runs(space, data)
     with ray_session(address):
-        nodes = live_nodes()
+        nodes = cluster_nodes(address, node_types)
         config = space.config(space.draw(seed, 0) if space.searcher == "random" else next(space.draws()))
-        gpus = gpus_per_worker(config, [*nodes, *nodes_to_come(address)])
-        plan = _plan(space, config, gpus, runs_at_a_time(config, gpus, address, space.trials, concurrent))
+        gpus = gpus_per_worker(config, nodes)
+        plan = _plan(space, config, gpus, runs_at_a_time(config, gpus, nodes, space.trials, concurrent))
         measured = _measure(config, data, f"{root}-probe", gpus) if probe else None
     if measured is not None:
         plan |= _cost(plan, config, measured, price)
-    _show(plan, space, nodes)
+    _show(plan, space, nodes.live)
     return plan
 
 

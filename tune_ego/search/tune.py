@@ -25,7 +25,7 @@ from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_same_data, fit, initial_weights, resolve_run, resolve_weights
-from tune_ego.runs.placement import gpus_per_worker, live_nodes, nodes_to_come, runs_at_a_time, trial_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, trial_resources
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
 from tune_ego.search.watcher import Watcher
@@ -42,6 +42,7 @@ def start_search(
     address: str | None,
     *,
     track: Sequence[str] = (),
+    node_types: Sequence[str] = (),
 ) -> Experiment:
     """Run a new search in the folder or URI `root`. Raises `UserError` where the folder is in use.
 
@@ -73,7 +74,8 @@ def start_search(
             "seed": seed,
             "concurrent": concurrent,
             "track": list(track),
-            "gpus_per_worker": gpus_per_worker(any_config(space), [*live_nodes(), *nodes_to_come(address)]),
+            "gpus_per_worker": gpus_per_worker(any_config(space), cluster_nodes(address, node_types)),
+            "node_types": list(node_types),
             "version": __version__,
             "ray": ray.__version__,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -87,6 +89,7 @@ def resume_search(
     address: str | None,
     *,
     data: str | None = None,
+    node_types: Sequence[str] = (),
     samples: int | None = None,
     iterations: int | None = None,
     concurrent: int | None = None,
@@ -120,6 +123,7 @@ def resume_search(
     for trial in search.trials:
         say(f"  {trial.id}: {trial.state}{_resume_note(trial) if trial.state in again else ''}")
     with ray_session(address):
+        _decide_gpus(resumed, address, node_types)
         return _drive(resumed, address, again)
 
 
@@ -137,6 +141,16 @@ def _checked_data(search: Experiment, data: str | None) -> str:
     return shards.root
 
 
+def _decide_gpus(search: Experiment, address: str | None, node_types: Sequence[str]) -> None:
+    """Decide again how many GPUs a worker has: the cluster may be another one than at the start."""
+    spec = search.spec
+    spec["node_types"] = list(node_types) or spec.get("node_types", [])
+    before = spec["gpus_per_worker"]
+    spec["gpus_per_worker"] = gpus_per_worker(any_config(search.space), cluster_nodes(address, spec["node_types"]))
+    if spec["gpus_per_worker"] != before:
+        say(f"Workers have {spec['gpus_per_worker']:g} GPUs on this cluster; they had {before:g} before")
+
+
 def _resume_note(trial: Trial) -> str:
     failure = experiment.read_failure(trial.run)
     if failure is not None and failure.final:
@@ -149,7 +163,8 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
     """Run the trials of a search that have not ended, and trials in one of the states `again`."""
     root, spec, space = search.root, search.spec, search.space
     config, gpus = any_config(space), spec["gpus_per_worker"]
-    at_a_time = runs_at_a_time(config, gpus, address, space.trials, spec["concurrent"])
+    nodes = cluster_nodes(address, spec.get("node_types", ()))
+    at_a_time = runs_at_a_time(config, gpus, nodes, space.trials, spec["concurrent"])
     resume_command = shlex.join(["tune-ego", "resume", root])
     with driver.driving(root, resume_command) as interruption:
         storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
