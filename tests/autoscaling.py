@@ -1,7 +1,7 @@
 """A search on a cluster without a worker node, on Ray's fake autoscaler. `tests/search/test_search.py` runs it.
 
-Prints JSON: the numbers of live nodes that were seen, in order, without repetitions; the trials' states; how many nodes
-are left a while after the end.
+Writes `result.json` beside the search: the numbers of live nodes that were seen, in order, without repetitions; the
+trials' states; how many nodes are left a while after the end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -23,7 +24,7 @@ from tune_ego.cluster import check_address
 from tune_ego.errors import UserError
 from tune_ego.search.tune import start_search
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "cluster_name": "fake",
     "max_workers": 3,
     "idle_timeout_minutes": 0.1,
@@ -67,14 +68,15 @@ def free_port() -> int:
 def start_head(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start a head with the fake autoscaler, in a process group of its own; return it and its address."""
     config, port = folder / "cluster.json", free_port()
-    config.write_text(json.dumps(CONFIG))
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    provider = {**CONFIG["provider"], "gcs_address": address}
+    config.write_text(json.dumps({**CONFIG, "provider": provider}))
     command = ["ray", "start", "--head", "--block", "--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
     command += [f"--autoscaling-config={config}", f"--temp-dir={tempfile.mkdtemp()}"]  # short: sockets lie in it
     environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     log = (folder / "head.log").open("wb")
     head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    address = f"127.0.0.1:{port}"
     for _ in range(60):
         try:
             check_address(address)
@@ -105,7 +107,8 @@ def main(space: str, shards: str, root: str) -> None:
             time.sleep(1)
         over.set()
         watcher.join()
-        print(json.dumps({"nodes": seen, "states": [trial.state for trial in search.trials], "left": live()}))
+        result = {"nodes": seen, "states": [trial.state for trial in search.trials], "left": live()}
+        (folder / "result.json").write_text(json.dumps(result))
     finally:
         ray.shutdown()
         os.killpg(head.pid, signal.SIGKILL)

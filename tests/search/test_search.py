@@ -392,6 +392,6 @@ def test_a_search_starts_without_a_worker_node_and_gives_the_nodes_back(tmp_path
     )
     assert run.returncode == 0, run.stderr
     assert "waiting for nodes that the cluster starts" in run.stdout
-    seen = json.loads(run.stdout.splitlines()[-1])
+    seen = json.loads((tmp_path / "result.json").read_text())
     assert seen["nodes"][0] == 1 and max(seen["nodes"]) == 4 and seen["left"] == 1
     assert set(seen["states"]) <= {"finished", "stopped"} and len(seen["states"]) == 4
