@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -9,16 +10,26 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import ray
+import typer.main
 import yaml
+from packaging.requirements import Requirement
 
 from tests.search.test_search import write_space
+from tune_ego import __version__
+from tune_ego.cli import app
 from tune_ego.results.experiment import read_experiment
+from tune_ego.runs.placement import parse_node_type
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
+FILES = CLUSTER.parent / "docs" / "clusters"
+CONSTRAINTS = FILES / "constraints.txt"
 
 
 def test_ray_accepts_it_and_every_type_is_used() -> None:
@@ -29,13 +40,90 @@ def test_ray_accepts_it_and_every_type_is_used() -> None:
     assert config["head_node_type"] in config["available_node_types"]
 
 
-def test_every_node_has_the_project_s_ray() -> None:
-    """`ray[default,train,tune,data]==2.60.*` in pyproject.toml: 2.60.0 on the nodes."""
-    setup = " ".join(yaml.safe_load(CLUSTER.read_text())["setup_commands"])
-    project = re.search(r'"ray\[[\w,]+\]==([\d.]+)\.\*"', (CLUSTER.parent / "pyproject.toml").read_text())
-    installed = re.search(r"ray\[default\]==([\d.]+)", setup)
-    assert project is not None and installed is not None
-    assert installed[1] == ray.__version__ and installed[1] == f"{project[1]}.0"
+def test_every_node_has_the_project_s_versions() -> None:
+    """The constraints fit all dependencies, and hold the Ray of these tests."""
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text().lower().splitlines() if not line.startswith("#"))
+    needed = [Requirement(text) for text in requires("tune_ego") or []]
+    checked = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": "aws"})]
+    assert {"torch", "ray", "boto3"} <= {one.name for one in checked}
+    for one in checked:
+        assert one.specifier.contains(pins[one.name.lower()]), one
+    assert pins["ray"] == ray.__version__
+    assert pins["opencv-python-headless"] == pins["opencv-python"]
+    installs = [
+        command for command in yaml.safe_load(CLUSTER.read_text())["setup_commands"] if "pip install" in command
+    ]
+    assert len(installs) == 2 and all("-c /home/ubuntu/tune_ego/docs/clusters/constraints.txt" in c for c in installs)
+
+
+def test_a_worker_without_a_usable_gpu_does_not_join() -> None:
+    (command,) = yaml.safe_load(CLUSTER.read_text())["worker_setup_commands"]
+    code = command.partition(" -c ")[2].strip('"')
+    for available, fails in (("True", False), ("False", True)):
+        script = f"import torch; torch.cuda.is_available = lambda: {available}; {code}"
+        assert bool(subprocess.run([sys.executable, "-c", script], capture_output=True).returncode) == fails
+
+
+def test_the_nodes_have_an_image_and_the_roles_of_the_policies() -> None:
+    """The head may start workers and pass them their role, and no other; both images are one."""
+    types = yaml.safe_load(CLUSTER.read_text())["available_node_types"]
+    head, worker = (types[name]["node_config"] for name in ("head", "gpu_worker"))
+    assert head["ImageId"] == worker["ImageId"] and "ubuntu-22.04" in head["ImageId"]
+    policy = json.loads((FILES / "head-policy.json").read_text())["Statement"]
+    (passes,) = [statement for statement in policy if statement["Action"] == "iam:PassRole"]
+    assert passes["Resource"] == f"arn:aws:iam::*:role/{worker['IamInstanceProfile']['Name']}"
+    assert head["IamInstanceProfile"]["Name"] == "tune-ego-head"
+    for file in FILES.glob("*.json"):
+        content = json.loads(file.read_text())
+        assert content["Version"] == "2012-10-17" and all("Effect" in one for one in content["Statement"])
+
+
+def test_the_kubernetes_job_fits_its_schema_and_its_command_the_command_line() -> None:
+    """Pods by Kubernetes' schema; one GPU group from none, with shared memory for Ray's store; the versions of here."""
+    job = yaml.safe_load((FILES / "rayjob.yaml").read_text())
+    spec = job["spec"]["rayClusterSpec"]
+    assert spec["rayVersion"] == ray.__version__ and spec["authOptions"] == {"mode": "token"}
+    (workers,) = spec["workerGroupSpecs"]
+    assert (workers["replicas"], workers["minReplicas"], spec["enableInTreeAutoscaling"]) == (0, 0, True)
+    for group in (spec["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}, "1.31", strict=True
+        )
+        (container,) = pod["containers"]
+        assert container["image"].endswith(f":{__version__}")
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        assert [volume["emptyDir"]["medium"] for volume in pod["volumes"]] == ["Memory"]
+    _, *words = job["spec"]["entrypoint"].split()
+    options = parsed(words)
+    nodes = parse_node_type(*options["node_type"])
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert len(nodes) == workers["maxReplicas"] == options["concurrent"]
+    assert nodes[0] == {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The options of a command, as the command line understands them."""
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    return dict(command.make_context("tune-ego", words[1:]).params)
+
+
+def test_the_slurm_job_starts_ray_and_a_command() -> None:
+    text = (FILES / "slurm.sh").read_text()
+    subprocess.run(["bash", "-n", str(FILES / "slurm.sh")], check=True)
+    commands = re.findall(r"command=\(tune-ego (.+)\)", text)
+    assert [parsed(command.split())["address"] for command in commands] == ["auto", "auto"]
+    usage = subprocess.run(
+        [f"{Path(sys.executable).parent}/ray", "symmetric-run", "--help"], capture_output=True, text=True
+    )
+    assert usage.returncode == 0 and "--min-nodes" in usage.stdout
+
+
+def test_the_image_has_the_package_with_pinned_versions_and_no_desktop() -> None:
+    text = (FILES / "Dockerfile").read_text()
+    assert text.count("-c /opt/tune_ego/docs/clusters/constraints.txt") == 2 and "uninstall -y opencv-python" in text
+    assert re.search(r"^FROM python:3\.\d+-slim-\w+$", text, re.MULTILINE) and "USER ray" in text
 
 
 def test_strangers_reach_neither_the_dashboard_nor_a_node() -> None:
@@ -100,7 +188,8 @@ def test_a_search_as_a_job(tmp_path: Path, shards: str) -> None:
     environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    space = write_space(tmp_path, grace=4, **{"train.iterations": 4, "compute.cpus_per_worker": 0.5})
+    resources: dict[str, Any] = {"compute.cpus_per_worker": 0.5, "compute.gpus_per_worker": 0}
+    space = write_space(tmp_path, grace=4, **{"train.iterations": 4, **resources})
     listening = ["--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1", *listening],
