@@ -163,7 +163,7 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file was left by a process that was killed while it wrote."""
+    """Return whether a file was left by a process that was killed while it wrote."""
     return name.endswith(_PARTIAL)
 
 

@@ -115,7 +115,18 @@ def test_recomputing_is_set_for_every_stream_and_only_where_gradients_are() -> N
     assert calls == {"rgb": 1, "flow": 1}
 
 
-@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d])
+KINDS = [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d]
+
+
+def test_the_counter_of_batches_stays_a_tensor_while_recomputing() -> None:
+    """BatchNorm over all workers refuses a counter of None."""
+    norm = torch.nn.SyncBatchNorm(2)
+    with _statistics_kept(norm):
+        assert norm.num_batches_tracked is not None and norm.momentum == 0.0
+    assert norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_recomputing_leaves_the_statistics_of_every_batch_norm(
     kind: type[torch.nn.modules.batchnorm._BatchNorm],
 ) -> None:
@@ -136,6 +147,11 @@ def test_a_module_with_other_buffers_is_not_recomputed() -> None:
     with pytest.raises(TypeError, match="InstanceNorm3d"):
         model.recompute(True)
     model.recompute(False)
+    model["flow"].add_module("Mixed_5c", torch.nn.Sequential(torch.nn.InstanceNorm3d(2)))
+    model.recompute(True)  # without statistics
+    model["flow"].add_module("Mixed_5c", torch.nn.Sequential(torch.nn.Dropout(0.5)))
+    with pytest.raises(TypeError, match="Dropout"):
+        model.recompute(True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

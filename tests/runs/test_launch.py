@@ -18,7 +18,7 @@ from tune_ego.results.checkpoint_files import CHECKPOINT_FILE, CHECKSUM_FILE, ch
 from tune_ego.results.experiment import Failure, read_failure, write_failure
 from tune_ego.runs import ray_private
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import check_run, describe_micro_batches, fit, initial_weights, resolve_weights
+from tune_ego.runs.launch import check_run, describe_micro_batches, fit, initial_weights, resolve_run, resolve_weights
 
 
 def start(monkeypatch: pytest.MonkeyPatch, run: Path, work: Any = lambda: None, **changes: Any) -> dict[str, Any]:
@@ -175,3 +175,10 @@ def test_the_setting_that_keeps_the_passes_is_named() -> None:
     assert note.endswith("To keep 12: --set train.accumulate=2")
     kept = override_config(before, {"compute.workers": 2, "train.accumulate": 2}, "")
     assert describe_micro_batches(before, kept) == ""
+
+
+def test_a_resumed_run_does_not_need_its_starting_weights(handmade_shards: str, tmp_path: Path) -> None:
+    config = tiny_config(init_from__rgb=str(tmp_path / "gone.pt"))
+    with pytest.raises(UserError, match=r"gone\.pt"):
+        resolve_run(config, handmade_shards)
+    assert resolve_run(config, handmade_shards, before=config) == config

@@ -110,7 +110,7 @@ def _describe(
 
 
 def _is_up_to_date(info: dict[str, Any], out: str) -> bool:
-    """Whether `dataset.json` holds `info`, and the files that it names have their checksums."""
+    """Return whether `dataset.json` holds `info`, and the files that it names have their checksums."""
     try:
         return bool(storage.read_json(storage.join(out, shards.DATASET_FILE)) == info) and all(
             shards.checksum(storage.read_bytes(storage.join(out, name))) == expected

@@ -78,12 +78,12 @@ def one_thread() -> Iterator[None]:
 
 
 def uses_gpu(name: FlowName) -> bool:
-    """Whether the method runs on a GPU where the process has one."""
+    """Return whether the method runs on a GPU where the process has one."""
     return name in ("tvl1", "raft")
 
 
 def runs_on_gpu(name: FlowName) -> bool:
-    """Whether the method runs on a GPU in this process."""
+    """Return whether the method runs on a GPU in this process."""
     if not uses_gpu(name):
         return False
     import torch

@@ -59,7 +59,7 @@ class FeedPlan:
         return worker_passes(self.passes, self.rank, self.workers)
 
     def validates_after(self, iterations: int) -> bool:
-        """Whether a validation follows after this number of iterations."""
+        """Return whether a validation follows after this number of iterations."""
         return iterations % self.validate_every == 0 or iterations == self.iterations
 
     @property

@@ -92,6 +92,17 @@ class Stream(nn.Module):
         return again
 
 
+def _unrepeatable(stream: nn.Module) -> list[nn.Module]:
+    """Return the modules inside layers whose result depends on how often they were called."""
+    layers = [layer for layer in stream.children() if not isinstance(layer, nn.Dropout)]  # that one is not recomputed
+    parts = [part for layer in layers for part in layer.modules() if not isinstance(part, _BatchNorm)]
+    return [
+        part
+        for part in parts
+        if isinstance(part, nn.modules.dropout._DropoutNd) or any(b is not None for b in part._buffers.values())
+    ]
+
+
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
@@ -104,14 +115,15 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
     Normalisation uses the batch's own statistics, as in the first pass.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
     try:
         yield
     finally:
         for norm, (momentum, batches) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 def build_stream(modality: str, num_classes: int, model: ModelConfig) -> Stream:
@@ -141,9 +153,10 @@ class TwoStream(nn.ModuleDict):
     def recompute(self, recomputes: bool) -> None:
         """Turn activation checkpointing on or off: layers recompute their activations in the backward pass.
 
-        Raises `TypeError` for a module other than BatchNorm with buffers, which the second pass would change again.
+        Raises `TypeError` for a module whose second pass would differ: one with buffers that is no BatchNorm, or
+        dropout inside a layer.
         """
-        stateful = [part for part in self.modules() if part._buffers and not isinstance(part, _BatchNorm)]
+        stateful = [part for stream in self.values() for part in _unrepeatable(stream)]
         if recomputes and stateful:
             raise TypeError(f"activation checkpointing is not possible with {type(stateful[0]).__name__}")
         for stream in self.values():

@@ -73,10 +73,10 @@ def _root_cause(error: BaseException) -> str:
 def resolve_run(config: Config, data: str, before: Config | None = None) -> Config:
     """Resolve the starting weights of a run and check it against the shards, before a cluster is started.
 
-    `before` is the configuration of the same run at an earlier start. Raises `UserError`.
+    `before` is the configuration of the same run at an earlier start, which has read its weights. Raises `UserError`.
     """
     config = resolve_weights(config, before)
-    check_run(config, data)
+    check_run(config, data, weights=before is None)
     return config
 
 
@@ -100,22 +100,25 @@ def describe_micro_batches(before: Config, after: Config) -> str:
     return f"{text}. A larger train.batch_size keeps them; on GPUs model.sync_bn: true normalises over all workers"
 
 
-def check_run(config: Config, data: str) -> None:
-    """Raise `UserError` where shards or starting weights do not fit a run; print which tensors `init_from` loads."""
+def check_run(config: Config, data: str, *, weights: bool = True) -> None:
+    """Raise `UserError` where shards or starting weights do not fit a run; print which tensors `init_from` loads.
+
+    Without `weights` the starting weights are not checked.
+    """
     from tune_ego.model import build_stream, load_weights
 
     shards = open_shards(data)
     check_fits(shards, config)
-    for modality, source in initial_weights(config).items():
+    for modality, source in initial_weights(config).items() if weights else ():
         stream = build_stream(modality, len(shards.actions), config.model)
-        weights = load_weights(stream, source)
+        loaded = load_weights(stream, source)
         flow = shards.info["settings"]["flow"]
-        if modality == "flow" and weights.flow_method not in (None, flow):
-            raise UserError(f"{source}: trained on {weights.flow_method} flow, {data} has {flow}")
+        if modality == "flow" and loaded.flow_method not in (None, flow):
+            raise UserError(f"{source}: trained on {loaded.flow_method} flow, {data} has {flow}")
         left_out, fresh = (
-            ", ".join(modules) or "nothing" for modules in (weights.modules_left_out, weights.fresh_modules)
+            ", ".join(modules) or "nothing" for modules in (loaded.modules_left_out, loaded.fresh_modules)
         )
-        say(f"{modality} starts from {source}: {len(weights.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
+        say(f"{modality} starts from {source}: {len(loaded.loaded)} tensors; left out: {left_out}; fresh: {fresh}")
 
 
 def resolve_weights(config: Config, before: Config | None = None) -> Config:

@@ -79,16 +79,20 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
 
 def _scheduler_of_ray(space: SearchSpace, budget: int) -> TrialScheduler:
     settings = space.scheduler
-    if settings.name == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr="iteration",
-            max_t=budget,
-            grace_period=settings.grace,
-            reduction_factor=settings.reduction,
-            stop_last_trials=False,
-        )
-    if settings.name == "median":
-        return MedianStoppingRule(
-            time_attr="iteration", grace_period=settings.grace, min_samples_required=settings.least_trials
-        )
-    return FIFOScheduler()
+    match settings.name:
+        case "asha":
+            return AsyncHyperBandScheduler(
+                time_attr="iteration",
+                max_t=budget,
+                grace_period=settings.grace,
+                reduction_factor=settings.reduction,
+                stop_last_trials=False,
+            )
+        case "median":
+            return MedianStoppingRule(
+                time_attr="iteration", grace_period=settings.grace, min_samples_required=settings.least_trials
+            )
+        case "fifo":
+            return FIFOScheduler()
+        case unknown:
+            raise ValueError(f"no scheduler {unknown!r}")

@@ -24,7 +24,7 @@ from tune_ego.results.progress import search_shown
 from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.runs.job import Job
-from tune_ego.runs.launch import check_same_data, fit, initial_weights, resolve_run, resolve_weights
+from tune_ego.runs.launch import check_run, check_same_data, fit, initial_weights, resolve_weights
 from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, trial_resources
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
@@ -237,8 +237,9 @@ def check_runs(space: SearchSpace, data: str) -> None:
         key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
         if repr(key) not in checked:
             checked.add(repr(key))
-            if resolve_run(config, data) != config:
+            if resolve_weights(config) != config:
                 raise UserError(f"{space.source}: init_from: values that are searched must be absolute paths of files")
+            check_run(config, data)
 
 
 def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callable[..., None]:
