@@ -167,7 +167,7 @@ class _Spoilt:
         for (name, what), first in self._first.items():
             if first < self._none:
                 clip = self._clips[int(first)].name
-                raise UserError(f"the {name} stream's {what} are not finite, first in {clip}: its weights give values that are not finite")
+                raise UserError(f"the {name} stream's {what} are not finite, first in {clip}: its training diverged")
 
 
 def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:
