@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -172,6 +174,20 @@ def test_the_log_of_ffmpeg_is_off_again_afterwards(clip: bytes) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert av.logging.get_level() is None
+
+
+def test_messages_outside_a_log_are_not_printed() -> None:
+    """In a process of its own: pytest's handlers would take the message."""
+    code = """
+import threading, av.logging
+from tune_ego.dataset.decoder_log import DecoderLog
+with DecoderLog():
+    thread = threading.Thread(target=av.logging.log, args=(av.logging.ERROR, "there", "bad"))
+    thread.start()
+    thread.join()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
 
 
 @pytest.mark.skipif(not VIDEOS.exists(), reason="needs real videos")

@@ -14,7 +14,7 @@ from torchvision.io import decode_jpeg
 from tests import handmade
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import ClipBatch, batches_to_device, blank_batch, prefetch_first, to_device
+from tune_ego.feed.batches import ClipBatch, _read_ahead, batches_to_device, blank_batch, prefetch_first, to_device
 from tune_ego.feed.decoding import decode_images
 from tune_ego.feed.packing import Batch
 from tune_ego.feed.reader import WindowReader
@@ -193,3 +193,23 @@ def test_what_a_gpu_cannot_do_is_no_fault_of_the_images(handmade_shards: str, mo
         decode_images(whole, "rgb", torch.device("cuda"))
     with pytest.raises(UserError, match="an image cannot be decoded"):
         decode_images(spoilt, "rgb", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("readers", "batch_bytes", "ahead_bytes", "expected"),
+    [
+        (1, 1 << 22, 0, (8, 16)),  # 32 MiB a task; two tasks' outputs are 16 batches
+        (2, 1 << 20, 0, (32, 96)),
+        (1, 1 << 22, 1 << 26, (8, 16)),  # 64 MiB hold them just
+        (1, 1 << 22, 1 << 25, (4, 8)),
+        (3, 1 << 22, 1 << 25, (2, 8)),
+        (1, 1 << 22, 1, (1, 2)),  # one that is read and one that is consumed, whatever the limit
+    ],
+)
+def test_batches_are_read_ahead_within_the_worker_s_share(
+    readers: int, batch_bytes: int, ahead_bytes: int, expected: tuple[int, int]
+) -> None:
+    assert _read_ahead(1000, readers, batch_bytes, ahead_bytes) == expected
+    items, ahead = expected
+    assert not ahead_bytes > 1 or ahead * batch_bytes <= ahead_bytes
+    assert ahead >= (readers + 1) * items

@@ -13,7 +13,9 @@ from types import TracebackType
 import av.logging
 
 _CONCEALED = "concealing "
-logging.getLogger("libav").propagate = False  # messages of threads without a `DecoderLog`
+# Messages of threads without a `DecoderLog` go nowhere. Without a handler Python would print them.
+logging.getLogger("libav").addHandler(logging.NullHandler())
+logging.getLogger("libav").propagate = False
 
 
 class DecoderLog:

@@ -23,7 +23,7 @@ from tune_ego.feed.packing import Batch, unpack
 MOST_TASKS = 2000
 """Upper bound on the reader tasks of a run: each task costs Ray some milliseconds."""
 BATCHES_AHEAD = 16
-"""Number of batches that are read ahead of the trainer, where the worker's share of the object store holds them."""
+"""Smallest number of batches that are read ahead of the trainer, where the worker's share of the store holds them."""
 BLOCK_BYTES = 1 << 23
 """Target size of a block. Smaller batches share a block; the batches of a block are read by the same task."""
 TASK_BYTES = 1 << 25
@@ -189,22 +189,20 @@ def ray_batches(
         readers: Most reader tasks at a time.
         batch_bytes: Size of a batch, from which the amount of data that is read ahead is computed.
         throttle: Constructor of the callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
-        ahead_bytes: Most bytes to read ahead, of at least two batches; 0: no limit but `BATCHES_AHEAD`.
+        ahead_bytes: Most bytes to read ahead; 0: no limit (`_read_ahead`).
     """
     import ray.data
 
     count, pace = plan.item_count - first_item, Pace()
     readers = min(readers, count)
     items_per_block = max(1, BLOCK_BYTES // batch_bytes)
-    ahead = min(BATCHES_AHEAD, max(2, ahead_bytes // batch_bytes)) if ahead_bytes else BATCHES_AHEAD
-    items_per_task = min(max(2, TASK_BYTES // batch_bytes), count // readers, max(1, ahead // (readers + 1)))
-    items_per_task = max(items_per_task, -(-count // MOST_TASKS))
+    items_per_task, ahead = _read_ahead(count, readers, batch_bytes, ahead_bytes)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=max(ahead, (readers + 1) * items_per_task) * batch_bytes
+        object_store_memory=ahead * batch_bytes
     )
     # Ray estimates a task's output from this size. With the default of 128 MB, the limit above would never admit a
     # second task.
@@ -225,6 +223,19 @@ def ray_batches(
         pace.block_received()
         yield from unpack(block)
         pace.request_block()
+
+
+def _read_ahead(count: int, readers: int, batch_bytes: int, ahead_bytes: int) -> tuple[int, int]:
+    """Return (items of a reader task, batches to read ahead).
+
+    The store has to hold a task's output for each reader and one that is being consumed. Within `ahead_bytes` (0: no
+    limit) tasks are smaller, down to one item.
+    """
+    items = max(min(max(2, TASK_BYTES // batch_bytes), count // readers), -(-count // MOST_TASKS))
+    if ahead_bytes and max(BATCHES_AHEAD, (readers + 1) * items) * batch_bytes > ahead_bytes:
+        items = max(1, min(items, ahead_bytes // batch_bytes // (readers + 1)))
+        return items, max((readers + 1) * items, min(BATCHES_AHEAD, ahead_bytes // batch_bytes))
+    return items, max(BATCHES_AHEAD, (readers + 1) * items)
 
 
 def _reader_resources() -> dict[str, Any]:

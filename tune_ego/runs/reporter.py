@@ -108,6 +108,4 @@ def _describe(metrics: dict[str, Any] | None, iteration: int) -> str:
     """Return a line of the run's log about a checkpoint."""
     if metrics is None:
         return f"iteration {iteration}: checkpoint, as a signal asked for"
-    accuracy = percent(metrics[experiment.METRIC])
-    loss = metrics.get("train_loss", float("nan"))
-    return f"iteration {iteration}: checkpoint; loss {loss:.3f}, validation mean class accuracy {accuracy}"
+    return f"iteration {iteration}: checkpoint; validation mean class accuracy {percent(metrics[experiment.METRIC])}"
