@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import typer
 
-from tune_ego import __version__, cli
+from tune_ego import __version__, cli, options
 from tune_ego.bench.record import Benchmark
 from tune_ego.cluster import end_interrupted
 from tune_ego.config import Config, override_config
-from tune_ego.dataset.commands import parse_size
 from tune_ego.dataset.prepare import Settings
 from tune_ego.errors import UserError
+from tune_ego.options import parse_size
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLACES = ["--data", "D", "--storage", "/s", "--name", "n"]
@@ -288,13 +288,13 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
     ],
 )
 def test_a_change_s_value_is_yaml(pair: str, key: str, value: Any) -> None:
-    changes = cli._parse_changes([pair])
+    changes = options.parse_changes([pair])
     assert changes == {key: value} and type(changes[key]) is type(value)
 
 
 def test_of_changes_of_one_key_the_last_counts() -> None:
-    assert cli._parse_changes(["seed=1", "label=x", "seed=2"]) == {"seed": 2, "label": "x"}
-    assert cli._parse_changes(None) == {}
+    assert options.parse_changes(["seed=1", "label=x", "seed=2"]) == {"seed": 2, "label": "x"}
+    assert options.parse_changes(None) == {}
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tune_ego"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FIRST_WORDS = {"What", "Of", "Whose", "Who", "Which", "How", "Where", "As", "With"}
+NOT_IMPERATIVE = {"A", "An", "The", "All", "One", "No", "None", "True", "Every", "Each"}
 NAMES = {"found", "told", "heard", "wanted"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 
-def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
-    """(line, text, belongs to a boolean) of each docstring: of modules, classes, functions and attributes."""
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, ast.AST]]:
+    """(line, text, what it belongs to) of each docstring: of modules, classes, functions and attributes."""
     for node in ast.walk(tree):
         body = getattr(node, "body", [])
         for number, statement in enumerate(body if isinstance(body, list) else []):
@@ -24,15 +25,24 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
                 if not isinstance(value.value, str):
                     continue
                 before = body[number - 1] if number else node
-                yield statement.lineno, value.value.strip(), boolean(before)
+                yield statement.lineno, value.value.strip(), before
 
 
-def boolean(node: ast.AST) -> bool:
-    """Whether it is an attribute or function annotated as bool, or assigned True or False."""
-    kind = getattr(node, "annotation", None) or getattr(node, "returns", None)
+def is_boolean(node: ast.AST) -> bool:
+    """Whether it is an attribute or a property annotated as bool, or an attribute assigned True or False."""
+    kind = getattr(node, "annotation", None) or (is_property(node) and getattr(node, "returns", None))
     value = getattr(node, "value", None)
-    names = {part.id for part in ast.walk(kind) if isinstance(part, ast.Name)} if kind is not None else set()
+    names = {part.id for part in ast.walk(kind) if isinstance(part, ast.Name)} if kind else set()
     return "bool" in names or (isinstance(value, ast.Constant) and isinstance(value.value, bool))
+
+
+def is_property(node: ast.AST) -> bool:
+    return any("property" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
+
+
+def is_imperative(word: str) -> bool:
+    """Whether a word may begin the docstring of a function: no article, code or lower-case word."""
+    return word[:1].isupper() and word not in NOT_IMPERATIVE and not word.endswith("s")
 
 
 def faults(path: Path) -> list[str]:
@@ -40,9 +50,14 @@ def faults(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     place = path.relative_to(PACKAGE)
     result = []
-    for line, text, is_boolean in docstrings(tree):
+    for line, text, owner in docstrings(tree):
         first = text.split(maxsplit=1)[0].rstrip(",:;.") if text else ""
-        if first in FIRST_WORDS or (first == "Whether" and not is_boolean):
+        function = isinstance(owner, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_property(owner)
+        if (
+            first in FIRST_WORDS
+            or (first == "Whether" and not is_boolean(owner))
+            or (function and not is_imperative(first))
+        ):
             result.append(f"{place}:{line}: {text.splitlines()[0]}")
     for node in ast.walk(tree):
         names = (getattr(node, attribute, None) for attribute in ("id", "arg", "attr", "name"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tune_ego import __version__
 
@@ -14,9 +17,49 @@ PRIVATE = re.compile(r"\bray\.(\w+\.)*(_[a-z]\w*|v2)\b")
 """A module of Ray that begins with an underscore, and Ray Train's implementation."""
 
 
+def names_private_module(text: str) -> bool:
+    """Whether a file names a private module of Ray, in an import of any form or elsewhere."""
+    imports = [
+        f"{node.module}.{name.name}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in node.names
+    ]
+    return any(map(PRIVATE.search, [text, *imports]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("from ray.train import v2", True),
+        ("from ray import (\n    _private,\n    data,\n)", True),
+        ("import ray._private.state", True),
+        ("from ray.train.v2 import api", True),
+        ("from ray.train import torch", False),
+    ],
+)
+def test_private_modules_in_all_forms_of_import(text: str, expected: bool) -> None:
+    assert names_private_module(text) is expected
+
+
 def test_one_file_names_private_modules_of_ray() -> None:
-    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if names_private_module(path.read_text())}
     assert files == {"runs/ray_private.py"}
+
+
+def test_the_map_of_the_rooms_names_every_file() -> None:
+    page = (PACKAGE.parent / "docs" / "development.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", page.partition("\n## Tests")[0], flags=re.MULTILINE))
+    missing = []
+    for path in PACKAGE.rglob("*.py"):
+        room, name = path.parent.relative_to(PACKAGE), path.stem
+        if name in ("__init__", "__main__"):
+            continue
+        if room == Path():
+            missing += [] if f"`{path.name}`" in page else [path.name]
+        else:
+            missing += [] if f"`{name}`" in rows[f"`{room}/`"] else [f"{room}/{path.name}"]
+    assert not missing
 
 
 def test_the_package_is_a_command() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
 from tune_ego import __version__
 from tune_ego.bench.commands import bench
-from tune_ego.dataset.commands import Address, Seed, prepare, synthesize
+from tune_ego.dataset.commands import prepare, synthesize
 from tune_ego.errors import UserError
+from tune_ego.options import Address, Data, Name, NodeType, Seed, Set, Storage, Track, parse_changes
 from tune_ego.report.commands import report, visualize
 
 app = typer.Typer(
@@ -22,19 +23,6 @@ app = typer.Typer(
     help="Search and train two-stream, gaze-supervised action recognisers for first-person video, on Ray.",
 )
 
-Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")]
-Storage = Annotated[str, typer.Option("--storage", help="Folder or URI under which results go.")]
-Name = Annotated[str, typer.Option("--name", help="Name of the result below --storage.")]
-Set = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
-]
-Track = Annotated[
-    list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
-]
-NodeType = Annotated[
-    Optional[list[str]],
-    typer.Option("--node-type", help="Nodes that the cluster may start, e.g. CPU=16,GPU=1,max=8; repeatable."),
-]
 _TRACKERS = ["tensorboard"]
 _LOG_LINES = 20  # that `status` prints of a run
 
@@ -57,18 +45,6 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     print(f"tune-ego: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _parse_changes(pairs: list[str] | None) -> dict[str, Any]:
-    from tune_ego.yaml_files import parse_yaml
-
-    changes = {}
-    for pair in pairs or []:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise UserError(f"--set {pair}: write KEY=VALUE")
-        changes[key] = parse_yaml(value, f"--set {key}")
-    return changes
 
 
 @app.callback(invoke_without_command=True)
@@ -156,7 +132,7 @@ def tune(
     """
     from tune_ego.storage import join_name
 
-    what = (space, data, join_name(storage, name), _parse_changes(changes), seed, concurrent, address)
+    what = (space, data, join_name(storage, name), parse_changes(changes), seed, concurrent, address)
     if (probe and not dry_run) or (price is not None and not probe):
         raise UserError("--probe belongs to --dry-run, and --price to --probe")
     if dry_run:
@@ -285,7 +261,7 @@ def train(
     from tune_ego.runs.launch import describe_micro_batches
     from tune_ego.storage import join_name
 
-    settings = _parse_changes(changes)
+    settings = parse_changes(changes)
     if iterations is not None:
         settings["train.iterations"] = iterations
     stored = load_config(config)

@@ -27,9 +27,9 @@ from tune_ego.search.tune import start_search
 IMAGE_SIZE = (96, 72)
 """Width and height of the images in the shards, pixels."""
 CLIPS = 420
-FINAL_ITERATIONS = 260
+DEMO_ITERATIONS = 260
 FINAL_CHANGES = {
-    "train.iterations": FINAL_ITERATIONS,
+    "train.iterations": DEMO_ITERATIONS,
     "train.validate_every": 65,
     "schedule.name": "multistep",  # a run this short needs a lower learning rate at its end
     "schedule.milestones": [195],
@@ -74,7 +74,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
         with step("export", "export: the best configuration"):
             best = export.export_best(search.root, best_file)
             print_table("", ["", ""], [["trial", best.id], ["in", best_file]])
-        with step("train", f"train: the final run, {FINAL_ITERATIONS} iterations"):
+        with step("train", f"train: the final run, {DEMO_ITERATIONS} iterations"):
             config = override_config(load_config(best_file), FINAL_CHANGES, best_file)
             train_final(config, shards, str(root / "final"), None)
     with step("evaluate", "evaluate: the test clips of split 1"):

@@ -61,6 +61,14 @@ class SchedulerSettings(NamedTuple):
     keep_stopped: bool
     """Whether stopped trials keep their checkpoints."""
 
+    def rungs(self, budget: int) -> list[int]:
+        """Return the iterations at which ASHA decides, ascending; none for other schedulers."""
+        iterations, rung = [], self.grace
+        while self.name == "asha" and rung < budget:
+            iterations.append(rung)
+            rung *= self.reduction
+        return iterations
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -88,7 +96,7 @@ class SearchSpace:
             point, place = divmod(point, len(domain.values))
             points[name] = domain.values[place]
 
-        def pick(name: str, domain: Domain) -> Any:
+        def choose_value(name: str, domain: Domain) -> Any:
             if domain.form == "grid":
                 return points[name]
             if domain.form == "choice":
@@ -96,14 +104,14 @@ class SearchSpace:
             value = getattr(tune, domain.form)(*domain.values).sample(random_state=random)
             return value.item() if isinstance(value, np.generic) else value
 
-        return self.choose(pick)
+        return self.choose(choose_value)
 
-    def choose(self, pick: Callable[[str, Domain], Any]) -> dict[str, Any]:
-        """Return name -> value for the branches that hold; `pick(name, domain)` chooses each value."""
+    def choose(self, choose_value: Callable[[str, Domain], Any]) -> dict[str, Any]:
+        """Return name -> value for the branches that hold; `choose_value(name, domain)` chooses each value."""
         sampled: dict[str, Any] = {}
 
         def note(name: str, domain: Domain) -> Any:
-            sampled[name] = pick(name, domain)
+            sampled[name] = choose_value(name, domain)
             return sampled[name]
 
         self._resolve_branches(note)
@@ -134,15 +142,15 @@ class SearchSpace:
         """Return dotted key -> index of the branch that a draw takes."""
         return self._resolve_branches(lambda name, _: sampled[name])[1]
 
-    def _resolve_branches(self, pick: Callable[[str, Domain], Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """Return (dotted key -> value, dotted key -> index of its branch); `pick` chooses the values by name."""
+    def _resolve_branches(self, choose_value: Callable[[str, Domain], Any]) -> tuple[dict[str, Any], dict[str, int]]:
+        """Return (dotted key -> value, dotted key -> index of its branch); `choose_value` gets the names."""
         chosen: dict[str, Any] = {}
         indices: dict[str, int] = {}
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
                 if all(self._value(name, chosen) in allowed for name, allowed in branch.when.items()):
                     domain = branch.domain
-                    value = domain.values[0] if domain.form == "value" else pick(f"{key}@{index}", domain)
+                    value = domain.values[0] if domain.form == "value" else choose_value(f"{key}@{index}", domain)
                     chosen[key] = tuple(value) if isinstance(value, list) else value
                     indices[key] = index
                     break
@@ -260,7 +268,7 @@ def parse_space(text: str, source: str, changes: dict[str, Any] | None = None, *
 
 
 def _changed_base(file: SpaceFile, source: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The base with the changes of the command line. Raises `UserError` for a change of a searched key."""
+    """Return the base with the changes of the command line. Raises `UserError` for a change of a searched key."""
     for key in changes:
         check_key(key, "--set")
         if key in file.space:
@@ -284,7 +292,7 @@ def _read_branches(file: SpaceFile, source: str) -> dict[str, list[Branch]]:
 
 
 def _scheduler_settings(entry: SchedulerEntry, source: str, config: Config) -> SchedulerSettings:
-    """The settings with the default of `grace` filled in."""
+    """Return the settings with the default of `grace` filled in."""
     grace = config.train.validate_every if entry.grace is None else entry.grace
     if entry.name == "asha" and grace > config.train.iterations:
         raise UserError(f"{source}: scheduler.grace {grace} is over base.train.iterations {config.train.iterations}")
@@ -292,7 +300,7 @@ def _scheduler_settings(entry: SchedulerEntry, source: str, config: Config) -> S
 
 
 def _branches(entry: Any, place: str, not_yet_drawn: list[str]) -> list[Branch]:
-    """The branches of one key; `not_yet_drawn` are keys whose value a condition cannot depend on."""
+    """Return the branches of one key; `not_yet_drawn` are keys whose value a condition cannot depend on."""
     if not (isinstance(entry, list) and any(isinstance(item, dict) for item in entry)):
         if not isinstance(entry, dict):
             entry = {"value": entry}

@@ -147,7 +147,7 @@ def validated(model: type[Model], content: Any, place: str) -> Model:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Pydantic's first complaint as `key: what is wrong, found ...`."""
+    """Return the first complaint of pydantic as `key: what is wrong, found ...`."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     message = _MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))

@@ -14,7 +14,7 @@ from tests.conftest import tiny_config
 from tune_ego.dataset.shards import Clip
 from tune_ego.evaluation import attention_maps as attention
 from tune_ego.evaluation import visualize
-from tune_ego.evaluation.attention_maps import Look, look_at, main_score, panels, validation_strip
+from tune_ego.evaluation.attention_maps import ScoredWindow, main_score, panels, score_windows, validation_strip
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.feed.sampling import Window, dense_starts
 from tune_ego.model import StreamOutput
@@ -22,17 +22,17 @@ from tune_ego.model import StreamOutput
 NONE = np.zeros(0)
 
 
-def look(start: int = 0, gaze: tuple[float, float] = (0.5, 0.5), valid: bool = True, **more: Any) -> Look:
+def look(start: int = 0, gaze: tuple[float, float] = (0.5, 0.5), valid: bool = True, **more: Any) -> ScoredWindow:
     frames = np.full((16, 40, 40, 3), 90, np.uint8)
-    made = Look(Window(0, start, 0, 0, False), frames, np.tile(gaze, (16, 1)), np.full(16, valid), {}, {})
+    made = ScoredWindow(Window(0, start, 0, 0, False), frames, np.tile(gaze, (16, 1)), np.full(16, valid), {}, {})
     return made._replace(**more)
 
 
 def test_the_window_shown_for_each_frame_of_a_clip_of_35() -> None:
     """Windows start at 0, 8, 16 and 19; their middles are 7.5, 15.5, 23.5 and 26.5; of two as near, the first."""
     assert dense_starts(35) == [0, 8, 16, 19]
-    looks = [look(start) for start in (0, 8, 16, 19)]
-    shown = [visualize.look_of(looks, frame) for frame in range(35)]
+    scored = [look(start) for start in (0, 8, 16, 19)]
+    shown = [visualize.window_at(scored, frame) for frame in range(35)]
     assert [found.window.start for found, _ in shown] == [0] * 12 + [8] * 8 + [16] * 6 + [19] * 9
     assert [place for _, place in shown] == [*range(12), *range(4, 12), *range(4, 10), *range(7, 16)]
 
@@ -151,10 +151,10 @@ def test_a_look_holds_the_fused_scores_and_maps_whose_highest_value_is_1(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     clips = [Clip("c", 1, 99, "", 0)]
     windows = [Window(0, start, 0, 0, False) for start in range(10)]
-    looks = look_at(opened(), clips, windows)
+    scored = score_windows(opened(), clips, windows)
     assert Reader.made == (clips, ("rgb", "flow"), (48, 36), 32)
-    assert [found.window for found in looks] == windows
-    for start, found in enumerate(looks):
+    assert [found.window for found in scored] == windows
+    for start, found in enumerate(scored):
         assert list(found.scores) == ["rgb", "flow", "fused"] and main_score(found) == "fused"
         np.testing.assert_allclose(found.scores["rgb"], [0.75, 0.25], rtol=1e-6)
         np.testing.assert_allclose(found.scores["flow"], [0.2, 0.8], rtol=1e-6)
@@ -169,7 +169,7 @@ def test_a_look_holds_the_fused_scores_and_maps_whose_highest_value_is_1(monkeyp
 def test_one_stream_has_nothing_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "WindowReader", Reader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (found,) = look_at(opened(both=False), [], [Window(0, 0, 0, 0, False)])
+    (found,) = score_windows(opened(both=False), [], [Window(0, 0, 0, 0, False)])
     assert list(found.scores) == ["rgb"] == [main_score(found)] and list(found.attention) == ["rgb"]
 
 
@@ -224,8 +224,8 @@ def test_the_plot_s_points_lie_at_the_windows_middles_and_scores() -> None:
     row 48, 0 at row 138, 0.5 at 93."""
     clip = Clip("c", 1, 31, "", 0)
     scores = [{"rgb": np.array([0.0, 1.0])}, {"rgb": np.array([0.5, 0.5])}]
-    looks = [look(start, scores=score) for start, score in zip((0, 15), scores)]
-    plot = visualize._plot(looks, clip, 288, 30)
+    scored = [look(start, scores=score) for start, score in zip((0, 15), scores)]
+    plot = visualize._plot(scored, clip, 288, 30)
     orange = (plot == np.array((213, 94, 0))).all(axis=2)
     assert orange[48, 102] and orange[93, 216] and not orange[:, 225:].any() and not orange[100:].any()
     assert (plot[60, 272] == 120).all() and (plot[60, 271] != 120).any()  # the frame shown now, 30, at the right end
@@ -244,7 +244,7 @@ def test_the_windows_of_a_clip_are_those_of_the_evaluation(monkeypatch: pytest.M
     """Windows begin at 0, 8, 16 and 19 of 35; a crop of 32 from the middle of 48 x 36: 2 rows down, 8 columns right."""
     made: list[Window] = []
 
-    def looks(model: Any, clips: list[Clip], windows: list[Window]) -> list[Look]:
+    def scored(model: Any, clips: list[Clip], windows: list[Window]) -> list[ScoredWindow]:
         made.extend(windows)
         half = np.array([0.5, 0.5])
         return [look(window.start, scores={"rgb": half}, attention={}) for window in windows]
@@ -253,7 +253,7 @@ def test_the_windows_of_a_clip_are_those_of_the_evaluation(monkeypatch: pytest.M
     monkeypatch.setattr(visualize, "open_model", lambda *_: opened())
     monkeypatch.setattr(visualize, "as_clip", lambda *_: clip)
     monkeypatch.setattr(visualize, "find_record", lambda *_: {"split1": "test"})
-    monkeypatch.setattr(visualize, "look_at", looks)
+    monkeypatch.setattr(visualize, "score_windows", scored)
     monkeypatch.setattr(visualize, "_video", lambda *_: b"video")
     visualize.visualize("run", "c", "shards", str(tmp_path / "out"))
     assert made == [Window(0, start, 2, 8, False) for start in (0, 8, 16, 19)]

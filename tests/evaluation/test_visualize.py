@@ -16,10 +16,10 @@ from tests.report.test_report import check_page
 from tests.stub_experiment import write_experiment
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.errors import UserError
-from tune_ego.evaluation.attention_maps import Look, as_clip, look_at
+from tune_ego.evaluation.attention_maps import ScoredWindow, as_clip, score_windows
 from tune_ego.evaluation.evaluate import evaluate, open_model
 from tune_ego.evaluation.inspection import overlay
-from tune_ego.evaluation.visualize import _COLOURS, _TRUE, _bars, _lines, _plot, look_of, visualize
+from tune_ego.evaluation.visualize import _COLOURS, _TRUE, _bars, _lines, _plot, visualize, window_at
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window, centre_window, dense_starts
 from tune_ego.report.page import SECTIONS
@@ -33,10 +33,10 @@ def test_what_is_drawn_is_what_the_model_says(tmp_path: Path, shards: str) -> No
     assert as_clip(opened.shards, clip.name) == clip
     size = opened.shards.image_size
     windows = [centre_window(0, start, size, 32) for start in dense_starts(clip.frames)]
-    looks = look_at(opened, [clip], windows)
-    assert [look.window for look in looks] == windows
+    scored = score_windows(opened, [clip], windows)
+    assert [look.window for look in scored] == windows
     reader = WindowReader([clip], ("rgb", "flow"), size, 32)
-    for look in looks:
+    for look in scored:
         sample = reader.read_batch([look.window])
         scores = {}
         trainer.model.eval()
@@ -60,7 +60,7 @@ def test_what_is_drawn_is_what_the_model_says(tmp_path: Path, shards: str) -> No
             assert (point is not None) == bool(inside)
             assert point is None or point == tuple(sample["gaze"][0, frame].tolist())
     for frame in range(clip.frames):
-        look, place = look_of(looks, frame)
+        look, place = window_at(scored, frame)
         assert look.window.start + place == frame and 0 <= place < 16
 
 
@@ -76,7 +76,7 @@ def test_light_falls_where_the_gaze_loss_puts_it() -> None:
 def test_files_of_a_clip(tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(tmp_path, shards)
     clip = open_shards(shards).test(1)[1]
-    looks = visualize(str(tmp_path / "run"), clip.name, shards, str(tmp_path / "out"))
+    scored = visualize(str(tmp_path / "run"), clip.name, shards, str(tmp_path / "out"))
     with av.open(str(tmp_path / "out.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
@@ -86,7 +86,7 @@ def test_files_of_a_clip(tmp_path: Path, shards: str, capsys: pytest.CaptureFixt
     assert strip is not None and strip.shape[1] > 1000 and strip.std() > 20
     printed = capsys.readouterr().out
     assert f"{clip.name}: {open_shards(shards).actions[clip.label]} (test clip of split 1)" in printed
-    for look in looks:
+    for look in scored:
         assert f"{100 * look.scores['flow'][clip.label]:.1f} %" in printed
 
 
@@ -96,9 +96,9 @@ def test_one_stream_and_no_attention(
 ) -> None:
     checkpoint(tmp_path, shards, **changes)
     clip = open_shards(shards).test(1)[0]
-    looks = visualize(str(tmp_path / "run"), clip.name, shards, str(tmp_path / "out"))
+    scored = visualize(str(tmp_path / "run"), clip.name, shards, str(tmp_path / "out"))
     assert (tmp_path / "out.mp4").stat().st_size > 1000 and (tmp_path / "out.png").exists()
-    assert len(looks[0].scores) == (1 if "streams" in changes else 3)
+    assert len(scored[0].scores) == (1 if "streams" in changes else 3)
     assert ("No attention to draw" in capsys.readouterr().out) == ("model__stam_depth" in changes)
 
 
@@ -116,7 +116,7 @@ def test_a_narrow_picture_shows_all_of_the_title_and_the_true_class() -> None:
         green = (image == np.array(_TRUE)).all(axis=2).any(axis=1)
         assert green.any() and green.argmax() > image.shape[0] * 0.7  # the last bar
     none, half = np.zeros(0), np.array([0.5, 0.5])
-    look = Look(Window(0, 0, 0, 0, False), none, none, none, dict.fromkeys(("rgb", "flow", "fused"), half), {})
+    look = ScoredWindow(Window(0, 0, 0, 0, False), none, none, none, dict.fromkeys(("rgb", "flow", "fused"), half), {})
     plot = _plot([look], Clip("c", 0, 16, "", 0), 288, None)
     for name in ("rgb", "flow"):  # their legend is below the heading
         rows = (plot == np.array(_COLOURS[name])).all(axis=2).any(axis=1)

@@ -27,7 +27,6 @@ from tune_ego.results.progress import (
     run_facts,
     run_state,
     rung_of,
-    rungs,
     search_shown,
     search_state,
     search_view,
@@ -147,9 +146,9 @@ def test_time_left_without_early_stopping_is_that_of_all_iterations(tmp_path: Pa
 
 def test_rungs() -> None:
     space = parse_space("base: {train: {iterations: 300}}\nscheduler: {name: asha, grace: 10, reduction: 3}", "t")
-    assert rungs(space.scheduler, 300) == [10, 30, 90, 270]
-    assert rungs(space.scheduler, 270) == [10, 30, 90]
-    assert rungs(parse_space("scheduler: {name: fifo}", "t").scheduler, 300) == []
+    assert space.scheduler.rungs(300) == [10, 30, 90, 270]
+    assert space.scheduler.rungs(270) == [10, 30, 90]
+    assert parse_space("scheduler: {name: fifo}", "t").scheduler.rungs(300) == []
 
 
 def test_the_share_of_iterations_that_asha_is_expected_to_run() -> None:

@@ -203,7 +203,7 @@ def test_each_line_is_handed_on_once_and_each_run_ended_once() -> None:
 
 def test_a_run_is_tracked_while_it_trains_and_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look every few seconds, and one after the body, with what was written last."""
-    monkeypatch.setattr(tracking, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(tracking, "_READ_EVERY", 0.01)
     recorder, run = Recorder(), str(tmp_path / "run")
     monkeypatch.setattr(tracking, "make_trackers", lambda names, root: {"stub": recorder})
     with run_tracked(["stub"], tiny_config(), run):

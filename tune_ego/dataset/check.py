@@ -232,7 +232,7 @@ def _encode_sample(
 
 
 def _encode(uri: str, settings: Settings, method: flow.FlowMethod, seconds: float) -> video.EncodedClip:
-    """Encode a clip's frames for `seconds`, at least two frames. A clip that cannot be decoded gives none."""
+    """Encode a clip's frames for `seconds`, at least two frames. The result is empty if it cannot be decoded."""
     end = time.perf_counter() + seconds
 
     def frames() -> Iterator[np.ndarray]:

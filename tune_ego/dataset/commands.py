@@ -8,12 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from tune_ego.errors import UserError
-
-Address = Annotated[
-    Optional[str],
-    typer.Option("--address", help="Ray cluster to join, e.g. auto; without it one is started on this machine."),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
+from tune_ego.options import Address, Seed, parse_size
 
 
 class FlowChoice(str, enum.Enum):
@@ -21,13 +16,6 @@ class FlowChoice(str, enum.Enum):
     tvl1 = "tvl1"
     farneback = "farneback"
     raft = "raft"
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"{text!r} is not a size; write WIDTHxHEIGHT, e.g. 320x240")
-    return int(width), int(height)
 
 
 def synthesize(

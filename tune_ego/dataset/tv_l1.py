@@ -114,7 +114,7 @@ def _solve(flow: Tensor, dual: Tensor, data: tuple[Tensor, Tensor, Tensor]) -> t
 def _steps(flow: Tensor, dual: Tensor, data: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Run CHECK_EVERY steps in place. Return the mean squared change [N] of each pair's flow in the last step."""
     gx, gy, constant = data
-    downhill = -1 / (gx * gx + gy * gy).clamp_min(1e-9)  # any value does where the gradient is zero
+    downhill = -1 / (gx * gx + gy * gy).clamp_min(1e-9)  # where the gradient is zero, this factor has no effect
     gradient = torch.zeros_like(dual)  # forward differences: zero in the last column and row
     along, divergence = torch.empty_like(gx), torch.empty_like(flow)
     previous = flow

@@ -39,7 +39,7 @@ class EncodedClip(NamedTuple):
 
 
 class Orientation(NamedTuple):
-    """Turn of the stored frames that a video's display matrix asks for: transposed first, then mirrored."""
+    """Orientation of a video by its display matrix. Frames are transposed first, then mirrored."""
 
     transposed: bool = False
     mirrored_x: bool = False

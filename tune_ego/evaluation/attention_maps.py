@@ -26,7 +26,7 @@ _BATCH = 8
 """Windows in a forward pass."""
 
 
-class Look(NamedTuple):
+class ScoredWindow(NamedTuple):
     """Results of a model for one window."""
 
     window: Window
@@ -53,19 +53,19 @@ class Look(NamedTuple):
         return slices[frame * len(slices) // WINDOW_FRAMES]
 
 
-def main_score(look: Look) -> str:
+def main_score(result: ScoredWindow) -> str:
     """Return the name of the main scores: `fused`, or the only stream."""
-    return list(look.scores)[-1]
+    return list(result.scores)[-1]
 
 
-def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> list[Look]:
+def score_windows(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> list[ScoredWindow]:
     """Run the model over windows of the clips. Raises `UserError` for a damaged shard."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = autocast_dtype(opened.config.train.precision, device) if device.type == "cuda" else None
     model = opened.model.to(device).eval()
     # Frames are read for the pictures, also if the model has no RGB stream.
     reader = WindowReader(clips, ("rgb", "flow"), opened.shards.image_size, opened.config.data.crop)
-    looks = []
+    scored = []
     for first in range(0, len(windows), _BATCH):
         piece = windows[first : first + _BATCH]
         batch = reader.read_batch(list(piece))
@@ -83,8 +83,8 @@ def look_at(opened: OpenedModel, clips: list[Clip], windows: list[Window]) -> li
             }
             maps = {name: value / max(float(value.max()), 1e-12) for name, value in maps.items()}
             seen = (batch["rgb"][place], batch["gaze"][place], batch["gaze_valid"][place])
-            looks.append(Look(window, *seen, scores, maps))
-    return looks
+            scored.append(ScoredWindow(window, *seen, scores, maps))
+    return scored
 
 
 def as_clip(shards: Shards, name: str) -> Clip:
@@ -92,14 +92,14 @@ def as_clip(shards: Shards, name: str) -> Clip:
     return shards.clip(find_record(shards, name))
 
 
-def panels(look: Look, frame: int, side: int) -> dict[str, np.ndarray]:
+def panels(result: ScoredWindow, frame: int, side: int) -> dict[str, np.ndarray]:
     """Draw one frame of a window, RGB uint8 [side, side, 3]: `frame`, and each stream's attention over it."""
-    image = cv2.resize(look.frames_THW3[frame], (side, side), interpolation=cv2.INTER_LINEAR)
+    image = cv2.resize(result.frames_THW3[frame], (side, side), interpolation=cv2.INTER_LINEAR)
     pictures = {"frame": image.copy()}
-    for stream in look.attention:
-        light = look.light(stream, frame)
+    for stream in result.attention:
+        light = result.light(stream, frame)
         pictures[stream] = overlay(image, light)
-    point = look.gaze(frame)
+    point = result.gaze(frame)
     for picture in pictures.values() if point else ():
         draw_gaze(picture, *point)  # type: ignore[misc]
     return pictures

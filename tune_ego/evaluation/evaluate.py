@@ -49,7 +49,7 @@ _READ = 8
 _BATCH = {"cpu": _READ, "cuda": 4 * _READ}
 """Windows in a forward pass."""
 _CHECK_EVERY = {"cpu": 1, "cuda": 32}
-"""Batches between two checks for values that are not finite. On a GPU each check waits for it."""
+"""Batches between two checks for values that are not finite. On a GPU each check waits for the GPU."""
 _MOST_READERS = 16
 _SWEEP_STEPS = 20
 
@@ -67,7 +67,7 @@ class OpenedModel(NamedTuple):
 def open_model(checkpoint: str, data: str) -> OpenedModel:
     """Load a checkpoint's model (a finished run's final weights) and open the shards to test it on.
 
-    Raises `UserError` where they do not.
+    Raises `UserError` where checkpoint and shards do not belong together.
     """
     source = find_checkpoint(checkpoint)
     config, origin, model, iteration = load_trained(source)
@@ -123,32 +123,32 @@ def score_clips(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    # A CPU computes 16 bits slowly, and not always right.
+    # 16-bit arithmetic is slow on CPUs, and wrong in some of their kernels.
     dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
     model.to(device).to(memory_format=memory_format(device, dtype)).eval()
     reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
-    spoilt = _Spoilt(clips, device)
+    non_finite = _NonFiniteOutputs(clips, device)
     with torch.inference_mode(), clip_progress(len(clips)) as advance:
         batches = _batches(reader, device, advance)
         for done, batch in enumerate(batches_to_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.model_input())
-            spoilt.add(outputs, batch.clip_B)
+            non_finite.add(outputs, batch.clip_B)
             if done % _CHECK_EVERY[device.type] == 0:
-                spoilt.check()
+                non_finite.check()
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
             for name, output in outputs.items() if gaze else ():
                 shape = output.attention_BTHW.shape
                 gaze[name].add(output.attention_BTHW, batch.gaze_BT2, batch.gaze_valid_BT)
             if gaze:
                 gaze["centre"].add_centre(shape, batch.gaze_BT2, batch.gaze_valid_BT, config.loss.gaze_sigma)
-        spoilt.check()
+        non_finite.check()
     return scores, {name: score.result() for name, score in gaze.items()}
 
 
-class _Spoilt:
+class _NonFiniteOutputs:
     """Record of the first clip with an output that is not finite, per kind of output, on the device."""
 
     def __init__(self, clips: list[Clip], device: torch.device) -> None:
@@ -223,11 +223,11 @@ def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str
 
 
 def _batches(
-    reader: WindowReader, device: torch.device, read: Callable[[int], None]
+    reader: WindowReader, device: torch.device, advance: Callable[[int], None]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield every dense window of every clip, in batches on the device; threads read ahead.
+    """Yield every dense window of every clip in batches; threads read ahead.
 
-    `read` is called with how many clips more have been.
+    `advance` is called with the number of clips that are complete since its last call.
     """
     cv2.setNumThreads(1)
     windows: list[Window | None] = [
@@ -251,7 +251,7 @@ def _batches(
                 {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
             )
             last = int(batch["clip"][-1]) + 1
-            read(last - done)
+            advance(last - done)
             done = last
             yield batch
     finally:

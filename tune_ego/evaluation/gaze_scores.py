@@ -1,7 +1,7 @@
 """Agreement of attention with gaze: AUC (Judd), AUC, NSS and F1.
 
-Maps are compared at 64 x 64 cells of the crop, to which they are enlarged bilinearly on the grid that the gaze loss
-teaches: cell j of W stands for x = j / W. A map that was not taught by it may be right by another grid: half a cell.
+Maps are enlarged bilinearly to 64 x 64 cells of the crop. Cell j of W stands for x = j / W, as in the gaze loss. For a
+map that was trained without that loss this may be half a cell off.
 
 B batch, T frames of a window, T' slices of the map (each stands for T / T' frames), R = 64, S = B x T' maps, F frames
 of a map, P = R x R cells.
@@ -25,21 +25,21 @@ _THRESHOLDS = 50
 
 
 def enlarge(attention_BTHW: Tensor) -> Tensor:
-    """[B, T', H, W] -> [S, P]; a map that is even stays exactly even (it becomes 0)."""
+    """Enlarge maps [B, T', H, W] bilinearly to [S, P]. A constant map becomes exactly 0."""
     height, width = attention_BTHW.shape[2:]
     maps_S1HW = attention_BTHW.float().flatten(0, 1)[:, None]
     low, high = maps_S1HW.aminmax(dim=-1, keepdim=True)
-    even = (high.amax(2) - low.amin(2))[:, 0] <= 1e-6 * maps_S1HW.abs().amax((2, 3))
+    constant = (high.amax(2) - low.amin(2))[:, 0] <= 1e-6 * maps_S1HW.abs().amax((2, 3))
     centre_R = (torch.arange(RESOLUTION, device=maps_S1HW.device) + 0.5) / RESOLUTION
     # grid_sample counts from -1 at the first cell to 1 at the last one.
     x_R, y_R = (2 * centre_R * side / max(side - 1, 1) - 1 for side in (width, height))
     grid_RR2 = torch.stack(torch.meshgrid(x_R, y_R, indexing="xy"), dim=-1).expand(len(maps_S1HW), -1, -1, -1)
     enlarged = F.grid_sample(maps_S1HW, grid_RR2, padding_mode="border", align_corners=True)
-    return torch.where(even, 0.0, enlarged.flatten(1))
+    return torch.where(constant, 0.0, enlarged.flatten(1))
 
 
 def _fixated(cell_SF: Tensor, valid_SF: Tensor) -> Tensor:
-    """[S, F]: where several gaze points lie in one cell, the first one's place alone."""
+    """Return a mask [S, F]: valid gaze points, only the first of those that lie in the same cell."""
     order = torch.arange(cell_SF.shape[1], device=cell_SF.device)
     same_SFF = (cell_SF[:, :, None] == cell_SF[:, None, :]) & valid_SF[:, None, :]
     return valid_SF & ~(same_SFF & (order[None, :] < order[:, None])).any(dim=2)
@@ -108,7 +108,7 @@ def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Ten
     """
     low, high = map_SP.amin(dim=1, keepdim=True), map_SP.amax(dim=1, keepdim=True)
     scaled_SP = (map_SP - low) / (high - low).clamp(min=torch.finfo(map_SP.dtype).tiny)
-    # How many thresholds a cell exceeds; the cells that exceed number k are those of counts over k.
+    # Number of thresholds that each cell exceeds. Threshold k is exceeded by the cells whose number is over k.
     exceeded_SP = torch.searchsorted(thresholds, scaled_SP)
     centre = torch.arange(RESOLUTION, device=map_SP.device) + 0.5
     x, y = (point_SF2 * RESOLUTION).unbind(dim=-1)
@@ -116,7 +116,7 @@ def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Ten
     gaze_SFP = (squared.flatten(2) <= GAZE_RADIUS**2).to(map_SP.dtype)
 
     def over(weight_SNP: Tensor) -> Tensor:
-        """[S, N, thresholds]: the weights of the cells that exceed each."""
+        """Sum weights [S, N, P] over the cells that exceed each threshold: [S, N, thresholds]."""
         counts_SNP = exceeded_SP[:, None].expand_as(weight_SNP)
         weights = weight_SNP.new_zeros(*weight_SNP.shape[:2], len(thresholds) + 1).scatter_add_(
             2, counts_SNP, weight_SNP
@@ -169,9 +169,12 @@ class GazeScores:
         self.add(gaze_target(middle, seen, (slices, height, width), sigma)[0], gaze_BT2, valid_BT)
 
     def result(self) -> dict[str, Any] | None:
-        """`auc_judd`, `auc` and `nss`, means over maps; `f1` with its `precision`, `recall` (means over frames) and
-        `threshold`, the best of 50 in [0, 1); `maps` and `frames` with gaze, each frame counted in every window that
-        it is in. None where there was no gaze."""
+        """Return the scores, or None where no frame had gaze.
+
+        `auc_judd`, `auc` and `nss` are means over maps. `f1` is the best of 50 thresholds in [0, 1), with its
+        `threshold`, `precision` and `recall` (means over frames). `maps` and `frames` count those with gaze; a frame
+        counts in every window that contains it.
+        """
         if not self._frames:
             return None
         precision, recall = self._precision / self._frames, self._recall / self._frames

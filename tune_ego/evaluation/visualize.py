@@ -19,7 +19,7 @@ from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.gaze import FPS
 from tune_ego.dataset.shards import Clip
-from tune_ego.evaluation.attention_maps import Look, as_clip, look_at, main_score, panels
+from tune_ego.evaluation.attention_maps import ScoredWindow, as_clip, main_score, panels, score_windows
 from tune_ego.evaluation.evaluate import open_model
 from tune_ego.evaluation.inspection import find_record
 from tune_ego.feed.sampling import centre_window, dense_starts
@@ -34,7 +34,7 @@ _COLOURS = {"rgb": (213, 94, 0), "flow": (0, 114, 178), "fused": (0, 0, 0)}
 _INK, _GREY, _TRUE = (20, 20, 20), (205, 205, 205), (0, 130, 95)
 
 
-def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[Look]:
+def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[ScoredWindow]:
     """Write `out`.mp4 and `out`.png of a clip; return the model's results for each of its dense windows.
 
     The windows are those of `evaluate`. Raises `UserError` where checkpoint and shards do not belong together, and for
@@ -45,78 +45,78 @@ def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[Look]:
     chosen = as_clip(shards, clip)
     starts = dense_starts(chosen.frames)
     windows = [centre_window(0, start, shards.image_size, opened.config.data.crop) for start in starts]
-    looks = look_at(opened, [chosen], windows)
+    scored = score_windows(opened, [chosen], windows)
     role = find_record(shards, clip)[f"split{split}"] or "no"
     title = f"{clip}: {shards.actions[chosen.label]} ({role} clip of split {split})"
     video = storage.absolute(f"{out}.mp4")
-    storage.write_bytes(video, _video(looks, chosen, shards.actions, title))
-    done, picture = cv2.imencode(".png", cv2.cvtColor(_strip(looks, chosen, shards.actions, title), cv2.COLOR_RGB2BGR))
+    storage.write_bytes(video, _video(scored, chosen, shards.actions, title))
+    done, picture = cv2.imencode(".png", cv2.cvtColor(_strip(scored, chosen, shards.actions, title), cv2.COLOR_RGB2BGR))
     assert done
     storage.write_bytes(storage.absolute(f"{out}.png"), picture.tobytes())
-    _print_scores(looks, chosen, shards.actions, title)
-    if not looks[0].attention:
+    _print_scores(scored, chosen, shards.actions, title)
+    if not scored[0].attention:
         say("No attention to draw: the model has none (model.stam_depth 0).")
     say(f"{out}.mp4 and {out}.png")
-    return looks
+    return scored
 
 
-def _print_scores(looks: list[Look], clip: Clip, actions: list[str], title: str) -> None:
-    names = list(looks[0].scores)
+def _print_scores(scored: list[ScoredWindow], clip: Clip, actions: list[str], title: str) -> None:
+    names = list(scored[0].scores)
     rows = []
-    for look in looks:
-        predicted = actions[int(look.scores[main_score(look)].argmax())]
-        last = min(look.window.start + WINDOW_FRAMES, clip.frames) - 1
-        scores = [percent(float(look.scores[name][clip.label])) for name in names]
-        rows.append([f"{look.window.start} to {last}", *scores, predicted])
+    for result in scored:
+        predicted = actions[int(result.scores[main_score(result)].argmax())]
+        last = min(result.window.start + WINDOW_FRAMES, clip.frames) - 1
+        scores = [percent(float(result.scores[name][clip.label])) for name in names]
+        rows.append([f"{result.window.start} to {last}", *scores, predicted])
     print_table(title, ["frames", *(f"{name}, true class" for name in names), f"predicted, {names[-1]}"], rows)
 
 
-def look_of(looks: list[Look], frame: int) -> tuple[Look, int]:
+def window_at(scored: list[ScoredWindow], frame: int) -> tuple[ScoredWindow, int]:
     """Return (the window whose middle is nearest to a frame of the clip, the frame's index in the window)."""
-    holding = [look for look in looks if look.window.start <= frame < look.window.start + WINDOW_FRAMES]
-    look = min(holding, key=lambda look: abs(frame - look.window.start - (WINDOW_FRAMES - 1) / 2))
-    return look, frame - look.window.start
+    holding = [result for result in scored if result.window.start <= frame < result.window.start + WINDOW_FRAMES]
+    result = min(holding, key=lambda result: abs(frame - result.window.start - (WINDOW_FRAMES - 1) / 2))
+    return result, frame - result.window.start
 
 
-def _video(looks: list[Look], clip: Clip, actions: list[str], title: str) -> bytes:
+def _video(scored: list[ScoredWindow], clip: Clip, actions: list[str], title: str) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast"})
         stream.pix_fmt = "yuv420p"
-        stream.height, stream.width = _frame(looks, 0, clip, actions, title).shape[:2]
+        stream.height, stream.width = _frame(scored, 0, clip, actions, title).shape[:2]
         for frame in range(clip.frames):
-            image = _frame(looks, frame, clip, actions, title)
+            image = _frame(scored, frame, clip, actions, title)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def _frame(looks: list[Look], frame: int, clip: Clip, actions: list[str], title: str) -> np.ndarray:
+def _frame(scored: list[ScoredWindow], frame: int, clip: Clip, actions: list[str], title: str) -> np.ndarray:
     """Draw one frame of the video, RGB uint8, both sides even."""
-    look, place = look_of(looks, frame)
-    pictures = panels(look, place, _SIDE)
-    columns = {"frame": main_score(look), **{name: name for name in look.scores if name != "fused"}}
-    if len(look.scores) == 1:
-        del columns[main_score(look)]
-    columns |= {name: "" for name in look.attention if name not in columns}
+    result, place = window_at(scored, frame)
+    pictures = panels(result, place, _SIDE)
+    columns = {"frame": main_score(result), **{name: name for name in result.scores if name != "fused"}}
+    if len(result.scores) == 1:
+        del columns[main_score(result)]
+    columns |= {name: "" for name in result.attention if name not in columns}
     parts = []
     for name, scores in columns.items():
         head = f"{name} attention, yellow is high" if name in pictures else f"{name} has no attention"
         head = "crop, gaze" if name == "frame" else head
         picture = pictures.get(name, np.full((_SIDE, _SIDE, 3), 240, np.uint8))
-        bars = _bars(look.scores[scores], clip.label, actions, scores) if scores else _blank(_bars_height(), _SIDE)
+        bars = _bars(result.scores[scores], clip.label, actions, scores) if scores else _blank(_bars_height(), _SIDE)
         parts.append(np.concatenate([_text(head, _SIDE), picture, bars]))
     body = _side_by_side(parts)
     width = body.shape[1]
     place_in_clip = _text(f"frame {frame} of {clip.frames}", width)
-    image = np.concatenate([_wrapped(title, width), place_in_clip, body, _plot(looks, clip, width, frame)])
+    image = np.concatenate([_wrapped(title, width), place_in_clip, body, _plot(scored, clip, width, frame)])
     return image[: image.shape[0] // 2 * 2, : width // 2 * 2]
 
 
-def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.ndarray:
+def _strip(scored: list[ScoredWindow], clip: Clip, actions: list[str], title: str) -> np.ndarray:
     """Draw up to 8 frames, evenly spaced: frame, attention of each stream and predicted class; below, the scores."""
     chosen = sorted({round(place) for place in np.linspace(0, clip.frames - 1, _STRIP_FRAMES)})
-    names = list(panels(*look_of(looks, 0), _STRIP_SIDE))
+    names = list(panels(*window_at(scored, 0), _STRIP_SIDE))
     left = [_text("", _STRIP_MARGIN)]
     for name in names:
         cell = _blank(_STRIP_SIDE, _STRIP_MARGIN)
@@ -127,11 +127,11 @@ def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.
     left.append(_text("its score", _STRIP_MARGIN))
     parts = [np.concatenate(left)]
     for frame in chosen:
-        look, place = look_of(looks, frame)
-        scores = look.scores[main_score(look)]
+        result, place = window_at(scored, frame)
+        scores = result.scores[main_score(result)]
         predicted = int(scores.argmax())
         column = [_text(f"frame {frame}", _STRIP_SIDE)]
-        for picture in panels(look, place, _STRIP_SIDE).values():
+        for picture in panels(result, place, _STRIP_SIDE).values():
             column += [picture, _blank(_GAP, _STRIP_SIDE)]
         colour = _TRUE if predicted == clip.label else _COLOURS["rgb"]
         column.append(_text(_fitting(actions[predicted], _STRIP_SIDE), _STRIP_SIDE, colour))
@@ -139,7 +139,7 @@ def _strip(looks: list[Look], clip: Clip, actions: list[str], title: str) -> np.
         column.append(_text(f"{percent(float(scores[predicted]))}, {verdict}", _STRIP_SIDE, colour))
         parts.append(np.concatenate(column))
     body = _side_by_side(parts)
-    return np.concatenate([_wrapped(title, body.shape[1]), body, _plot(looks, clip, body.shape[1], None)])
+    return np.concatenate([_wrapped(title, body.shape[1]), body, _plot(scored, clip, body.shape[1], None)])
 
 
 def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
@@ -214,7 +214,7 @@ def _bars(scores_K: np.ndarray, label: int, actions: list[str], name: str) -> np
     return image
 
 
-def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndarray:
+def _plot(scored: list[ScoredWindow], clip: Clip, width: int, now: int | None) -> np.ndarray:
     """Plot the true class's score over the clip, each window at its middle frame; frame `now` is marked."""
     image = _blank(_PLOT, width)
     left, right, top, bottom = 46, width - 16, 48, _PLOT - 30
@@ -226,11 +226,11 @@ def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndar
         cv2.line(image, at(0, score), at(clip.frames - 1, score), _GREY, 1)
         _put(image, f"{100 * score:.0f} %", (4, at(0, score)[1] + 4), _INK, 0.38)
     _put(image, "score of the true class, each window at its middle", (left, 16), _INK, 0.38)
-    for number, name in enumerate(looks[0].scores):
+    for number, name in enumerate(scored[0].scores):
         x = left + 70 * number
         cv2.line(image, (x, 30), (x + 20, 30), _COLOURS[name], 2, cv2.LINE_AA)
         _put(image, name, (x + 25, 34), _INK)
-        points = [_middle(look, clip, float(look.scores[name][clip.label]), at) for look in looks]
+        points = [_middle(result, clip, float(result.scores[name][clip.label]), at) for result in scored]
         for first, second in pairwise(points):
             cv2.line(image, first, second, _COLOURS[name], 2, cv2.LINE_AA)
         for point in points:
@@ -242,7 +242,7 @@ def _plot(looks: list[Look], clip: Clip, width: int, now: int | None) -> np.ndar
     return image
 
 
-def _middle(look: Look, clip: Clip, score: float, at: Any) -> tuple[int, int]:
-    last = min(look.window.start + WINDOW_FRAMES, clip.frames) - 1
-    place: tuple[int, int] = at((look.window.start + last) / 2, score)
+def _middle(result: ScoredWindow, clip: Clip, score: float, at: Any) -> tuple[int, int]:
+    last = min(result.window.start + WINDOW_FRAMES, clip.frames) - 1
+    place: tuple[int, int] = at((result.window.start + last) / 2, score)
     return place

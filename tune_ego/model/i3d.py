@@ -117,12 +117,12 @@ class Unit3D(nn.Module):
 class MaxPool3dSame(nn.Module):
     """Max pool with SAME padding by zeros, as the published weights were trained with; kernels of 2 and 3.
 
-    Nothing is copied: the kernel pads in front by itself (with -inf), `ceil_mode` lets the last window reach over
-    the end, and what saw padding is raised to zero afterwards.
+    No padded copy is made. The kernel pads the front with -inf, and `ceil_mode` lets the last window reach over the
+    end. Outputs whose window overlaps the padding are then raised to at least zero.
     """
 
     def __init__(self, kernel: Triple, stride: Triple, *, non_negative: bool) -> None:
-        """`non_negative`: the input has no value below zero, so that -inf pads as well as zero does."""
+        """Build the pool. `non_negative` promises that no input is below zero: then padding by -inf equals zeros."""
         super().__init__()
         if max(kernel) > 3:
             raise ValueError(f"a max pool of kernel {kernel}: sizes over 3 may need padding that no kernel offers")

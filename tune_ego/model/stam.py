@@ -62,6 +62,17 @@ class AttentionBlock(nn.Module):
         return total.flatten(4, 6).flatten(1, 3)
 
 
+def trunk_activation(model: ModelConfig) -> str:
+    """Return the activation of I3D's modules. Raises `ValueError` for an unknown `activation_scope`."""
+    match model.activation_scope:
+        case "all":
+            return model.activation
+        case "stam":
+            return "relu"
+        case unknown:
+            raise ValueError(f"no modules for model.activation_scope {unknown!r}")
+
+
 def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
     """Build the modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` blocks and `attention_pred`.
 
@@ -69,7 +80,7 @@ def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
     Raises `ValueError` for a kind of block that is not known here.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    trunk_relu = model.activation == "relu" or model.activation_scope == "stam"
+    trunk_relu = trunk_activation(model) == "relu"
     for number in range(1, model.stam_depth + 1):
         suffix = "" if number == 1 else f"_{number}"
         match model.stam_block:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tune_ego.config import ModelConfig
 from tune_ego.model.i3d import Unit3D, trunk
-from tune_ego.model.stam import scale_attention, stam
+from tune_ego.model.stam import scale_attention, stam, trunk_activation
 
 CHANNELS = {"rgb": 3, "flow": 2}
 
@@ -33,8 +33,7 @@ class Stream(nn.Module):
     def __init__(self, modality: str, num_classes: int, model: ModelConfig) -> None:
         super().__init__()
         self.modality = modality
-        trunk_activation = model.activation if model.activation_scope == "all" else "relu"
-        layers, channels = trunk(CHANNELS[modality], model.width, trunk_activation, model.bn_momentum)
+        layers, channels = trunk(CHANNELS[modality], model.width, trunk_activation(model), model.bn_momentum)
         self._trunk = tuple(layers)
         for name, layer in layers.items():
             self.add_module(name, layer)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip
-from tune_ego.evaluation.attention_maps import Look, look_at, main_score, panels
+from tune_ego.evaluation.attention_maps import ScoredWindow, main_score, panels, score_windows
 from tune_ego.evaluation.evaluate import open_model
 from tune_ego.feed.sampling import centre_window, spread_starts
 
@@ -43,8 +43,8 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
     clips = [test_clips[place] for place in places]
     size, crop = opened.shards.image_size, opened.config.data.crop
     windows = [centre_window(n, spread_starts(clip.frames, 1)[0], size, crop) for n, clip in enumerate(clips)]
-    cases: list[tuple[dict[str, Any], Look]] = []
-    for look in look_at(opened, clips, windows):
+    cases: list[tuple[dict[str, Any], ScoredWindow]] = []
+    for look in score_windows(opened, clips, windows):
         cases.append((_describe_case(look, clips[look.window.clip], opened.shards.actions), look))
     right = sorted((entry for entry in cases if entry[0]["right"]), key=lambda entry: -entry[0]["label_score"])
     wrong = sorted((entry for entry in cases if not entry[0]["right"]), key=lambda entry: entry[0]["label_score"])
@@ -63,7 +63,7 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
     return numbers, [_picture(look, case["frame"] - look.window.start) for case, look in chosen]
 
 
-def _describe_case(look: Look, clip: Clip, actions: list[str]) -> dict[str, Any]:
+def _describe_case(look: ScoredWindow, clip: Clip, actions: list[str]) -> dict[str, Any]:
     """Return the numbers of one case: its clip, the frame to draw, its gaze point, and the scores."""
     scores = look.scores[main_score(look)]
     predicted = int(scores.argmax())
@@ -84,7 +84,7 @@ def _describe_case(look: Look, clip: Clip, actions: list[str]) -> dict[str, Any]
     }
 
 
-def _picture(look: Look, frame: int) -> str:
+def _picture(look: ScoredWindow, frame: int) -> str:
     """Draw frame and attention maps side by side; return a JPEG as data URI."""
     parts = list(panels(look, frame, _PICTURE_SIDE).values())
     gap = np.full((_PICTURE_SIDE, 4, 3), 128, np.uint8)

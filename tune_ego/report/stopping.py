@@ -7,7 +7,6 @@ from typing import Any
 
 from tune_ego.report.reading import CheckedExperiment
 from tune_ego.results.experiment import Decision
-from tune_ego.results.progress import rungs
 
 _STOP = "STOP"  # Ray Tune's name of the action, as in decisions.json
 
@@ -22,7 +21,7 @@ def stopping_numbers(checked: CheckedExperiment) -> dict[str, Any]:
     settings = search.space.scheduler
     ended = [trial for trial in search.trials if trial.state in ("finished", "stopped")]
     budget = search.trials[0].config.train.iterations if search.trials else 0
-    steps = rungs(settings, budget)
+    steps = settings.rungs(budget)
     reported: dict[int, set[str]] = {rung: set() for rung in steps}
     for decision in checked.decisions:
         for rung in steps[: bisect_right(steps, decision.iteration)]:

@@ -39,7 +39,7 @@ def trials_table(experiment: Experiment) -> pa.Table:
 
 
 def _value(config: Any, key: str) -> Any:
-    """The value of a dotted key; None where the configuration has no such key (Ranger has no momentum)."""
+    """Return the value of a dotted key; None where the configuration has no such key (Ranger has no momentum)."""
     for part in key.split("."):
         config = getattr(config, part, None)
     return list(config) if isinstance(config, tuple) else config

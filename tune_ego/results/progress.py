@@ -21,7 +21,7 @@ from tune_ego.results import driver, experiment
 from tune_ego.results.checkpoint_files import MODEL_FILE
 from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial
 from tune_ego.results.tables import config_value, trial_table
-from tune_ego.search_space import SchedulerSettings, SearchSpace
+from tune_ego.search_space import SearchSpace
 
 # Seconds.
 _REDRAW_EVERY = 2.0
@@ -32,21 +32,12 @@ _LINE_EVERY = 60.0
 _TRIALS_SHOWN = 12
 
 
-def rungs(settings: SchedulerSettings, budget: int) -> list[int]:
-    """Return the iterations at which ASHA decides, ascending; none for other schedulers."""
-    iterations, rung = [], settings.grace
-    while settings.name == "asha" and rung < budget:
-        iterations.append(rung)
-        rung *= settings.reduction
-    return iterations
-
-
 def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
     """Return the expected share of iterations if one trial in `reduction` continues at each rung; None: unknown."""
     if space.scheduler.name == "median":
         return None
     spent, reaching, before = 0.0, 1.0, 0
-    for rung in rungs(space.scheduler, budget):
+    for rung in space.scheduler.rungs(budget):
         spent += reaching * (rung - before)
         before, reaching = rung, reaching / space.scheduler.reduction
     return (spent + reaching * (budget - before)) / budget
@@ -121,7 +112,7 @@ def _seconds_left(search: Experiment, running: list[Trial], pending: int, speeds
 def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
     """Return a trial's expected further iterations if one trial in `reduction` continues at each rung ahead."""
     ahead, reaching, before = 0.0, 1.0, done
-    for rung in [rung for rung in rungs(space.scheduler, budget) if rung > done]:
+    for rung in [rung for rung in space.scheduler.rungs(budget) if rung > done]:
         ahead += reaching * (rung - before)
         before, reaching = rung, reaching / space.scheduler.reduction
     return ahead + reaching * (budget - before)
@@ -129,7 +120,7 @@ def _still_expected(space: SearchSpace, done: int, budget: int) -> float:
 
 def rung_of(space: SearchSpace, trial: Trial) -> str:
     """Return the last of ASHA's rungs that a trial has reached, e.g. `2 of 4`; `-` for other schedulers."""
-    steps = rungs(space.scheduler, trial.config.train.iterations)
+    steps = space.scheduler.rungs(trial.config.train.iterations)
     reached = sum(any(line["iteration"] >= rung for line in trial.validations) for rung in steps)
     return f"{reached} of {len(steps)}" if steps else "-"
 
@@ -201,7 +192,7 @@ def search_view(search: Experiment) -> RenderableType:
 
 
 def _width(column: Sequence[str]) -> int:
-    """Characters of a column, with the gap after it."""
+    """Return the width of a column in characters, with the gap after it."""
     return 2 + max(len(part) for cell in column for part in cell.split("\n"))
 
 
@@ -294,15 +285,15 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
 
 @contextmanager
 def search_shown(root: str) -> Iterator[None]:
-    """`shown` for the search at `root`."""
-    look = experiment.repeated_reader(root)
-    with shown(root, lambda: search_view(look()), lambda: _line(facts(look()))):
+    """Show the progress of the search at `root` (`shown`)."""
+    read_search = experiment.repeated_reader(root)
+    with shown(root, lambda: search_view(read_search()), lambda: _line(facts(read_search()))):
         yield
 
 
 @contextmanager
 def run_shown(config: Config, run: str) -> Iterator[None]:
-    """`shown` for one run."""
+    """Show the progress of one run (`shown`)."""
     with shown(run, lambda: run_view(config, run), lambda: _line(run_facts(config, run))):
         yield
 

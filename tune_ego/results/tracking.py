@@ -1,7 +1,7 @@
-"""`--track`: configuration and metrics of each run of a search, and of final runs, in TensorBoard, MLflow or W&B.
+"""`--track`: log the configuration and metrics of trials and final runs to TensorBoard, MLflow or W&B.
 
-The driver reads them from the runs' files, wherever its workers are. Ray Tune's own callbacks know no final runs, and
-of a trial only its validations.
+The driver reads them from the runs' files, so it does not matter where workers run. Ray Tune's own tracking callbacks
+cover no final runs, and of a trial only its validations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tune_ego.errors import UserError
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.experiment import METRIC, Trial
 
-_LOOK_EVERY = 10.0  # seconds
+_READ_EVERY = 10.0  # seconds
 _METRICS_A_REQUEST = 900
 """MLflow takes 1,000."""
 _PARAMS_A_REQUEST = 100
@@ -47,7 +47,7 @@ class Tracker(Protocol):
         """Open the tracker's own run, the one of an earlier start where there is one."""
 
     def log(self, run: Any, lines: list[dict[str, float]]) -> None:
-        """Lines of metrics, each with its `iteration`; those that are there already are passed over."""
+        """Write lines of metrics, each with its `iteration`. Lines that the tracker has already are left out."""
 
     def end(self, run: Any, state: str) -> None: ...
 
@@ -62,15 +62,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
-    """Raises `UserError` as `check_trackers` does, and where there is no place to write."""
+    """Create the trackers. Raises `UserError` as `check_trackers` does, and for a place that cannot be written to."""
     check_trackers(names)
     kinds: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": Mlflow, "wandb": WandB}
     return {name: kinds[name](root) for name in names}
 
 
 @contextmanager
-def tracked(trackers: dict[str, Tracker], look: Callable[[], list[Trial]]) -> Iterator[None]:
-    """Hand the trackers what `look` finds, every few seconds and at the end, while the body runs."""
+def tracked(trackers: dict[str, Tracker], read_trials: Callable[[], list[Trial]]) -> Iterator[None]:
+    """Log the metrics of `read_trials()` to the trackers every few seconds and at the end, while the body runs."""
     if not trackers:
         yield
         return
@@ -79,14 +79,14 @@ def tracked(trackers: dict[str, Tracker], look: Callable[[], list[Trial]]) -> It
 
     def follow(last: bool = False) -> None:
         try:
-            trials = look()
+            trials = read_trials()
         except Exception:  # an object store did not answer, or a file is damaged: the search itself says so
             return
         for follower in followers:
             follower.hand_on(trials, last)
 
     def keep_following() -> None:
-        while not ended.wait(_LOOK_EVERY):
+        while not ended.wait(_READ_EVERY):
             follow()
 
     thread = threading.Thread(target=keep_following, daemon=True)
@@ -116,7 +116,7 @@ class _Follower:
                 continue
             try:
                 self._hand_on(trial, last)
-            except Exception as error:  # a tracker's trouble must not end a search
+            except Exception as error:  # a failing tracker must not end a search
                 complaint = f"{self._name}: {' '.join(str(error).split())[:200]}"
                 if complaint != self._complaint:
                     self._complaint = complaint
@@ -217,7 +217,7 @@ class _Events(NamedTuple):
 
 
 def read_png(uri: str) -> Any:
-    """RGB uint8, [H, W, 3]."""
+    """Read a PNG as RGB uint8, [H, W, 3]."""
     image = cv2.imdecode(np.frombuffer(storage.read_bytes(uri), np.uint8), cv2.IMREAD_COLOR)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -330,17 +330,17 @@ def _wandb_mode() -> Any:
 
 
 def search_tracked(names: Sequence[str], root: str) -> Any:
-    """`tracked` for the search at `root`."""
-    look = experiment.repeated_reader(root)
-    return tracked(make_trackers(names, root), lambda: look().trials)
+    """Track the search at `root` (`tracked`)."""
+    read_search = experiment.repeated_reader(root)
+    return tracked(make_trackers(names, root), lambda: read_search().trials)
 
 
 def run_tracked(names: Sequence[str], config: Config, run: str) -> Any:
-    """`tracked` for one run."""
+    """Track one run (`tracked`)."""
 
-    def look() -> list[Trial]:
+    def read_trials() -> list[Trial]:
         done = storage.exists(storage.join(run, checkpoint_files.MODEL_FILE))
         state = "finished" if done else "interrupted"
         return [Trial(_name(run), state, run, {}, 0, config, experiment.read_metrics(run))]
 
-    return tracked(make_trackers(names, run), look)
+    return tracked(make_trackers(names, run), read_trials)

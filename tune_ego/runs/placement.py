@@ -100,9 +100,19 @@ def gpus_per_worker(config: Config, nodes: Nodes) -> float:
 
 def decodes_on_gpu(config: Config, gpus: float) -> bool:
     """Return whether workers decode on their GPUs. Raises `UserError` for `data.decode: gpu` without a GPU."""
-    if config.data.decode == "gpu" and not gpus:
-        raise UserError("data.decode: gpu needs a GPU, and workers have none; `auto` takes one where there is one")
-    return config.data.decode != "cpu" and gpus > 0
+    match config.data.decode:
+        case "gpu":
+            if not gpus:
+                raise UserError(
+                    "data.decode: gpu needs a GPU, and workers have none; `auto` takes one where there is one"
+                )
+            return True
+        case "auto":
+            return gpus > 0
+        case "cpu":
+            return False
+        case unknown:
+            raise ValueError(f"no device to decode on for {unknown!r}")
 
 
 def worker_resources(config: Config, gpus: float) -> Node:
@@ -152,7 +162,8 @@ def fitting_runs(config: Config, gpus: float, nodes: list[Node], beside: float =
 def read_ahead_bytes(config: Config, gpus: float, node: Node) -> int:
     """Return the bytes that a worker on this node may read ahead: its share of half of the node's object store.
 
-    The node is taken for full of such workers. Seven feeds of 771 MB in a store of 1 GiB wrote 11 GB to disk in 75 s.
+    The node is assumed to be full of such workers. Seven feeds of 771 MB in a store of 1 GiB wrote 11 GB to disk in
+    75 s.
     """
     needs = worker_resources(config, gpus)
     workers = max(1, min(math.floor(node.get(kind, 0) / need) for kind, need in needs.items()))
@@ -177,7 +188,7 @@ def _fits_nowhere(config: Config, gpus: float, nodes: list[Node], beside: float)
 
 
 def trial_resources(at_a_time: int) -> Node:
-    """Return the resources of a trial's own actor: on the head, if it has the CPUs, as other nodes may be removed."""
+    """Return the resources of a trial's own actor. It is on the head if that has the CPUs: other nodes may go away."""
     room = any(_HEAD in node and node.get("CPU", 0) >= at_a_time * TRIAL_CPUS for node in live_nodes())
     return {"CPU": TRIAL_CPUS, **({_HEAD: 1e-3} if room else {})}
 

@@ -16,7 +16,7 @@ from tune_ego.runs.placement import placement_group_prefix
 
 
 def trainer_class(run: str, workers: int) -> Any:
-    """Ray Train's trainer for a run, with named placement groups and without callbacks that this package replaces.
+    """Return Ray Train's trainer class for a run: named placement groups, and no callbacks that this package replaces.
 
     Private in Ray: `WorkerGroupCallback`, the base class `DataParallelTrainer`, its methods
     `_create_default_callbacks` and `_register_sigint_handler`, and the function `placement_group` in the module
@@ -59,7 +59,7 @@ def trainer_class(run: str, workers: int) -> Any:
 
 
 def preemption_info() -> Any:
-    """Ray Train's latest preemption notice for this worker's node, or None.
+    """Return Ray Train's latest preemption notice for this worker's node, or None.
 
     Private in Ray: `get_train_context().preemption_context`. The public `ray.train.get_preemption_info` is a barrier
     of all workers, too slow to call after every iteration.
@@ -70,7 +70,7 @@ def preemption_info() -> Any:
 
 
 def live_controllers() -> list[Any]:
-    """Ray Train's controller actors of this driver's job that are alive.
+    """Return Ray Train's controller actors of this driver's job that are alive.
 
     Private in Ray: `ray._private.state.actors`. The public `ray.util.state.list_actors` needs the dashboard, which
     a local cluster does not start.
@@ -84,7 +84,7 @@ def live_controllers() -> list[Any]:
 
 
 def throttling_callback(pace: Pace) -> type:
-    """A Ray Data callback class: the executor sleeps between its steps while the trainer does not wait for data.
+    """Return a Ray Data callback class that makes the executor sleep between steps while the trainer needs no data.
 
     Private in Ray: `ExecutionCallback` and the executor's `_output_node`. The executor is a thread of the training
     process; its steps take a millisecond each and follow each other without a pause. That slowed training on two

@@ -23,7 +23,7 @@ _WRITE_EVERY = 10.0
 
 
 class RunLog:
-    """Last lines of a process, written to `uri` while `recording`. Errors of the storage do not end the run."""
+    """Last lines of a process, written to `uri` while `recording`. A failing write does not end the run."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

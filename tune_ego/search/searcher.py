@@ -60,10 +60,13 @@ class TrialSource(Searcher):  # type: ignore[misc]
 
     def _add(self, number: int) -> list[dict[str, Any]]:
         """Draw configuration `number`; record and return those of its trials that are not on record yet."""
-        if self._space.searcher == "tpe":
-            sampled = draw_by_tpe(self._space, self._seed, number, experiment.read_experiment(self._root).trials)
-        else:
-            sampled = self._space.draw(self._seed, number)
+        match self._space.searcher:
+            case "random":
+                sampled = self._space.draw(self._seed, number)
+            case "tpe":
+                sampled = draw_by_tpe(self._space, self._seed, number, experiment.read_experiment(self._root).trials)
+            case unknown:
+                raise ValueError(f"no searcher {unknown!r}")
         draws = [
             {"trial": name, "repeat": repeat, "sampled": sampled}
             for repeat, name in enumerate(self._names(number))

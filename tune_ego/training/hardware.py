@@ -63,7 +63,15 @@ def compiles(config: Config, device: torch.device, *, final: bool) -> bool:
     train = config.train
     if train.deterministic or train.activation_checkpointing or device.type != "cuda":
         return False
-    return train.compile == "on" or (train.compile == "auto" and final and train.iterations >= COMPILE_FROM)
+    match train.compile:
+        case "on":
+            return True
+        case "auto":
+            return final and train.iterations >= COMPILE_FROM
+        case "off":
+            return False
+        case unknown:
+            raise ValueError(f"no rule for train.compile {unknown!r}")
 
 
 def compile_streams(model: TwoStream, clips: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, bool]:

@@ -110,9 +110,10 @@ def schedule_factor(schedule: ScheduleConfig, steps: int, horizon: int) -> float
     `plateau` has its warm-up alone here: `Schedule` applies its reductions. Raises `ValueError` for an unknown
     schedule.
     """
-    if steps < schedule.warmup:
-        return (steps + 1) / schedule.warmup
+    warming_up = steps < schedule.warmup
     match schedule:
+        case MultiStepConfig() | CosineConfig() | PlateauConfig() | ConstantConfig() if warming_up:
+            return (steps + 1) / schedule.warmup
         case MultiStepConfig():
             return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
         case CosineConfig():
@@ -201,7 +202,7 @@ class StreamOptimizer:
         if self._stepped:
             self.schedule.after_step()
         elif self.scaler.get_scale() < _SMALLEST_SCALE:
-            raise OverflowError("its gradients overflow at every loss scale")
+            raise OverflowError("the gradients overflow at every loss scale")
 
     def state_dict(self) -> dict[str, Any]:
         return {

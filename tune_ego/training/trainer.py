@@ -248,7 +248,7 @@ class Trainer:
         self._means = []
 
     def _seeds(self, *place: int) -> dict[str, int]:
-        """A seed for each stream that depends on the run's seed, the stream and the place alone.
+        """Return a seed for each stream, which depends on the run's seed, the stream and `place` alone.
 
         So a resumed run draws the same numbers, and a stream the same ones whether it trains alone or not.
         """
