@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from tests.search.test_search import assert_it_went_on, assert_nothing_is_left
 from tune_ego.cluster import _ENVIRONMENT, _REQUIRED_ENVIRONMENT
 from tune_ego.config import load_config
-from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results import checkpoint_files, experiment, trial_records
 from tune_ego.runs.final import train_final
 from tune_ego.search.tune import start_search
 
@@ -33,7 +33,7 @@ def main(command: str, source: str, shards: str, root: str, notice: str = "") ->
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2) for _ in range(2))}
     os.environ["RAY_ADDRESS"] = cluster.address
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    run = root if command == "train" else experiment.run_folder(root, "00000")
+    run = root if command == "train" else trial_records.run_folder(root, "00000")
     before: list[dict[str, Any]] = []
 
     def lose_the_workers_node() -> None:

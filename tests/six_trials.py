@@ -6,9 +6,10 @@ Its rungs are 20, 40 and 80 of 100 iterations. Every figure that a test expects 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
+
+from tests.drivers import write_driver
 
 GIB = 1 << 30
 SPACE = """
@@ -115,7 +116,7 @@ def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:
 
 def drive_elsewhere(root: Path) -> None:
     """Record a driver on another machine that is alive."""
-    write_json(root / "driver.json", {"id": "x", "host": "elsewhere", "pid": 1, "beat": time.time()})
+    write_driver(root, elsewhere=True)
 
 
 def _line(trial: str, values: tuple[int, float, float, float, float | None, float | None]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from tune_ego import __version__, storage
 from tune_ego.config import Config
-from tune_ego.results import experiment
-from tune_ego.results.experiment import METRIC, Decision, TrialRecords
+from tune_ego.results import experiment, trial_records
+from tune_ego.results.experiment import METRIC
+from tune_ego.results.trial_records import Decision, TrialRecords
 from tune_ego.search_space import SearchSpace, find_space, load_space
 
 CLASSES = 106
@@ -49,7 +50,7 @@ def write_experiment(root: Path, trials: int = 8, space_name: str = "full", seed
         name, config = draw["trial"], space.config(draw["sampled"])
         lines, decisions = _run(config, space, seen, random, name, order)
         order += len(decisions)
-        run = experiment.run_folder(str(root), name)
+        run = trial_records.run_folder(str(root), name)
         if trials > 4 and number % 25 == 3:
             lines, decisions = lines[:2], []
             reason = "iteration 21: action loss of the rgb stream is nan; a lower optimizer.lr may help"
@@ -58,7 +59,7 @@ def write_experiment(root: Path, trials: int = 8, space_name: str = "full", seed
         else:
             records.note(name, "stopped" if decisions[-1].action == "STOP" else "finished")
         experiment.write_metrics(run, lines)
-        experiment.write_decisions(str(root), name, decisions)
+        trial_records.write_decisions(str(root), name, decisions)
     return space
 
 

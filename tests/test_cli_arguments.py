@@ -13,10 +13,10 @@ import typer
 
 from tune_ego import __version__, cli, options
 from tune_ego.bench.record import Benchmark
-from tune_ego.cluster import end_interrupted
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.prepare import Settings
 from tune_ego.errors import UserError
+from tune_ego.interruption import end_interrupted
 from tune_ego.options import parse_size
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

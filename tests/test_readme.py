@@ -171,6 +171,6 @@ def test_the_map_has_every_room_and_ray_s_private_parts() -> None:
     rooms |= {path.name for path in package.glob("[!_]*.py")}
     for room in rooms:
         assert f"`{room}`" in DEVELOPMENT, room
-    tree = ast.parse((package / "runs" / "ray_private.py").read_text())
+    tree = ast.parse((package / "ray_private.py").read_text())
     for entry in (node.name for node in tree.body if isinstance(node, ast.FunctionDef)):
         assert entry.startswith("_") or f"| `{entry}` |" in DEVELOPMENT, entry

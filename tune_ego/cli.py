@@ -11,6 +11,7 @@ from tune_ego import __version__
 from tune_ego.bench.commands import bench
 from tune_ego.dataset.commands import prepare, synthesize
 from tune_ego.errors import UserError
+from tune_ego.interruption import FAILED, INTERRUPTED, EndedInterrupted
 from tune_ego.options import Address, Data, Name, NodeType, Seed, Set, Storage, Track, parse_changes
 from tune_ego.report.commands import report, visualize
 
@@ -31,6 +32,12 @@ def main() -> None:
     """Run the command line. A mistake of the user is one line on stderr and exit code 2."""
     try:
         app(standalone_mode=True)
+    except EndedInterrupted:
+        raise
+    except SystemExit as end:  # Typer ends a command that was interrupted without a word
+        if end.code == INTERRUPTED:
+            raise KeyboardInterrupt from end
+        raise
     except UserError as error:
         _fail(str(error))
     except Exception as error:
@@ -44,7 +51,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     print(f"tune-ego: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(FAILED)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,17 +7,26 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
-from tune_ego.console import say
-from tune_ego.errors import UserError
+from tune_ego import ray_private
+from tune_ego.errors import ClusterLost, UserError
+from tune_ego.interruption import abort, signals_handled
+from tune_ego.own_cluster import own_cluster, ray_folder
 
+# Seconds.
 _ANSWER_WITHIN = 5.0
-"""Seconds to connect to a cluster's address, and for its first answer."""
+"""To connect to a cluster's address, and for its first answer."""
+_STARTS_WITHIN = 120.0
+"""For Ray to start on this machine, or to connect."""
+_CHECK_EVERY = 2.0
+"""Between two checks whether the cluster is still there."""
+_LOST_AFTER = 20.0
+"""Silence of a cluster elsewhere after which it counts as lost."""
+_VITAL_PROCESSES = {"gcs_server", "raylet"}
 
 _REQUIRED_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -79,7 +88,7 @@ def check_address(address: str | None) -> str:
 
 def _running_cluster() -> str:
     """Return HOST:PORT of the cluster that was started last on this machine, "" without one (Ray says so itself)."""
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    file = ray_folder() / "ray_current_cluster"
     return file.read_text().strip() if file.is_file() else ""
 
 
@@ -114,51 +123,82 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        with _sigterm_as_sigint():
+        with signals_handled():
             yield
         return
-    alone = {"address": "local", "include_dashboard": False}
-    options: dict[str, Any] = alone if local else {"address": address}
     given = "" if local else check_address(address)
     for name in ("ray.data", "ray.train", "ray.tune"):  # tune_ego prints the failures of trials itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    with signals_handled(), own_cluster() if local else nullcontext(), _loss_noticed(local) as watch:
+        _start(given, {"address": "local", "include_dashboard": False} if local else {"address": address})
+        watch(ray.get_runtime_context().gcs_address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(given: str, options: dict[str, Any]) -> None:
+    """Connect to a cluster, or start one where `given`, its address, is empty. Raises `UserError`."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, ValueError) as error:
-        where = "Ray does not start here" if local else f"{given}: no Ray cluster answers there"
-        raise UserError(f"{where} ({error})") from error
-    try:
-        with _sigterm_as_sigint():
-            yield
+    except SystemExit as end:  # Ray's own handler of SIGTERM, while it starts
+        raise KeyboardInterrupt from end
+    except Exception as error:
+        if given:
+            raise UserError(f"{given}: no Ray cluster answers there ({error})") from error
+        raise UserError(f"Ray does not start here ({error}); its logs: {ray_folder()}/session_latest/logs") from error
     finally:
-        ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers and clouds send, as Ctrl+C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _loss_noticed(local: bool) -> Iterator[Callable[[str], None]]:
+    """Raise `ClusterLost` in the main thread if the cluster does not start, or is lost while the body runs.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):  # a shell's background process ignores Ctrl+C
-            raise KeyboardInterrupt
-        handler(number, frame)
+    Ray itself would wait for ever, or end the process without a message. The body calls the yielded function with the
+    cluster's HOST:PORT once Ray has started.
+    """
+    started, ended, addresses = threading.Event(), threading.Event(), [""]
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def watch() -> None:
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while not ended.wait(_CHECK_EVERY):
+            if started.is_set():
+                reason = _dead_processes() if local else _silence(addresses[0], ended)
+            else:
+                reason = f"Ray has not started in {_STARTS_WITHIN:.0f} s" if time.monotonic() > deadline else ""
+            if reason and not ended.is_set():
+                logs = f"; its logs: {ray_folder()}/session_latest/logs" if local else ""
+                abort(ClusterLost(f"{reason}{logs}"), ended)
+                return
+
+    def start(address: str) -> None:
+        addresses[0] = address
+        started.set()
+
+    if threading.current_thread() is threading.main_thread():
+        threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
+        yield start
     finally:
-        signal.signal(signal.SIGTERM, before)
+        ended.set()
 
 
-INTERRUPTED = 130
-"""Exit code of a command that was interrupted, as shells have it."""
+def _dead_processes() -> str:
+    dead = sorted(set(ray_private.dead_processes()) & _VITAL_PROCESSES)
+    return f"a process of Ray died: {', '.join(dead)}" if dead else ""
 
 
-def end_interrupted(resume_command: str) -> NoReturn:
-    """Print how to resume, and end this process with the exit code of an interrupted command."""
-    say(f"Interrupted. To resume from the last checkpoint, run: {resume_command}")
-    raise SystemExit(INTERRUPTED)
+def _silence(address: str, ended: threading.Event) -> str:
+    """Return a message if a cluster does not answer for `_LOST_AFTER` seconds; "" as soon as it answers."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + _LOST_AFTER
+    while (reason := _refusal(host.strip("[]"), int(port))) and not ended.wait(_CHECK_EVERY):
+        if time.monotonic() > end:
+            return f"the Ray cluster at {address} has not answered for {_LOST_AFTER:.0f} s ({reason})"
+    return ""

@@ -15,6 +15,14 @@ class StorageError(UserError):
     """A file that cannot be written: a full disk, or an object store that did not answer. A retry may succeed."""
 
 
+class ClusterLost(UserError):
+    """A Ray cluster that has died or does not answer any more."""
+
+
+class FolderLost(UserError):
+    """The folder of a search or run that another driver has taken over."""
+
+
 class Interrupted(Exception):
     """A run that was stopped before its last iteration, after its checkpoint was written."""
 

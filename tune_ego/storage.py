@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import stat
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from tune_ego.console import say
 from tune_ego.errors import StorageError, UserError
 
 _PARTIAL = ".partial"
 _RETRY_SECONDS = 20
 _LONGEST_ERROR = 300
+_PATIENCE = 120.0
+"""Seconds for which a driver or worker tries again to reach its storage."""
+_LONGEST_PAUSE = 10.0
+_NO_RETRY_HELPS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+P = ParamSpec("P")
+R = TypeVar("R")
+_patience = 0.0
+
+
+@contextmanager
+def patience(seconds: float = _PATIENCE) -> Iterator[None]:
+    """Try failing reads and writes again for so many seconds while the body runs, in all threads of this process.
+
+    A full disk, a lost mount or an object store that is overloaded may be back within this time.
+    """
+    global _patience
+    before, _patience = _patience, seconds
+    try:
+        yield
+    finally:
+        _patience = before
+
+
+def _patient(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function try again under `patience`, with pauses of 0.5 s, 1 s, 2 s, ..., 10 s."""
+
+    @functools.wraps(function)
+    def with_patience(*arguments: P.args, **named: P.kwargs) -> R:
+        end, pause, said = time.monotonic() + _patience, 0.5, False
+        while True:
+            try:
+                result = function(*arguments, **named)
+            except (OSError, StorageError) as error:
+                cause = error.__cause__ if isinstance(error, StorageError) else error
+                left = end - time.monotonic()
+                if left <= 0 or isinstance(cause, _NO_RETRY_HELPS):
+                    raise
+                if not said:
+                    say(f"{arguments[0]}: {describe_error(cause or error)}; trying again for {left:.0f} s")
+                    said = True
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            if said:
+                say(f"{arguments[0]}: can be reached again")
+            return result
+
+    return with_patience
 
 
 class SourceFile(NamedTuple):
@@ -80,16 +134,19 @@ def describe_error(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}..."
 
 
+@_patient
 def exists(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+@_patient
 def is_file(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
+@_patient
 def remove(uri: str | Path) -> None:
     """Delete a file, if it exists."""
     if is_file(uri):
@@ -104,6 +161,7 @@ def remove_folder(uri: str | Path) -> None:
         filesystem.delete_dir(path)
 
 
+@_patient
 def list_names(uri: str | Path) -> list[str]:
     """Return the names directly below a folder, sorted; an absent folder has none."""
     filesystem, path = resolve(uri)
@@ -125,6 +183,7 @@ def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
     ]
 
 
+@_patient
 def read_bytes(uri: str | Path, size: int | None = None) -> bytes:
     """Read a whole file, or its first `size` bytes."""
     filesystem, path = resolve(uri)
@@ -136,8 +195,12 @@ def read_text(uri: str | Path) -> str:
     return read_bytes(uri).decode()
 
 
+@_patient
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Write a whole file atomically: no reader sees a part of it. Raises `StorageError` where writing fails."""
+    """Write a whole file atomically: no reader sees a part of it. Raises `StorageError` where writing fails.
+
+    A device or a pipe (`/dev/stdout`) is written to, not replaced.
+    """
     try:
         _write_bytes(uri, data)
     except OSError as error:
@@ -145,6 +208,10 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 
 
 def _write_bytes(uri: str | Path, data: bytes) -> None:
+    if is_special(uri):
+        with open(uri, "wb") as stream:
+            stream.write(data)
+        return
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         # An object appears when its stream is closed, and leaving this block closes the stream on every path. All
@@ -156,10 +223,37 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
-        Path(partial).write_bytes(data)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that fails after the rename has the content, not an empty file
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+    _sync_folder(Path(path).parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a local folder durable, where its file system can."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
+
+
+def is_special(uri: str | Path) -> bool:
+    """Return whether a path is a device, a pipe or a socket."""
+    try:
+        mode = os.stat(uri).st_mode if is_local(uri) else stat.S_IFREG
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def is_partial(name: str) -> bool:
@@ -180,7 +274,7 @@ def write_text(uri: str | Path, text: str) -> None:
 def read_json(uri: str | Path) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}: damaged: not JSON ({error})") from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,31 @@ def test_what_is_no_data_set_is_refused(
     with pytest.raises(UserError) as caught:
         open_shards(str(root))
     assert str(caught.value).startswith(f"{root}{problem}" if file == "clips.parquet" else f"{root}: {problem}")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/part-0000.parquet", "/etc/part-0000.parquet", "s3://b/p.parquet", ".parquet"]
+)
+def test_a_shard_outside_of_the_data_set_is_refused(handmade_shards: str, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(handmade_shards, tmp_path / "copy"))
+    clips, info = root / "clips.parquet", json.loads((root / "dataset.json").read_text())
+    table = pq.read_table(clips)
+    column = table.column_names.index("shard")
+    table = table.set_column(column, table.schema.field("shard"), pa.array([name] * table.num_rows))
+    pq.write_table(table, clips)
+    del info["sha256"]
+    (root / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(
+        UserError, match=rf"/clips\.parquet: cannot be read \('{re.escape(name)}' is no name of a shard\)"
+    ):
+        open_shards(str(root))
+
+
+def test_a_process_that_has_read_shards_ends_with_its_own_code(handmade_shards: str) -> None:
+    """Threads of Arrow ended half of them with 134."""
+    code = f"import sys; from tune_ego.dataset.shards import open_shards; open_shards({handmade_shards!r}); sys.exit(2)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=False) for _ in range(8)]
+    assert [run.returncode for run in runs] == [2] * 8
 
 
 def test_clips_parquet_has_to_be_the_one_that_the_data_set_was_closed_with(

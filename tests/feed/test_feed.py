@@ -13,8 +13,8 @@ from tune_ego.errors import UserError, user_error_in
 from tune_ego.feed import batches as batches_module
 from tune_ego.feed.batches import ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.ray_private import throttling_callback
 from tune_ego.runs.placement import Nodes, decodes_on_gpu, gpus_per_worker
-from tune_ego.runs.ray_private import throttling_callback
 
 
 def plan(shards: str, *, encoded: bool = False, iterations: int = 7) -> FeedPlan:

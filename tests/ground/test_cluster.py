@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from tune_ego.cluster import check_address, end_interrupted, is_local, ray_session
+from tune_ego.cluster import check_address, is_local, ray_session
 from tune_ego.errors import UserError
+from tune_ego.interruption import end_interrupted
 
 
 def test_a_cluster_is_local_where_neither_option_nor_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,20 +126,12 @@ def test_a_living_cluster_answers(ray_cluster: None, monkeypatch: pytest.MonkeyP
         check_address("auto")
 
 
-def test_sigterm_does_what_ctrl_c_does(ray_cluster: None) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    seen: list[int] = []
-    with ray_session():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        own = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-        signal.raise_signal(signal.SIGTERM)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shell's background process
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        signal.signal(signal.SIGINT, own)
-    assert seen == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_interrupt_a_session(ray_cluster: None, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with ray_session(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == before
 
 
 def test_a_session_in_another_thread_sets_no_handler(ray_cluster: None) -> None:

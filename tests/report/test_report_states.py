@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.drivers import write_driver
 from tests.report.test_report import Page, check_page, without_charts
 from tests.stub_experiment import write_experiment
 from tune_ego import storage
 from tune_ego.report.page import SECTIONS
 from tune_ego.report.reading import _check_end, _check_lines, _read_decisions, read
 from tune_ego.report.write import write_report
-from tune_ego.results.experiment import Decision, Experiment, Trial, TrialRecords, read_experiment
+from tune_ego.results.experiment import Experiment, Trial, read_experiment
+from tune_ego.results.trial_records import Decision, TrialRecords
 
 
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +41,7 @@ def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("00002", "00003"):
         records.note(name, "running")
     assert state() == f"interrupted: 2 of 4 trials have ended; to resume: tune-ego resume {root}"
-    beat = {"id": "x", "host": "elsewhere", "pid": 1, "beat": time.time()}
-    storage.write_json(str(root / "driver.json"), beat)
+    write_driver(root, elsewhere=True)
     assert state() == "running: 2 of 4 trials have ended; this report shows the results so far"
     for content in ("{}", "[]", "{", '{"beat": "x"}'):
         (root / "driver.json").write_text(content)

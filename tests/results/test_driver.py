@@ -1,54 +1,109 @@
-"""One driver at a time, and what a signal does to it."""
+"""One driver at a time, and what signals do to it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tune_ego.errors import UserError
+from tests.drivers import driver_record, ended_process, write_driver
+from tune_ego import storage
+from tune_ego.errors import ClusterLost, FolderLost, StorageError, UserError
+from tune_ego.processes import is_running, this_process
+from tune_ego.results import driver
 from tune_ego.results.driver import driving, is_alive
+from tune_ego.results.trial_records import Decision, TrialRecords, write_decisions
 
 
-def write_driver(root: Path, **changes: object) -> None:
-    record = {"id": "x", "host": socket.gethostname(), "pid": os.getppid(), "beat": time.time()}
-    (root / "driver.json").write_text(json.dumps({**record, **changes}))
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
-def ended_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_a_second_driver_is_refused(tmp_path: Path) -> None:
-    write_driver(tmp_path)
-    ours = rf"process {os.getppid()} on {socket.gethostname()} drives this search or run"
+def test_a_second_driver_on_this_machine_is_refused_whatever_its_heartbeat(tmp_path: Path) -> None:
+    write_driver(tmp_path, time=0.0)  # suspended, or its clock was changed
+    assert is_alive(str(tmp_path))
+    before = (tmp_path / "driver.json").read_text()
+    ours = rf"process {os.getppid()} on .* drives this search or run"
     with pytest.raises(UserError, match=ours), driving(str(tmp_path), ""):
         pytest.fail("not refused")
-    assert is_alive(str(tmp_path))  # and it was not disturbed
-    write_driver(tmp_path, host="elsewhere", pid=ended_process())
+    assert (tmp_path / "driver.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "dead", [{"pid": 2**30}, {"started": 1}, {"pid": -1}], ids=["no such process", "the pid was used again", "no pid"]
+)
+def test_a_dead_driver_does_not_stand_in_the_way(tmp_path: Path, dead: dict[str, int]) -> None:
+    for changes in (dead, ended_process()):
+        write_driver(tmp_path, **changes)
+        assert not is_alive(str(tmp_path))
+        with driving(str(tmp_path), ""):
+            assert is_alive(str(tmp_path))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"boot": "another"}, {"pid_namespace": "pid:[1]"}])
+def test_a_process_of_another_machine_or_container_cannot_be_seen(changes: dict[str, str]) -> None:
+    """Also with the pid of a process of this machine."""
+    assert is_running(this_process()) is True
+    assert is_running({**this_process(), **changes}) is None
+
+
+def test_a_zombie_does_not_run() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: is_running(driver_record(process.pid)) is False)
+    process.wait()
+
+
+@pytest.mark.parametrize("time_there", [0.0, 4e9])
+def test_a_driver_elsewhere_is_watched_and_clocks_are_not_compared(
+    tmp_path: Path, time_there: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "_DEAD_AFTER", 0.5)
+    write_driver(tmp_path, elsewhere=True, time=time_there)
+    start = time.monotonic()
+    with driving(str(tmp_path), ""):
+        assert time.monotonic() - start >= 0.5
+    assert "was driven from elsewhere; watching" in capsys.readouterr().out
+    write_driver(tmp_path, elsewhere=True, time=time_there)
+    sleep = time.sleep
+
+    def beat(seconds: float) -> None:
+        sleep(seconds)
+        write_driver(tmp_path, elsewhere=True, time=time_there, beat=2)
+
+    monkeypatch.setattr("tune_ego.results.driver.time.sleep", beat)
     with pytest.raises(UserError, match="on elsewhere drives this search or run"), driving(str(tmp_path), ""):
         pytest.fail("not refused")
 
 
-@pytest.mark.parametrize("dead", [{"pid": -1}, {"host": "elsewhere", "beat": 0.0}, {"beat": 0.0}])
-def test_a_dead_driver_does_not_stand_in_the_way(tmp_path: Path, dead: dict[str, object]) -> None:
-    write_driver(tmp_path, **({"pid": ended_process()} if dead == {"pid": -1} else dead))
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"beat": "x"}', b'{"id": 1, "beat": NaN}'],
+)
+def test_a_damaged_record_is_nobody_s_and_this_is_said(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "driver.json").write_bytes(content)
     assert not is_alive(str(tmp_path))
+    assert f"{tmp_path}/driver.json: damaged, and ignored" in capsys.readouterr().out
     with driving(str(tmp_path), ""):
         assert is_alive(str(tmp_path))
-    assert not list(tmp_path.iterdir())
+    damaged = {**driver_record(), "pid": "x"}
+    (tmp_path / "driver.json").write_text(json.dumps(damaged))
+    assert not is_alive(str(tmp_path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_the_runs_to_stop_and_the_second_ends(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,11 +114,7 @@ def test_the_first_signal_asks_the_runs_to_stop_and_the_second_ends(
             assert not interruption
             signal.raise_signal(number)
             assert interruption
-            for _ in range(100):
-                if (tmp_path / "stop").exists():
-                    break
-                time.sleep(0.02)
-            assert (tmp_path / "stop").exists()
+            wait_for((tmp_path / "stop").exists)
             signal.raise_signal(number)
             pytest.fail("the second signal did not end it")
 
@@ -104,18 +155,89 @@ def test_of_two_that_claim_a_folder_at_the_same_moment_the_last_writer_drives(
 
 
 def test_a_driver_renews_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a driver on another machine would be taken for dead after a minute."""
-    monkeypatch.setattr("tune_ego.results.driver._HEARTBEAT_EVERY", 0.05)
+    """A driver on another machine would otherwise take the folder over after a minute."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
     with driving(str(tmp_path), ""):
         first = json.loads((tmp_path / "driver.json").read_text())
-        for _ in range(100):
-            time.sleep(0.02)
-            if (last := json.loads((tmp_path / "driver.json").read_text()))["beat"] > first["beat"]:
-                break
-        assert last["beat"] > first["beat"] and last["id"] == first["id"]
+        wait_for(lambda: json.loads((tmp_path / "driver.json").read_text())["beat"] > first["beat"])
+        assert json.loads((tmp_path / "driver.json").read_text())["id"] == first["id"]
 
 
-@pytest.mark.parametrize(("age", "alive"), [(59.0, True), (61.0, False)])
-def test_a_driver_elsewhere_is_dead_after_a_minute_without_a_beat(tmp_path: Path, age: float, alive: bool) -> None:
-    write_driver(tmp_path, host="elsewhere", beat=time.time() - age)
-    assert is_alive(str(tmp_path)) == alive
+@pytest.mark.parametrize("taken", [driver_record(elsewhere=True, id="other"), None], ids=["taken", "taken and left"])
+def test_a_driver_whose_folder_was_taken_over_ends_and_writes_nothing_more(
+    tmp_path: Path, taken: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeat notices, in the middle of a call that would last for ever."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
+
+    def drive() -> None:
+        with driving(str(tmp_path), ""):
+            (tmp_path / "driver.json").unlink()
+            if taken is not None:
+                (tmp_path / "driver.json").write_text(json.dumps(taken))
+            (tmp_path / "stop").write_text("")
+            time.sleep(30)
+
+    with pytest.raises(FolderLost, match="another driver has taken this over"):
+        drive()
+    assert json.loads((tmp_path / "driver.json").read_text()) == taken if taken else not is_alive(str(tmp_path))
+    assert (tmp_path / "stop").exists()
+
+
+def test_a_driver_that_was_suspended_reads_its_claim_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first heartbeat after 30 s, which comes too late for the write that it is about to do."""
+    root = str(tmp_path)
+
+    def drive() -> None:
+        with driving(root, ""):
+            records = TrialRecords(root)
+            records.add([{"trial": "00000", "repeat": 0, "sampled": {}}])
+            write_driver(tmp_path, id="other")
+            records.note("00000", "running")  # confirmed a moment ago
+            before = (tmp_path / "trials.json").read_text()
+            monkeypatch.setattr(driver, "_CONFIRM_AFTER", 0.0)  # as if 30 s had passed
+            with pytest.raises(FolderLost):
+                write_decisions(root, "00000", [Decision(0, "00000", 1, 0.5, "STOP")])
+            with pytest.raises(FolderLost):
+                records.note("00000", "finished")
+            assert (tmp_path / "trials.json").read_text() == before and not (tmp_path / "runs").exists()
+            driver.confirm(str(tmp_path / "another"))  # not driven by this process
+            records.note("00000", "failed")
+
+    with pytest.raises(FolderLost):
+        drive()
+
+
+@pytest.mark.parametrize("error", [ClusterLost("Ray died"), StorageError("disk full")])
+def test_the_first_cause_is_shown_with_the_resume_command(
+    tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails while the driver leaves."""
+    words = f"^{error}. To resume from the last checkpoint, run: do this$"
+
+    def fail(uri: str) -> None:
+        raise OSError("later")
+
+    def drive() -> None:
+        with driving(str(tmp_path), "do this"):
+            monkeypatch.setattr(storage, "remove", fail)
+            raise error
+
+    with pytest.raises(UserError, match=words):
+        drive()
+
+
+def test_storage_errors_are_waited_for_while_driving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, left = os.fsync, [OSError(28, "No space left on device")] * 2
+
+    def fail(number: int) -> None:
+        if left:
+            raise left.pop()
+        fsync(number)
+
+    with driving(str(tmp_path), ""):
+        monkeypatch.setattr(os, "fsync", fail)
+        storage.write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x" and not left

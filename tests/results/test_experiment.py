@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.drivers import write_driver
 from tune_ego import storage
 from tune_ego.config import Config, override_config
 from tune_ego.errors import UserError
 from tune_ego.results.experiment import (
     METRIC,
     Configuration,
-    Decision,
     Experiment,
     Failure,
     Trial,
-    TrialRecords,
     by_configuration,
     collapsed_rate,
     learning_rates,
-    read_decisions,
     read_experiment,
     read_failure,
     read_metrics,
-    read_records,
     repeated_reader,
-    run_folder,
-    trial_name,
-    write_decisions,
     write_failure,
     write_metrics,
 )
 from tune_ego.results.tables import config_value, configuration_table, trial_table
+from tune_ego.results.trial_records import (
+    Decision,
+    TrialRecords,
+    read_decisions,
+    read_records,
+    run_folder,
+    trial_name,
+    write_decisions,
+)
 
 SPACE = """
 base: {train: {iterations: 30, validate_every: 10}, seed: 5}
@@ -219,8 +219,7 @@ def test_trials_of_a_dead_driver_are_interrupted(tmp_path: Path, driver: bool, s
     records.note("00000-0", "running")
     records.note("00000-1", "failed", "nan")
     if driver:
-        record = {"id": "x", "host": socket.gethostname(), "pid": os.getppid(), "beat": time.time()}
-        storage.write_json(tmp_path / "driver.json", record)
+        write_driver(tmp_path)
     found = read_experiment(str(tmp_path))
     assert [trial.state for trial in found.trials] == [state, "failed", "pending", "pending"]
     assert [trial.reason for trial in found.trials] == ["", "nan", "", ""]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
 from io import StringIO
 from pathlib import Path
@@ -13,13 +11,14 @@ import pytest
 from rich.console import Console, RenderableType
 
 from tests.conftest import tiny_config
+from tests.drivers import write_driver
 from tests.six_trials import GIB, write_six_trials
 from tests.stub_experiment import write_experiment
 from tests.test_cli import call
 from tune_ego import storage
 from tune_ego.config import dump_config
-from tune_ego.results import experiment, progress
-from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Trial, TrialRecords, read_experiment
+from tune_ego.results import experiment, progress, trial_records
+from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Trial, read_experiment
 from tune_ego.results.progress import (
     Speed,
     duration,
@@ -36,13 +35,13 @@ from tune_ego.results.progress import (
     standing,
     status_table,
 )
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search_space import parse_space
 
 
 def drive(root: Path) -> None:
     """Write the record of this process as the search's or run's driver."""
-    record = {"id": "x", "host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
-    (root / "driver.json").write_text(json.dumps(record))
+    write_driver(root, os.getpid())
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_time_left_without_early_stopping_is_that_of_all_iterations(tmp_path: Pa
     records.add([{"trial": f"0000{n}", "repeat": 0, "sampled": {}} for n in range(2)])  # the third is not drawn yet
     records.note("00000", "running")
     line = {"iteration": 40, "train_loss": 1.0, "clips_per_second": 5.0}
-    experiment.write_metrics(experiment.run_folder(str(tmp_path), "00000"), [line])
+    experiment.write_metrics(trial_records.run_folder(str(tmp_path), "00000"), [line])
     drive(tmp_path)
     now = standing(read_experiment(str(tmp_path)))
     assert now.states == {"running": 1, "pending": 2}

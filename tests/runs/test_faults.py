@@ -15,7 +15,8 @@ import yaml
 
 from tests.search.test_search import assert_it_went_on, assert_nothing_is_left, live_actors, write_space
 from tune_ego.results.checkpoint_files import checkpoint_iterations
-from tune_ego.results.experiment import read_metrics, run_folder
+from tune_ego.results.experiment import read_metrics
+from tune_ego.results.trial_records import run_folder
 from tune_ego.search.export import export_best
 from tune_ego.search.tune import resume_search, start_search
 

@@ -10,15 +10,16 @@ import torch
 from ray.train import ControllerError
 
 from tests.conftest import tiny_config
+from tune_ego import ray_private
 from tune_ego.config import load_config, override_config
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.model import build_stream
 from tune_ego.results import experiment
 from tune_ego.results.checkpoint_files import CHECKPOINT_FILE, CHECKSUM_FILE, checkpoint_uri
 from tune_ego.results.experiment import Failure, read_failure, write_failure
-from tune_ego.runs import ray_private
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_run, describe_micro_batches, fit, initial_weights, resolve_run, resolve_weights
+from tune_ego.runs.placement import placement_group_prefix
 
 
 def start(monkeypatch: pytest.MonkeyPatch, run: Path, work: Any = lambda: None, **changes: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def start(monkeypatch: pytest.MonkeyPatch, run: Path, work: Any = lambda: None, 
             work()
 
     def trainer_class(name: str, workers: int) -> Any:
-        made.update(run=name, most_workers=workers)
+        made.update(group_prefix=name, most_workers=workers)
         return Trainer
 
     monkeypatch.setattr(ray_private, "trainer_class", trainer_class)
@@ -62,7 +63,7 @@ def test_a_run_is_started_as_its_configuration_says(monkeypatch: pytest.MonkeyPa
     assert (running.name, running.storage_path) == ("name", str(tmp_path / "results"))
     assert running.failure_config.max_failures == 7
     assert running.failure_config.max_preemption_failures == -1
-    assert (made["run"], made["most_workers"]) == (str(run), 2)
+    assert (made["group_prefix"], made["most_workers"]) == (placement_group_prefix(str(run)), 2)
     assert load_config(run / "config.yaml") == made["train_loop_config"]["job"].config
 
 

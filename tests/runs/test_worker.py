@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.drivers import write_driver
 from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.results.driver import is_taken_over, stop_uri
 from tune_ego.runs import signals, worker
+from tune_ego.runs.job import Job
 from tune_ego.runs.signals import watch_signals
 from tune_ego.runs.worker import describe_failure
 from tune_ego.training.trainer import Signal
@@ -34,6 +37,10 @@ def preemption(monkeypatch: pytest.MonkeyPatch) -> Any:
     return context.preemption_context
 
 
+def job(root: Path) -> Job:
+    return Job(tiny_config(), "", str(root), 0, stop_uri(str(root)), final=False, claim="ours")
+
+
 def wait_for(notice: Callable[[], Signal], expected: Signal) -> None:
     end = time.monotonic() + 10
     while notice() != expected:
@@ -43,7 +50,7 @@ def wait_for(notice: Callable[[], Signal], expected: Signal) -> None:
 
 def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemption: Any) -> None:
     stop = tmp_path / "stop"
-    with watch_signals(str(stop), 0) as notice:
+    with watch_signals(job(tmp_path), 0) as notice:
         time.sleep(0.05)
         assert notice() == Signal.NONE
         stop.write_text("")
@@ -55,7 +62,7 @@ def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemptio
 
 def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: Any) -> None:
     """A second machine's notice is another one."""
-    with watch_signals(str(tmp_path / "stop"), 0) as notice:
+    with watch_signals(job(tmp_path), 0) as notice:
         sent = [notice()]
         for info in ("node 1 at 12:00", "node 1 at 12:00", "node 2 at 12:01"):
             preemption.preemption_info = info
@@ -66,7 +73,7 @@ def test_each_spot_notice_asks_for_one_checkpoint(tmp_path: Path, preemption: An
 def test_only_the_first_worker_looks(tmp_path: Path, preemption: Any) -> None:
     (tmp_path / "stop").write_text("")
     preemption.preemption_info = "node 1 at 12:00"
-    with watch_signals(str(tmp_path / "stop"), 1) as notice:
+    with watch_signals(job(tmp_path), 1) as notice:
         time.sleep(0.05)
         assert notice() == Signal.NONE
 
@@ -83,8 +90,26 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
         return len(looks) > 3
 
     monkeypatch.setattr("tune_ego.runs.signals.storage.exists", exists)
-    with watch_signals(str(tmp_path / "stop"), 0) as notice:
+    with watch_signals(job(tmp_path), 0) as notice:
         wait_for(notice, Signal.STOP)
+
+
+@pytest.mark.parametrize(("there", "ends"), [("other", True), ("ours", False), (None, False)])
+def test_a_worker_of_a_driver_that_was_replaced_ends_at_once(
+    tmp_path: Path, preemption: Any, there: str | None, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No record: the driver is about to end."""
+    ended: list[int] = []
+    monkeypatch.setattr("tune_ego.runs.signals.os._exit", ended.append)
+    monkeypatch.setattr(signals, "_DRIVER_EVERY", 2)
+    if there is not None:
+        write_driver(tmp_path, id=there)
+    assert is_taken_over(str(tmp_path), "ours") is ends and not is_taken_over(str(tmp_path), "")
+    with watch_signals(job(tmp_path), 0):
+        end = time.monotonic() + (10 if ends else 0.2)
+        while not ended and time.monotonic() < end:
+            time.sleep(0.01)
+    assert ended[:1] == ([1] if ends else [])
 
 
 @pytest.mark.parametrize(

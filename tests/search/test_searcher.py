@@ -18,7 +18,8 @@ from tests.config.test_search_space import BRANCHED, literal_draw
 from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
-from tune_ego.results.experiment import METRIC, Trial, TrialRecords
+from tune_ego.results.experiment import METRIC, Trial
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search.searcher import TrialSource, draw_by_tpe, import_optuna, parameters
 from tune_ego.search_space import SearchSpace, parse_space
 

@@ -18,17 +18,8 @@ from tune_ego.config import dump_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
-from tune_ego.results.experiment import (
-    METRIC,
-    Decision,
-    Failure,
-    TrialRecords,
-    read_failure,
-    run_folder,
-    write_decisions,
-    write_failure,
-    write_metrics,
-)
+from tune_ego.results.experiment import METRIC, Failure, read_failure, write_failure, write_metrics
+from tune_ego.results.trial_records import Decision, TrialRecords, run_folder, write_decisions
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import Nodes
 from tune_ego.search import tune
@@ -120,7 +111,7 @@ def test_a_trial_is_a_run_with_the_seed_of_its_repeat(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ray_tune, "report", reports.append)
     root = str(tmp_path)
     space = parse_space(SPACE, "t", {"seed": 5})
-    trial = tune._trainable(space, "/shards", root, 0.5)
+    trial = tune._trainable(space, "/shards", root, 0.5, "")
     run, draw = run_folder(root, "00001-1"), {"trial": "00001-1", "repeat": 1, "sampled": {"model.stam_depth@0": 2}}
     for failure in (None, None, "no such weights", "no such weights"):  # the first reason stays
         trial(draw)
@@ -303,7 +294,7 @@ def test_a_trial_resumes_with_the_configuration_that_it_was_started_with(
     drawn = space.config(sampled, 1)
     started = override_config(drawn, {"model.dropout": 0.25, "train.iterations": 20}, "")
     storage.write_text(f"{run}/config.yaml", dump_config(started))
-    trial = tune._trainable(space, "/shards", str(tmp_path), 0)
+    trial = tune._trainable(space, "/shards", str(tmp_path), 0, "")
     trial(draw)
     assert jobs[0].config == override_config(started, {"train.iterations": 30}, "")
     storage.write_text(f"{run}/config.yaml", dump_config(started) + "new_key: 1\n")

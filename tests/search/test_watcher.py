@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 
-from tune_ego import storage
+from tune_ego import ray_private, storage
 from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri
-from tune_ego.results.experiment import (
-    METRIC,
-    Decision,
-    Failure,
-    TrialRecords,
-    read_records,
-    run_folder,
-    write_decisions,
-    write_failure,
-    write_metrics,
-)
-from tune_ego.runs import ray_private
+from tune_ego.results.experiment import METRIC, Failure, write_failure, write_metrics
+from tune_ego.results.trial_records import Decision, TrialRecords, read_records, run_folder, write_decisions
 from tune_ego.search.watcher import Watcher
 from tune_ego.search_space import parse_space
 

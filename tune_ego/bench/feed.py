@@ -30,7 +30,7 @@ from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.feed.reader import WindowReader, close_shards
 from tune_ego.feed.sampling import Window, training_window
 from tune_ego.freed_memory import keep_freed_memory
-from tune_ego.runs.ray_private import throttling_callback
+from tune_ego.ray_private import throttling_callback
 
 _CROP = 224
 _BATCH = 8

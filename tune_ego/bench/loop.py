@@ -31,7 +31,7 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.evaluation.evaluate import open_model, score_clips
 from tune_ego.feed.sampling import dense_starts
-from tune_ego.results import experiment
+from tune_ego.results import experiment, trial_records
 from tune_ego.results.experiment import METRIC
 from tune_ego.runs.final import train_final
 from tune_ego.search.tune import start_search
@@ -137,12 +137,12 @@ def _time_starts(folder: Path, data: str, config: Config) -> tuple[list[float], 
         for poll in itertools.count():
             if ended.wait(0.05):
                 return
-            for name, record in experiment.read_records(str(root)).items():
+            for name, record in trial_records.read_records(str(root)).items():
                 if record["state"] == "running":
                     start_times.setdefault(name, time.monotonic())
                     if poll % 20 == 0 or name not in memory:  # reading /proc is slow
                         memory[name] = max(memory.get(name, (0.0, 0.0)), _memory_of_ray(os.getpid()))
-                if (Path(experiment.run_folder(str(root), name)) / experiment.METRICS_FILE).exists():
+                if (Path(trial_records.run_folder(str(root), name)) / experiment.METRICS_FILE).exists():
                     step_times.setdefault(name, time.monotonic())
 
     say(f"measuring: the starts of {_TIMED_STARTS} trials, one at a time")

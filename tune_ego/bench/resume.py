@@ -21,7 +21,7 @@ from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results import checkpoint_files, experiment, trial_records
 from tune_ego.results.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 
 _CONFIG: dict[str, dict[str, Any]] = {
@@ -254,12 +254,12 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
         command, killed_times = [*tune, "killed"], 0
 
         def count_decisions() -> int:
-            return len(experiment.read_decisions(str(root)))
+            return len(trial_records.read_decisions(str(root)))
 
         for _ in range(kills):
             start = time.time()
             process = _start(log, *command)
-            _wait(process, functools.partial(_is_newer, root / experiment.TRIALS_FILE, start))
+            _wait(process, functools.partial(_is_newer, root / trial_records.TRIALS_FILE, start))
             target = count_decisions() + rng.randint(0, _MOST_DECISIONS_PER_KILL)
             _wait(process, lambda target=target: count_decisions() >= target)  # type: ignore[misc]
             time.sleep(rng.uniform(0, 1))
@@ -285,7 +285,7 @@ def _history(root: Path) -> dict[str, Any]:
     search = experiment.read_experiment(str(root))
     return {
         "states": [trial.state for trial in search.trials],
-        "decisions": [decision[1:] for decision in experiment.read_decisions(str(root))],
+        "decisions": [decision[1:] for decision in trial_records.read_decisions(str(root))],
         "best": (search.best.id, search.best.accuracy),
         "learning rates": [trial.config.optimizer.lr for trial in search.trials],
     }

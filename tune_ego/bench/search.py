@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from tune_ego.bench.record import Benchmark
-from tune_ego.results.experiment import METRIC, trial_name
+from tune_ego.results.experiment import METRIC
+from tune_ego.results.trial_records import trial_name
 from tune_ego.search_space import SearchSpace, parse_space
 
 _STUB_SPACE = """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -29,6 +30,8 @@ from tune_ego.errors import UserError
 
 SCHEMA_VERSION = 2
 FRAMES_PER_ROW_GROUP = WINDOW_FRAMES
+_SHARD_NAME = re.compile(r"(?:[\w=-][\w.=-]*/)*[\w=-][\w.=-]*\.parquet", re.ASCII)
+"""Form of the paths of shards. None leads out of the data set's folder."""
 DATASET_FILE, CLIPS_FILE, PROBLEMS_FILE = "dataset.json", "clips.parquet", "problems.parquet"
 _CLIPS_KEY, _PROBLEMS_KEY, _SOURCES_KEY = b"tune_ego.clips", b"tune_ego.problems", b"tune_ego.sources"
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -295,7 +298,12 @@ def open_shards(root: str) -> Shards:
 def _read_clips(uri: str, info: dict[str, Any]) -> pa.Table:
     try:
         data = storage.read_bytes(uri)
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        # In this thread alone: one of Arrow's may outlive Python, and end the process with 134 when it drops `data`.
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            table = file.read(use_threads=False)
+        outside = [name for name in table["shard"].unique().to_pylist() if not _SHARD_NAME.fullmatch(str(name))]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is no name of a shard")
         table.validate(full=True)  # finds text that is not UTF-8
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(f"{uri}: cannot be read ({error}); run prepare again") from error

@@ -176,7 +176,7 @@ def ray_batches(
     first_item: int,
     readers: int,
     batch_bytes: int,
-    throttle: Callable[[Pace], type],
+    throttle: Callable[[Callable[[int], float]], type],
     ahead_bytes: int = 0,
 ) -> Iterator[Batch]:
     """Yield the batches of a plan in the order of its items, read by Ray Data tasks in a single pipeline.
@@ -188,7 +188,7 @@ def ray_batches(
         first_item: First item to read; later than 0 where a run resumes.
         readers: Most reader tasks at a time.
         batch_bytes: Size of a batch, from which the amount of data that is read ahead is computed.
-        throttle: Constructor of the callback class of Ray Data's executor (`runs.ray_private.throttling_callback`).
+        throttle: Constructor of the callback class of Ray Data's executor (`ray_private.throttling_callback`).
         ahead_bytes: Most bytes to read ahead; 0: no limit (`_read_ahead`).
     """
     import ray.data
@@ -207,7 +207,7 @@ def ray_batches(
     # Ray estimates a task's output from this size. With the default of 128 MB, the limit above would never admit a
     # second task.
     context.target_max_block_size = items_per_block * batch_bytes
-    context.custom_execution_callback_classes = [throttle(pace)]
+    context.custom_execution_callback_classes = [throttle(pace.pause)]
     context.raise_original_map_exception = True
     context.memory_usage_poll_interval_s = None  # polling would start a thread for each task
 

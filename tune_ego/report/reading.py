@@ -10,8 +10,9 @@ from typing import Any
 
 from tune_ego import storage
 from tune_ego.errors import UserError
-from tune_ego.results import driver, experiment
-from tune_ego.results.experiment import Decision, Experiment, Trial
+from tune_ego.results import driver, experiment, trial_records
+from tune_ego.results.experiment import Experiment, Trial
+from tune_ego.results.trial_records import Decision
 
 _READERS = 16
 """Threads that read files."""
@@ -28,7 +29,7 @@ _REQUIRED_KEYS = {
     "ray": str,
 }
 """Required key of experiment.json -> its type."""
-_TRIAL_STATES = ("pending", "running", "interrupted", *experiment.ENDED)
+_TRIAL_STATES = ("pending", "running", "interrupted", *trial_records.ENDED)
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
 _DAMAGE = (ValueError, OSError, *_MISREAD)
 """Exceptions that reading a damaged file raises."""
@@ -58,9 +59,9 @@ def read(root: str) -> CheckedExperiment:
     """
     opened = _open(storage.absolute(root))
     checked = CheckedExperiment(opened, _is_driven(opened.root))
-    records = experiment.read_records(opened.root)
+    records = trial_records.read_records(opened.root)
     if not isinstance(records, dict):
-        uri = storage.join(opened.root, experiment.TRIALS_FILE)
+        uri = storage.join(opened.root, trial_records.TRIALS_FILE)
         raise UserError(f"{uri}: damaged: expected a mapping from trial names to records")
 
     def read_one(item: tuple[str, Any]) -> tuple[Trial | None, list[Decision]]:
@@ -93,8 +94,8 @@ def _read_trial(opened: Experiment, name: str, record: Any, dead: bool) -> tuple
     """
     if not isinstance(record, dict) or record.get("state") not in _TRIAL_STATES:
         state = record.get("state") if isinstance(record, dict) else record
-        raise ValueError(f"the trial's entry in {experiment.TRIALS_FILE} has an unknown state: {state!r}")
-    run = experiment.run_folder(opened.root, name)
+        raise ValueError(f"the trial's entry in {trial_records.TRIALS_FILE} has an unknown state: {state!r}")
+    run = trial_records.run_folder(opened.root, name)
     try:
         trial = experiment.read_trial(opened, name, record, dead)
     except _MISREAD:  # a stopped trial is read from three files: name the damaged one
@@ -111,7 +112,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         return f"{experiment.METRICS_FILE} does not hold one JSON object a line ({error})"
     if isinstance(error, KeyError):
-        return f"the trial's entry in {experiment.TRIALS_FILE} lacks {error}, or the search space does not define it"
+        return f"the trial's entry in {trial_records.TRIALS_FILE} lacks {error}, or the search space does not define it"
     return str(error)
 
 
@@ -168,9 +169,9 @@ def _check_end(trial: Trial) -> None:
 
 def _read_decisions(root: str, trial: str) -> list[Decision]:
     """Read the scheduler's decisions for a trial; raises `ValueError` where the file is damaged."""
-    place = f"{experiment.run_folder(root, trial)}/{experiment.DECISIONS_FILE}"
+    place = f"{trial_records.run_folder(root, trial)}/{trial_records.DECISIONS_FILE}"
     try:
-        decisions = experiment.trial_decisions(root, trial)
+        decisions = trial_records.trial_decisions(root, trial)
     except _MISREAD as error:
         raise ValueError(f"{place}: damaged: expected lists of {', '.join(Decision._fields)}") from error
     for decision in decisions:

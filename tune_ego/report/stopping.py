@@ -6,7 +6,7 @@ from bisect import bisect_right
 from typing import Any
 
 from tune_ego.report.reading import CheckedExperiment
-from tune_ego.results.experiment import Decision
+from tune_ego.results.trial_records import Decision
 
 _STOP = "STOP"  # Ray Tune's name of the action, as in decisions.json
 

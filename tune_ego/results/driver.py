@@ -1,35 +1,39 @@
 """The driver of a search or run: the process that starts it, prints its progress and handles signals.
 
 At most one process drives a folder at a time. `driver.json` in the folder names this process and is renewed while it
-is alive. At the first SIGINT or SIGTERM the driver writes the file `stop`; the runs then write a checkpoint and end.
-Both are files because drivers and workers may be on different machines.
+is alive. At the first SIGINT, SIGTERM or SIGHUP the driver writes the file `stop`; the runs then write a checkpoint
+and end. Both are files because drivers and workers may be on different machines.
 """
 
 from __future__ import annotations
 
 import _thread
-import os
-import signal
+import math
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
 from tune_ego import storage
-from tune_ego.cluster import end_interrupted
 from tune_ego.console import say
-from tune_ego.errors import Interrupted, UserError
+from tune_ego.errors import ClusterLost, FolderLost, Interrupted, StorageError, UserError
+from tune_ego.interruption import abort, end_interrupted, last_act, signals_handled
+from tune_ego.processes import is_running, this_process
 
 DRIVER_FILE = "driver.json"
 STOP_FILE = "stop"
 # Seconds.
 _HEARTBEAT_EVERY = 15.0
+_CONFIRM_AFTER = 30.0
+"""Time without a heartbeat after which the driver reads its claim again before it writes anything else."""
 _DEAD_AFTER = 60.0
-"""Age of the last heartbeat from which on a driver counts as dead."""
+"""Time without a new heartbeat after which a driver on another machine counts as dead."""
 _CLAIM_SETTLES_AFTER = 0.5
 """Wait between claiming a folder and reading the claim back. If two processes claim at once, the last writer wins."""
 _CHECKPOINTS_WITHIN = 60.0
@@ -42,30 +46,45 @@ def stop_uri(root: str) -> str:
 
 
 def is_alive(root: str) -> bool:
-    """Return whether a process drives the search or run in this folder or at this URI."""
+    """Return whether a process drives the search or run in this folder or at this URI, to show it.
+
+    A driver on this machine is alive while its process is. For another machine's the time of its last heartbeat is
+    compared with this machine's clock.
+    """
     record = _record(root)
-    if record is None or time.time() - record["beat"] > _DEAD_AFTER:
+    if record is None:
         return False
-    return record["host"] != socket.gethostname() or _is_running(record["pid"])
+    running = is_running(record)
+    return time.time() - record["time"] < _DEAD_AFTER if running is None else running
 
 
 def _record(root: str) -> dict[str, Any] | None:
+    """Return the content of `driver.json`, None without one. A damaged one names no driver; a printed line says so."""
     uri = storage.join(root, DRIVER_FILE)
-    return storage.read_json(uri) if storage.exists(uri) else None
-
-
-def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        record = storage.read_json(uri)
+    except FileNotFoundError:
+        return None
+    except UserError:
+        record = None
+    if _is_whole(record):
+        return dict(record)
+    _say_once(f"{uri}: damaged, and ignored")
+    return None
+
+
+_say_once = lru_cache(say)
+
+
+def _is_whole(record: Any) -> bool:
+    if not isinstance(record, dict) or not {"id", "time", "beat", *this_process()} <= record.keys():
         return False
-    except PermissionError:  # another user's process
-        return True
-    return True
+    numbers = [record["time"], record["beat"], record["pid"]]
+    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
 
 
 class Interruption:
-    """Handler of SIGINT and SIGTERM; true after the first signal.
+    """Handler of signals; true after the first one.
 
     At the first signal the runs write checkpoints, within 60 s, and end. A second signal ends the driver at once.
     """
@@ -98,72 +117,176 @@ class Interruption:
             self._timer.cancel()
 
 
+class _Claim:
+    """Ownership of a folder: `driver.json` with a random id of this driver, written again at each heartbeat."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.lost = False
+        """Whether another driver has taken the folder over. Nothing is written to it then."""
+        self._uri = storage.join(root, DRIVER_FILE)
+        self.id = uuid.uuid4().hex
+        self._record = {"id": self.id, "host": socket.gethostname(), **this_process(), "beat": 0}
+        self._lock = threading.Lock()
+        self._confirmed = time.monotonic()
+        self._ended = threading.Event()
+
+    def take(self) -> None:
+        """Claim the folder. Raises `UserError` where another process drives it."""
+        _wait_for_other_driver(self.root)
+        self._write()
+        time.sleep(_CLAIM_SETTLES_AFTER)
+        winner = _record(self.root) or self._record
+        if winner["id"] != self.id:
+            raise _already_driven(self.root, winner)
+
+    def _write(self) -> None:
+        self._record |= {"beat": self._record["beat"] + 1, "time": time.time()}
+        storage.write_json(self._uri, self._record)
+
+    def confirm(self, after: float) -> None:
+        """Raise `FolderLost` if another driver has taken the folder over.
+
+        The file is read if this was last confirmed more than `after` seconds ago: a process that was suspended, or
+        could not reach its storage, does not know.
+        """
+        with self._lock:
+            if not self.lost and time.monotonic() - self._confirmed >= after:
+                record = _record(self.root)
+                self.lost = record is None or record["id"] != self.id
+                self._confirmed = time.monotonic()
+        if self.lost:
+            raise FolderLost(f"{self.root}: another driver has taken this over; this one ends and writes nothing more")
+
+    def keep(self) -> None:
+        """Write heartbeats until `release`. Ends the main thread with `FolderLost` if the folder is lost."""
+        while not self._ended.wait(_HEARTBEAT_EVERY):
+            try:
+                self.confirm(after=0.0)
+                self._write()
+            except FolderLost as error:
+                abort(error, self._ended)
+                return
+            except (OSError, UserError) as error:  # the next write may succeed
+                say(str(error))
+
+    def release(self) -> None:
+        """End the heartbeats, and remove the files of the driver unless the folder is lost."""
+        self._ended.set()
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        if not self.lost:
+            for file in (DRIVER_FILE, STOP_FILE):
+                storage.remove(storage.join(self.root, file))
+
+
+_claims: dict[str, _Claim] = {}
+"""Folder or URI -> the claim of this process."""
+
+
+def confirm(root: str) -> None:
+    """Raise `FolderLost` if this process drove `root` and another driver has taken it over.
+
+    For a process that does not drive `root` nothing is checked.
+    """
+    if root in _claims:
+        _claims[root].confirm(_CONFIRM_AFTER)
+
+
+def claim_id(root: str) -> str:
+    """Return the id of this process's claim of a folder that it drives."""
+    return _claims[root].id
+
+
+def is_taken_over(root: str, claim: str) -> bool:
+    """Return whether another driver than that of `claim` drives a folder now. For workers."""
+    record = _record(root) if claim else None
+    return record is not None and record["id"] != claim
+
+
+def _wait_for_other_driver(root: str) -> None:
+    """Raise `UserError` if another process drives a folder.
+
+    A driver on another machine is alive if its heartbeat changes while this function watches it. Clocks of two machines
+    are never compared.
+    """
+    other = _record(root)
+    if other is None or (running := is_running(other)) is False:
+        return
+    if running:
+        if {key: other[key] for key in this_process()} == this_process():  # of an earlier call
+            return
+        raise _already_driven(root, other)
+    say(f"{root}: was driven from {other.get('host')}; watching for {_DEAD_AFTER:.0f} s whether that driver is alive")
+    end = time.monotonic() + _DEAD_AFTER
+    while time.monotonic() < end:
+        time.sleep(min(1.0, _DEAD_AFTER / 10))
+        now = _record(root)
+        if now is None:
+            return
+        if (now["id"], now["beat"]) != (other["id"], other["beat"]):
+            raise _already_driven(root, now)
+
+
+def _already_driven(root: str, record: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{root}: process {record['pid']} on {record.get('host')} drives this search or run; end that process first"
+    )
+
+
 @contextmanager
 def driving(root: str, resume_command: str) -> Iterator[Interruption]:
     """Make this process the driver of the search or run at `root` while the body runs.
 
     Args:
         root: The folder or URI.
-        resume_command: The command that is printed if the body was interrupted. The process then ends with exit
-            code 130.
+        resume_command: The command that is printed if the body was interrupted, with exit code 130, or has failed.
 
     Raises:
         UserError: Another process drives this search or run.
+        FolderLost: Another process has taken it over while this one was suspended or cut off.
     """
-    other = _record(root) or {}
-    ours = (other.get("host"), other.get("pid")) == (socket.gethostname(), os.getpid())  # of an earlier call
-    if is_alive(root) and not ours:
-        raise _already_driven(root, other)
-    record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-    uri, ended = storage.join(root, DRIVER_FILE), threading.Event()
+    claim = _Claim(root)
+    claim.take()
+    _claims[root] = claim
+    try:
+        storage.remove(stop_uri(root))
+        storage.remove_partial(root)
+        interruption = Interruption(root)
+        threading.Thread(target=claim.keep, daemon=True).start()
 
-    def write_heartbeat() -> None:
-        storage.write_json(uri, {**record, "beat": time.time()})
+        def leave() -> None:
+            claim.remove_files()
+            print(_how_to_resume(resume_command), file=sys.stderr)
 
-    def keep_writing() -> None:
-        while not ended.wait(_HEARTBEAT_EVERY):
+        with signals_handled(interruption.on_signal), last_act(leave), storage.patience():
             try:
-                write_heartbeat()
-            except UserError as error:  # the next write may succeed
-                say(str(error))
-
-    write_heartbeat()
-    time.sleep(_CLAIM_SETTLES_AFTER)
-    if (winner := _record(root) or record)["id"] != record["id"]:
-        raise _already_driven(root, winner)
-    storage.remove(stop_uri(root))
-    storage.remove_partial(root)
-    interruption = Interruption(root)
-    heartbeat = threading.Thread(target=keep_writing, daemon=True)
-    heartbeat.start()
-    try:
-        with _signals_handled(interruption):
-            yield interruption
+                yield interruption
+            finally:
+                interruption.cancel_timer()
     except (KeyboardInterrupt, Interrupted):
+        _released(claim, hide_errors=True)
         end_interrupted(resume_command)
-    finally:
-        ended.set()
-        heartbeat.join()
-        interruption.cancel_timer()
-        for file in (DRIVER_FILE, STOP_FILE):
-            storage.remove(storage.join(root, file))
+    except (ClusterLost, StorageError) as error:
+        _released(claim, hide_errors=True)
+        raise UserError(f"{error}. {_how_to_resume(resume_command)}") from error
+    except BaseException:
+        _released(claim, hide_errors=True)
+        raise
+    else:
+        _released(claim, hide_errors=False)
 
 
-def _already_driven(root: str, record: dict[str, Any]) -> UserError:
-    return UserError(
-        f"{root}: process {record.get('pid')} on {record.get('host')} drives this search or run; end that process "
-        f"first (if it died on another machine, wait {_DEAD_AFTER:.0f} seconds)"
-    )
-
-
-@contextmanager
-def _signals_handled(interruption: Interruption) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interruption.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+def _released(claim: _Claim, *, hide_errors: bool) -> None:
+    """Release a claim. `hide_errors`: an error is on its way, and a later one must not hide it."""
+    del _claims[claim.root]
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        claim.release()
+    except (OSError, UserError):
+        if not hide_errors:
+            raise
+
+
+def _how_to_resume(command: str) -> str:
+    return f"To resume from the last checkpoint, run: {command}"

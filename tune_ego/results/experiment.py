@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.results import driver
+from tune_ego.results import driver, trial_records
 from tune_ego.search_space import SearchSpace, parse_space
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ REPORT_SECONDS = "report_seconds"
 TIMES = ("clips_per_second", VALIDATION_SECONDS, GPU_BYTES, FEED_WAIT, REPORT_SECONDS)
 """The five metrics that differ between two runs whose weights and other metrics are equal to the bit."""
 EXPERIMENT_FILE = "experiment.json"
-TRIALS_FILE = "trials.json"
-DECISIONS_FILE = "decisions.json"
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -128,7 +126,7 @@ class Trial:
     @property
     def ended(self) -> bool:
         """Whether the trial has finished, was stopped early or has failed."""
-        return self.state in ENDED
+        return self.state in trial_records.ENDED
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -206,7 +204,7 @@ class Configuration:
     @property
     def id(self) -> str:
         """Name of the trials without the index of the repeat."""
-        return self.trials[0].id.partition(_REPEAT)[0]
+        return trial_records.configuration_name(self.trials[0].id)
 
     @property
     def config(self) -> Config:
@@ -233,119 +231,18 @@ def by_configuration(trials: list[Trial]) -> list[Configuration]:
     """Group trials by configuration, in the order in which they were drawn."""
     configurations: dict[str, Configuration] = {}
     for trial in sorted(trials, key=lambda trial: trial.id):
-        configurations.setdefault(trial.id.partition(_REPEAT)[0], Configuration([])).trials.append(trial)
+        name = trial_records.configuration_name(trial.id)
+        configurations.setdefault(name, Configuration([])).trials.append(trial)
     return list(configurations.values())
-
-
-_REPEAT = "-"  # between configuration and repeat in the name of a trial
-
-
-def trial_name(number: int, repeat: int, repeats: int) -> str:
-    """Return the name of repeat `repeat` of configuration `number`: 00007, or 00007-2."""
-    return f"{number:05d}" + (f"{_REPEAT}{repeat}" if repeats > 1 else "")
-
-
-ENDED = ("finished", "stopped", "failed")
-"""States of trials that have ended."""
-
-
-class TrialRecords:
-    """The file `trials.json` for the driver, its only writer: each trial's draw, state and reason."""
-
-    def __init__(self, root: str) -> None:
-        self._uri = storage.join(root, TRIALS_FILE)
-        self._records: dict[str, dict[str, Any]] = read_records(root)
-
-    def __contains__(self, trial: str) -> bool:
-        return trial in self._records
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def state(self, trial: str) -> str:
-        """Return the state of a trial."""
-        return str(self._records[trial]["state"])
-
-    def draws(self) -> list[dict[str, Any]]:
-        """Return the trials that have not ended, as the configurations that Tune passes to them."""
-        return [
-            {"trial": trial, "repeat": record["repeat"], "sampled": record["sampled"]}
-            for trial, record in self._records.items()
-            if record["state"] not in ENDED
-        ]
-
-    def add(self, draws: list[dict[str, Any]]) -> None:
-        """Record new trials as pending."""
-        for draw in draws:
-            rest = {"repeat": draw["repeat"], "sampled": draw["sampled"]}
-            self._records[draw["trial"]] = {"state": "pending", "reason": "", **rest}
-        self._write()
-
-    def note(self, trial: str, state: str, reason: str = "") -> None:
-        """Record the state of a trial."""
-        self._records[trial] |= {"state": state, "reason": reason}
-        self._write()
-
-    def reopen(self, states: Container[str]) -> None:
-        """Make the trials in one of these states pending again."""
-        for record in self._records.values():
-            if record["state"] in states:
-                record |= {"state": "pending", "reason": ""}
-        self._write()
-
-    def _write(self) -> None:
-        storage.write_json(self._uri, self._records)
-
-
-def read_records(root: str) -> dict[str, dict[str, Any]]:
-    """Return the content of `trials.json`: trial -> state, reason, repeat, sampled."""
-    uri = storage.join(root, TRIALS_FILE)
-    return storage.read_json(uri) if storage.exists(uri) else {}
-
-
-def run_folder(root: str, trial: str) -> str:
-    """Return the folder or URI of a trial's run."""
-    return storage.join(root, "runs", trial)
-
-
-class Decision(NamedTuple):
-    """A report of a trial to the scheduler, and the scheduler's decision."""
-
-    order: int
-    """Position among all decisions of the search."""
-    trial: str
-    iteration: int
-    accuracy: float
-    action: str
-    """CONTINUE or STOP."""
-
-
-def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
-    """Replace the record of the decisions about a trial."""
-    storage.write_json(storage.join(run_folder(root, trial), DECISIONS_FILE), decisions)
-
-
-def trial_decisions(root: str, trial: str) -> list[Decision]:
-    """Return the decisions about a trial, in their order."""
-    uri = storage.join(run_folder(root, trial), DECISIONS_FILE)
-    return [Decision(*line) for line in storage.read_json(uri)] if storage.exists(uri) else []
-
-
-def read_decisions(root: str) -> list[Decision]:
-    """Return all decisions of a search, in the order in which they were made."""
-    trials = storage.list_names(storage.join(root, "runs"))
-    with ThreadPoolExecutor(_READERS) as pool:
-        by_trial = pool.map(lambda trial: trial_decisions(root, trial), trials)
-        return sorted(decision for decisions in by_trial for decision in decisions)
 
 
 def read_trial(experiment: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
     """Read one trial of an experiment, given its entry in `trials.json`; `dead`: no process drives the search."""
-    run, state, sampled = run_folder(experiment.root, trial), record["state"], record["sampled"]
+    run, state, sampled = trial_records.run_folder(experiment.root, trial), record["state"], record["sampled"]
     repeat = record["repeat"]
     state = "interrupted" if state == "running" and dead else state
     metrics = read_metrics(run)
-    decisions = trial_decisions(experiment.root, trial) if state == "stopped" else []
+    decisions = trial_records.trial_decisions(experiment.root, trial) if state == "stopped" else []
     if decisions:  # a trial trains on until it is stopped; how far it gets depends on timing
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
     started = "" if experiment.spec.get("version") == __version__ else storage.join(run, CONFIG_FILE)
@@ -379,11 +276,11 @@ def read_experiment(root: str, ended_trials: Mapping[str, Trial] = MappingProxyT
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{run_folder(experiment.root, trial)}: its files or its entry are damaged ({error!r})"
+                f"{trial_records.run_folder(experiment.root, trial)}: its files or its entry are damaged ({error!r})"
             ) from error
 
     with ThreadPoolExecutor(_READERS) as pool:
-        experiment.trials += pool.map(lambda item: read(*item), read_records(experiment.root).items())
+        experiment.trials += pool.map(lambda item: read(*item), trial_records.read_records(experiment.root).items())
     return experiment
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import console, percent, say
-from tune_ego.results import driver, experiment
+from tune_ego.results import driver, experiment, trial_records
 from tune_ego.results.checkpoint_files import MODEL_FILE
 from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial
 from tune_ego.results.tables import config_value, trial_table
@@ -77,7 +77,7 @@ class Standing(NamedTuple):
 
 
 def standing(search: Experiment) -> Standing:
-    states = dict.fromkeys(("running", "pending", "interrupted", *experiment.ENDED), 0)
+    states = dict.fromkeys(("running", "pending", "interrupted", *trial_records.ENDED), 0)
     for trial in search.trials:
         states[trial.state] += 1
     states["pending"] += max(0, search.spec.get("trials", 0) - len(search.trials))
@@ -136,8 +136,8 @@ def search_state(search: Experiment, alive: bool) -> str:
 def run_state(run: str) -> str:
     """Return the state of a run of `train` or of a trial, from its files."""
     root, _, trial = run.rpartition("/runs/")
-    if root and storage.exists(storage.join(root, experiment.TRIALS_FILE)):
-        state = str(experiment.read_records(root).get(trial, {}).get("state", "unknown"))
+    if root and storage.exists(storage.join(root, trial_records.TRIALS_FILE)):
+        state = str(trial_records.read_records(root).get(trial, {}).get("state", "unknown"))
         return "interrupted" if state == "running" and not driver.is_alive(root) else state
     if storage.exists(storage.join(run, MODEL_FILE)):
         return "finished"

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from tune_ego import __version__, storage
-from tune_ego.cluster import end_interrupted, ray_session
+from tune_ego.cluster import ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import console, percent, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError, user_error_in
+from tune_ego.interruption import end_interrupted
 from tune_ego.results import checkpoint_files, experiment
-from tune_ego.results.driver import DRIVER_FILE, driving, stop_uri
+from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, stop_uri
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.progress import run_shown
 from tune_ego.results.tracking import check_trackers, run_tracked
@@ -67,7 +68,7 @@ def train_final(
             with driving(run, _RESUME_COMMAND):
                 _write_record(run, data)
                 with run_tracked(track, config, run), run_shown(config, run), _print_validations(config, run):
-                    fit(Job(config, data, run, gpus, stop_uri(run), final=True))
+                    fit(Job(config, data, run, gpus, stop_uri(run), final=True, claim=claim_id(run)))
             say(f"Weights: {model}")
         if test:
             _test(config, data, run, gpus)

@@ -23,6 +23,13 @@ class Job:
     """URI of the stop file. While it exists, workers write a checkpoint and end."""
     final: bool
     """Whether this is a final run, which writes `final/model.pt` at its end, and no trial."""
+    claim: str = ""
+    """Id of the driver that started the run (`results.driver`); "" if it claims no folder."""
+
+    @property
+    def root(self) -> str:
+        """Folder or URI that the driver of the run drives: of its search, or of the run itself."""
+        return self.stop.rpartition("/")[0]
 
     def averaged_iterations(self, plan: FeedPlan) -> list[int]:
         """Return the iterations whose checkpoints are averaged into the final weights; empty where none are."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tune_ego import storage
+from tune_ego import ray_private, storage
 from tune_ego.config import Config, dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.feed.reader import check_fits
 from tune_ego.results import checkpoint_files, experiment
-from tune_ego.runs import ray_private
 from tune_ego.runs.job import Job
-from tune_ego.runs.placement import worker_resources
+from tune_ego.runs.placement import placement_group_prefix, worker_resources
 
 
 def fit(job: Job, callbacks: list[Any] | None = None) -> None:
@@ -32,7 +31,7 @@ def fit(job: Job, callbacks: list[Any] | None = None) -> None:
     workers = compute.workers if isinstance(compute.workers, int) else tuple(compute.workers)
     resources = worker_resources(job.config, job.gpus)
     folder, _, name = job.run.rpartition("/")
-    trainer = ray_private.trainer_class(job.run, compute.most_workers)(
+    trainer = ray_private.trainer_class(placement_group_prefix(job.run), compute.most_workers)(
         _work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.gpus > 0, resources_per_worker=resources),

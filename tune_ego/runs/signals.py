@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tune_ego import storage
+from tune_ego import ray_private, storage
 from tune_ego.errors import UserError
-from tune_ego.runs import ray_private
+from tune_ego.results.driver import is_taken_over
+from tune_ego.runs.job import Job
 from tune_ego.training.trainer import Signal
 
 _STOP_EVERY = 1.0
 """Seconds between two checks for the stop file."""
+_DRIVER_EVERY = 10
+"""Number of those checks between two readings of the driver's claim."""
 
 
 @contextmanager
-def watch_signals(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
+def watch_signals(job: Job, rank: int) -> Iterator[Callable[[], Signal]]:
     """Yield a function that returns the current signal, from the stop file and Ray's preemption notices.
 
-    Rank 0 alone reads them, the stop file in a thread of its own. `Trainer.step` passes the signal to all ranks.
+    Rank 0 alone reads them, the stop file in a thread of its own. `Trainer.step` passes the signal to all ranks. The
+    process ends at once, without writing, if another driver has taken the search or run over: that driver starts it
+    again.
     """
     ended, stop_requested = threading.Event(), threading.Event()
 
-    def check_stop_file() -> None:
-        while not ended.wait(_STOP_EVERY) and not stop_requested.is_set():
+    def check_files() -> None:
+        for count in itertools.count(1):
+            if ended.wait(_STOP_EVERY):
+                return
             try:
-                if storage.exists(stop):
+                if storage.exists(job.stop):
                     stop_requested.set()
+                if count % _DRIVER_EVERY == 0 and is_taken_over(job.root, job.claim):
+                    os._exit(1)
             except (OSError, UserError):  # the object store did not answer: the next check may succeed
                 continue
 
@@ -45,7 +56,7 @@ def watch_signals(stop: str, rank: int) -> Iterator[Callable[[], Signal]]:
             return Signal.SAVE
         return Signal.NONE
 
-    thread = threading.Thread(target=check_stop_file, daemon=True)
+    thread = threading.Thread(target=check_files, daemon=True)
     if rank == 0:
         thread.start()
     try:

@@ -13,10 +13,11 @@ from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import StorageError, user_error_in
 from tune_ego.feed.batches import batches_to_device, prefetch_first, ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.ray_private import throttling_callback
 from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results.driver import is_taken_over
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import decodes_on_gpu, read_ahead_bytes, this_node
-from tune_ego.runs.ray_private import throttling_callback
 from tune_ego.runs.reporter import Reporter
 from tune_ego.runs.run_log import recording
 from tune_ego.runs.signals import watch_signals
@@ -31,7 +32,7 @@ def work(job: Job) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    with recording(job.run, context.get_world_rank()):
+    with storage.patience(), recording(job.run, context.get_world_rank()):
         _work(job, context.get_world_rank(), context.get_world_size())
 
 
@@ -41,6 +42,8 @@ def _work(job: Job, rank: int, workers: int) -> None:
     set_up_torch(job.config, job.gpus)
     if experiment.read_failure(job.run) is not None:
         return  # another worker has failed for a reason that a restart does not help
+    if is_taken_over(job.root, job.claim):
+        return
     shards = open_shards(job.data)
     plan = FeedPlan.from_config(job.data, job.config, workers, rank, encoded=decodes_on_gpu(job.config, job.gpus))
     reporter = Reporter(job, rank, plan)
@@ -58,7 +61,7 @@ def _work(job: Job, rank: int, workers: int) -> None:
             trainer.load(*saved)
         reporter.begin(done)
         if done < plan.iterations:
-            with watch_signals(job.stop, rank) as read_signal:
+            with watch_signals(job, rank) as read_signal:
                 reporter.trainer = trainer
                 train(trainer, plan, batches_to_device(batches, trainer.device), reporter, read_signal)
                 reporter.wait()

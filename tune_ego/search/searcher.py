@@ -15,8 +15,9 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from tune_ego.errors import UserError
-from tune_ego.results import experiment
-from tune_ego.results.experiment import Configuration, Trial, TrialRecords
+from tune_ego.results import experiment, trial_records
+from tune_ego.results.experiment import Configuration, Trial
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search_space import SearchSpace
 from tune_ego.space_schema import Domain
 
@@ -56,7 +57,7 @@ class TrialSource(Searcher):  # type: ignore[misc]
 
     def _names(self, number: int) -> list[str]:
         repeats = self._space.repeats
-        return [experiment.trial_name(number, repeat, repeats) for repeat in range(repeats)]
+        return [trial_records.trial_name(number, repeat, repeats) for repeat in range(repeats)]
 
     def _add(self, number: int) -> list[dict[str, Any]]:
         """Draw configuration `number`; record and return those of its trials that are not on record yet."""

@@ -12,17 +12,19 @@ import ray
 from ray import tune
 
 from tune_ego import __version__, storage
-from tune_ego.cluster import end_interrupted, ray_session
+from tune_ego.cluster import ray_session
 from tune_ego.config import Config
 from tune_ego.console import print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
-from tune_ego.results import checkpoint_files, driver, experiment
+from tune_ego.interruption import end_interrupted
+from tune_ego.results import checkpoint_files, driver, experiment, trial_records
 from tune_ego.results.checkpoint_files import last_whole_iteration
-from tune_ego.results.experiment import METRIC, Experiment, Trial, TrialRecords
+from tune_ego.results.experiment import METRIC, Experiment, Trial
 from tune_ego.results.progress import search_shown
 from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_run, check_same_data, fit, initial_weights, resolve_weights
 from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, trial_resources
@@ -174,7 +176,9 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
         if source.left:
             say(f"{source.left} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
             tuner = tune.Tuner(
-                tune.with_resources(_trainable(space, spec["data"], root, gpus), trial_resources(at_a_time)),
+                tune.with_resources(
+                    _trainable(space, spec["data"], root, gpus, driver.claim_id(root)), trial_resources(at_a_time)
+                ),
                 tune_config=tune.TuneConfig(
                     metric=METRIC,
                     mode="max",
@@ -242,11 +246,11 @@ def check_runs(space: SearchSpace, data: str) -> None:
             check_run(config, data)
 
 
-def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callable[..., None]:
+def _trainable(space: SearchSpace, data: str, root: str, gpus: float, claim: str) -> Callable[..., None]:
     def trial(draw: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        run = experiment.run_folder(root, draw["trial"])
+        run = trial_records.run_folder(root, draw["trial"])
         try:
             config = space.resumed_config(storage.join(run, experiment.CONFIG_FILE), draw["sampled"], draw["repeat"])
         except UserError as error:
@@ -257,7 +261,8 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
             tune.report(ended)
             return
         try:
-            fit(Job(config, data, run, gpus, driver.stop_uri(root), final=False), [TuneReportCallback()])
+            job = Job(config, data, run, gpus, driver.stop_uri(root), final=False, claim=claim)
+            fit(job, [TuneReportCallback()])
         except UserError as error:  # Tune must not try again
             if experiment.read_failure(run) is None:
                 experiment.write_failure(run, experiment.Failure(str(error), final=False))
@@ -269,7 +274,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float) -> Callabl
 
 def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
     """Return the last report of a trial that has ended; None for a trial that has not."""
-    decisions = experiment.trial_decisions(root, run.rpartition("/")[2])
+    decisions = trial_records.trial_decisions(root, run.rpartition("/")[2])
     if decisions and decisions[-1].action == STOP:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
     last = config.train.iterations

@@ -10,10 +10,11 @@ import ray
 from ray import tune
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from tune_ego import ray_private
 from tune_ego.console import console, percent, say
-from tune_ego.results import checkpoint_files, experiment
-from tune_ego.results.experiment import METRIC, TrialRecords
-from tune_ego.runs import ray_private
+from tune_ego.results import checkpoint_files, driver, experiment, trial_records
+from tune_ego.results.experiment import METRIC
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.runs.placement import placement_group_prefix
 from tune_ego.search.scheduler import STOP
 from tune_ego.search_space import SearchSpace
@@ -62,14 +63,14 @@ class Watcher(tune.Callback):  # type: ignore[misc]
             say(f"  {name}: {warning}")
 
     def _run(self, name: str) -> str:
-        return experiment.run_folder(self.root, name)
+        return trial_records.run_folder(self.root, name)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
         failure = experiment.read_failure(self._run(name))
         if failure is not None:
             self._end(name, "failed", f"failed: {failure.reason}", failure.reason)
-        elif any(decision.action == STOP for decision in experiment.trial_decisions(self.root, name)[-1:]):
+        elif any(decision.action == STOP for decision in trial_records.trial_decisions(self.root, name)[-1:]):
             self._end(name, "stopped", f"stopped by {_NAMES[self.space.scheduler.name]}")
         elif self.budget in checkpoint_files.checkpoint_iterations(self._run(name)):
             self._end(name, "finished")
@@ -117,6 +118,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
 
     def _remove_losers(self, names: Iterable[str]) -> None:
         """Delete the checkpoints of trials that the scheduler stopped: they are never resumed."""
+        driver.confirm(self.root)
         for name in names:
             if self.records.state(name) == "stopped" and not self.space.scheduler.keep_stopped:
                 checkpoint_files.remove_checkpoints(self._run(name))

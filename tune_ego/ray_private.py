@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from tune_ego.feed.pace import Pace
-from tune_ego.runs.placement import placement_group_prefix
 
-
-def trainer_class(run: str, workers: int) -> Any:
+def trainer_class(group_prefix: str, workers: int) -> Any:
     """Return Ray Train's trainer class for a run: named placement groups, and no callbacks that this package replaces.
 
     Private in Ray: `WorkerGroupCallback`, the base class `DataParallelTrainer`, its methods
@@ -23,7 +22,7 @@ def trainer_class(run: str, workers: int) -> Any:
     `worker_group`.
 
     - A trial that is stopped or dies leaves its placement group behind. The search removes it by its name
-      (`placement_group_prefix`). Ray 2.60 creates the group without a name and has no setting for one: the function
+      (`group_prefix`). Ray 2.60 creates the group without a name and has no setting for one: the function
       that creates it is replaced in the process of the run's controller, before each start of the workers.
     - `PlacementGroupCleanerCallback` starts a detached actor for each run, which asks the dashboard whether the run
       is alive. There may be no dashboard, and the actor may outlive the search.
@@ -43,7 +42,7 @@ def trainer_class(run: str, workers: int) -> Any:
         def before_worker_group_start(self, worker_group_context: Any) -> None:
             from ray.train.v2._internal.execution.worker_group import worker_group
 
-            name = placement_group_prefix(run) + uuid.uuid4().hex
+            name = group_prefix + uuid.uuid4().hex
             worker_group.placement_group = functools.partial(placement_group, name=name)
 
     class Trainer(Base):  # type: ignore[misc]
@@ -83,8 +82,10 @@ def live_controllers() -> list[Any]:
     return [actor for actor in live if actor["ActorClassName"].endswith("TrainController")]
 
 
-def throttling_callback(pace: Pace) -> type:
+def throttling_callback(pause: Callable[[int], float]) -> type:
     """Return a Ray Data callback class that makes the executor sleep between steps while the trainer needs no data.
+
+    `pause` returns the seconds to sleep, given the number of blocks that are ready.
 
     Private in Ray: `ExecutionCallback` and the executor's `_output_node`. The executor is a thread of the training
     process; its steps take a millisecond each and follow each other without a pause. That slowed training on two
@@ -95,6 +96,44 @@ def throttling_callback(pace: Pace) -> type:
     class Throttle(ExecutionCallback):  # type: ignore[misc]
         def on_execution_step(self, executor: Any) -> None:
             _, last = executor._output_node
-            time.sleep(pace.pause(len(last.output_queue)))
+            time.sleep(pause(len(last.output_queue)))
 
     return Throttle
+
+
+@contextmanager
+def own_sessions(started: Callable[[], None]) -> Iterator[list[int]]:
+    """Start each of Ray's processes, which `ray.init` in the body starts, in a session of its own. Yield their ids.
+
+    `started` is called after each start.
+
+    Private in Ray: `services.ConsolePopen`. In the driver's process group they would get each signal that is sent to
+    the group, as `timeout`, systemd, Slurm and container runtimes do, and would die before the driver has ended its
+    runs. Ray 2.60 has no setting for it.
+    """
+    from ray._private import services
+
+    original, sessions = services.ConsolePopen, list[int]()
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        process = original(*arguments, **{**options, "start_new_session": True})
+        sessions.append(process.pid)
+        started()
+        return process
+
+    services.ConsolePopen = start
+    try:
+        yield sessions
+    finally:
+        services.ConsolePopen = original
+
+
+def dead_processes() -> list[str]:
+    """Return the names of the processes of this driver's own cluster that have died, e.g. `raylet`.
+
+    Private in Ray: `worker._global_node.dead_processes`. Ray itself does not notice them, and calls wait for ever.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    return [name for name, _ in node.dead_processes()] if node is not None and node.is_head() else []

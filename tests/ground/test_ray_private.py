@@ -1,9 +1,12 @@
-"""What `runs.ray_private` uses of Ray: a test for each entry, which fails where an upgrade of Ray moves it."""
+"""What `ray_private` uses of Ray: a test for each entry, which fails where an upgrade of Ray moves it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +15,9 @@ import pytest
 import ray
 from ray.train import RunConfig, ScalingConfig
 
+from tune_ego import ray_private
+from tune_ego.cluster import _VITAL_PROCESSES
 from tune_ego.feed.pace import Pace
-from tune_ego.runs import ray_private
-from tune_ego.runs.placement import placement_group_prefix
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -23,7 +26,7 @@ def test_trainer_class(ray_cluster: None, workers: int, monkeypatch: pytest.Monk
     from ray.train.v2._internal.execution.worker_group import worker_group
     from ray.util.placement_group import placement_group
 
-    kind = ray_private.trainer_class("/results/run", workers)
+    kind = ray_private.trainer_class("tune_ego-1-", workers)
     (base,) = kind.__bases__
     trainer = kind(lambda: None, scaling_config=ScalingConfig(num_workers=workers), run_config=RunConfig())
     before = [type(callback).__name__ for callback in base._create_default_callbacks(trainer)]
@@ -41,7 +44,7 @@ def test_trainer_class(ray_cluster: None, workers: int, monkeypatch: pytest.Monk
         made.append(worker_group.placement_group)
     assert all(isinstance(group, functools.partial) and group.func is placement_group for group in made)
     names = [group.keywords["name"] for group in made]
-    assert names[0] != names[1] and all(name.startswith(placement_group_prefix("/results/run")) for name in names)
+    assert names[0] != names[1] and all(name.startswith("tune_ego-1-") for name in names)
 
 
 def test_preemption_info(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +103,32 @@ def test_throttling_callback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", pauses.append)
     for ready in (0, 3):
         executor = SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=[None] * ready)))
-        ray_private.throttling_callback(pace)().on_execution_step(executor)
+        ray_private.throttling_callback(pace.pause)().on_execution_step(executor)
     assert ready_blocks == [0, 3] and pauses == pytest.approx([0.04, 0.16])
+
+
+def test_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts each of its processes by the class that is replaced."""
+    from ray._private import services
+
+    assert "ConsolePopen(" in inspect.getsource(services.start_ray_process)
+    original = services.ConsolePopen
+    starts: list[None] = []
+    with ray_private.own_sessions(lambda: starts.append(None)) as sessions:
+        process = services.ConsolePopen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        assert os.getsid(process.pid) == process.pid and sessions == [process.pid] and len(starts) == 1
+        process.communicate(b"\n")
+    assert services.ConsolePopen is original
+
+
+def test_dead_processes(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this driver's cluster: none while it runs, and their names are the ones that are looked for."""
+    from ray._private import worker
+
+    assert ray_private.dead_processes() == []
+    assert worker._global_node.all_processes.keys() > _VITAL_PROCESSES
+    (raylet,) = worker._global_node.all_processes["raylet"]
+    monkeypatch.setattr(raylet.process, "poll", lambda: -9)
+    assert ray_private.dead_processes() == ["raylet"]
+    monkeypatch.setattr(worker, "_global_node", None)
+    assert ray_private.dead_processes() == []
