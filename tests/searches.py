@@ -15,7 +15,8 @@ import yaml
 from tests.conftest import TINY, tiny_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.model import build_stream
-from tune_ego.results.experiment import Experiment, read_experiment
+from tune_ego.results.experiment import Experiment
+from tune_ego.results.reading import read_experiment
 from tune_ego.search.tune import start_search
 
 

@@ -17,7 +17,7 @@ from tune_ego.config import WINDOW_FRAMES, Config
 from tune_ego.dataset import shards
 from tune_ego.feed.batches import model_input
 from tune_ego.model import TwoStream
-from tune_ego.results import experiment
+from tune_ego.results import experiment, reading
 from tune_ego.results.checkpoint_files import find_checkpoint
 from tune_ego.training.checkpoint import Origin, load_trained
 from tune_ego.training.metrics import fuse
@@ -119,7 +119,7 @@ def read_experiment(uri: str | Path) -> experiment.Experiment:
 
     Raises `UserError` where the folder or URI holds no search.
     """
-    return experiment.read_experiment(storage.absolute(uri))
+    return reading.read_experiment(storage.absolute(uri))
 
 
 def train(

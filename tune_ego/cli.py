@@ -195,9 +195,9 @@ def status(
     from tune_ego import storage
     from tune_ego.config import load_config
     from tune_ego.console import print_table, say
-    from tune_ego.report.reading import read
     from tune_ego.results.experiment import CONFIG_FILE
     from tune_ego.results.progress import facts, run_facts, run_state, search_state, status_table
+    from tune_ego.results.reading import read_experiment
     from tune_ego.results.tables import configuration_table
     from tune_ego.runs.run_log import last_log_lines
 
@@ -207,9 +207,8 @@ def status(
         for line in last_log_lines(experiment, _LOG_LINES):
             say(line)
         return
-    files = read(experiment)
-    search = files.experiment
-    print_table("", ["", ""], [("search", search_state(search, files.alive)), *facts(search)])
+    search = read_experiment(experiment)
+    print_table("", ["", ""], [("search", search_state(search, search.alive)), *facts(search)])
     print_table(f"{len(search.trials)} of {search.spec['trials']} trials of {search.root}", *status_table(search))
     if search.space.repeats > 1:
         print_table("Configurations, over their repeats", *configuration_table(search))
@@ -217,7 +216,7 @@ def status(
         for message in (trial.reason, trial.warning):
             if message:
                 say(f"{trial.id}: {message}")
-    for name, damage in files.damaged.items():
+    for name, damage in search.damaged.items():
         say(f"{name}: damaged, and left out: {damage}")
 
 

@@ -271,10 +271,27 @@ def write_text(uri: str | Path, text: str) -> None:
     write_bytes(uri, text.encode())
 
 
-def read_json(uri: str | Path) -> Any:
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON. Raises `ValueError`, also for a key that is given twice and for values nested very deeply."""
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.80} is given twice")
+        return result
+
     try:
-        return json.loads(read_bytes(uri))
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=build)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(uri: str | Path) -> Any:
+    """Read a JSON file. Raises `UserError` for damaged content, as `parse_json` does."""
+    try:
+        return parse_json(read_bytes(uri))
+    except ValueError as error:
         raise UserError(f"{uri}: damaged: not JSON ({error})") from error
 
 

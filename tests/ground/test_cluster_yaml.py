@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from tests.search.test_search import write_space
 from tune_ego import __version__
 from tune_ego.cli import app
-from tune_ego.results.experiment import read_experiment
+from tune_ego.results.reading import read_experiment
 from tune_ego.runs.placement import parse_node_type
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"

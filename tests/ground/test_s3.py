@@ -20,7 +20,7 @@ from tune_ego import storage
 from tune_ego.dataset.shards import open_shards
 from tune_ego.model.weights import load_tensors
 from tune_ego.results.checkpoint_files import checkpoint_iterations
-from tune_ego.results.experiment import read_experiment
+from tune_ego.results.reading import read_experiment
 
 pytest.importorskip("moto.server")
 

@@ -21,7 +21,8 @@ from tune_ego.report.charts import _draw_axis
 from tune_ego.report.commands import report
 from tune_ego.report.page import COMPARED, SECTIONS, look_up
 from tune_ego.report.write import write_comparison, write_report
-from tune_ego.results.experiment import METRIC, read_experiment
+from tune_ego.results.experiment import METRIC
+from tune_ego.results.reading import read_experiment
 from tune_ego.results.tables import config_value
 
 SCALES = {"plain": 1, "percent": 100, "fine": 100, "points": 100, "count": 1, "score": 1, "speed": 1, "general": 1}

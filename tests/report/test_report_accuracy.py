@@ -20,7 +20,7 @@ from tune_ego.report.accuracy import evaluation_numbers, read_evaluation
 from tune_ego.report.page import SECTIONS
 from tune_ego.report.reproduce import reproduction
 from tune_ego.report.write import write_report
-from tune_ego.results.experiment import read_experiment
+from tune_ego.results.reading import read_experiment
 
 
 def _stream(micro: float, recall: list[float | None], confusion: list[list[int]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
 from tune_ego.report.numbers import experiment_numbers, last_common_iteration, published_numbers
-from tune_ego.report.reading import CheckedExperiment
 from tune_ego.report.stopping import stopping_numbers
 from tune_ego.results.experiment import METRIC, Experiment, Trial
 from tune_ego.results.trial_records import Decision
@@ -70,9 +69,14 @@ def repeated() -> Experiment:
     )
 
 
+def with_decisions(search: Experiment, decisions: list[Decision]) -> Experiment:
+    search.trials[0].decisions = decisions
+    return search
+
+
 def test_the_answer_is_the_mean_of_repeats_and_their_spread() -> None:
     """A configuration of which a repeat is missing is not the best, whatever the other repeat reached."""
-    numbers = experiment_numbers(CheckedExperiment(repeated(), alive=False), {"why": "none"}, [])
+    numbers = experiment_numbers(repeated(), {"why": "none"}, [])
     assert numbers["answer"] == {
         "configuration": "00000",
         "trials": ["00000-0", "00000-1"],
@@ -107,13 +111,13 @@ def test_an_answer_is_the_best_configuration_s_streams() -> None:
     """A stream that one repeat did not validate is the mean of the others."""
     lines = [validation(20, 0.5, **{f"{METRIC}_rgb": 0.4}), validation(20, 0.3, **{f"{METRIC}_rgb": 0.2, "x": 1.0})]
     search = make_search(REPEATS, {f"00000-{n}": (PLAIN, [line]) for n, line in enumerate(lines)})
-    answer = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["answer"]
+    answer = experiment_numbers(search, {"why": "none"}, [])["answer"]
     assert answer["streams"] == [{"stream": "rgb", "accuracy": pytest.approx(0.3)}]
     assert answer["micro_accuracy"] is None
 
 
 def test_a_parameter_is_compared_among_the_trials_that_have_it() -> None:
-    choices = experiment_numbers(CheckedExperiment(repeated(), alive=False), {"why": "none"}, [])["choices"]
+    choices = experiment_numbers(repeated(), {"why": "none"}, [])["choices"]
     assert choices["even_iteration"] == 20
     rows = {
         parameter["key"]: [(row["value"], row["trials"], row["spread"], row["members"]) for row in parameter["values"]]
@@ -148,9 +152,7 @@ def test_values_stand_in_the_order_of_the_search_space() -> None:
             "3": ({**sgd, "schedule.patience@0": 7}, [validation(20, 0.4)]),
         },
     )
-    parameters = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["choices"][
-        "parameters"
-    ]
+    parameters = experiment_numbers(search, {"why": "none"}, [])["choices"]["parameters"]
     assert {one["key"]: [row["value"] for row in one["values"]] for one in parameters} == {
         "optimizer.name": ["sgd", "ranger"],
         "optimizer.lr": ["0.5", "0.1235"],
@@ -175,7 +177,7 @@ def test_validation_clips_are_named_for_each_fold() -> None:
         space,
         {f"{n}": ({"data.fold@0": fold, "data.validation@0": kind}, []) for n, (fold, kind) in enumerate(draws)},
     )
-    overview = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["experiment"]
+    overview = experiment_numbers(search, {"why": "none"}, [])["experiment"]
     assert overview["validation"] == "by_session fold 3 of split 1 and stratified fold 2 of split 1"
 
 
@@ -196,9 +198,7 @@ def ranged() -> Experiment:
 
 def test_a_range_is_cut_into_bins_of_equally_many_trials_in_each_branch() -> None:
     """10 trials: 3 bins of 3 at least, cut after the 10 x 1 // 3 = 3rd and the 10 x 2 // 3 = 6th; ascending numbers."""
-    parameters = experiment_numbers(CheckedExperiment(ranged(), alive=False), {"why": "none"}, [])["choices"][
-        "parameters"
-    ]
+    parameters = experiment_numbers(ranged(), {"why": "none"}, [])["choices"]["parameters"]
     shown = [
         (
             one["key"],
@@ -250,9 +250,7 @@ def test_bins_with_the_same_ends_are_one() -> None:
     search = make_search(
         space, {f"{n}": ({"schedule.patience@0": draw}, [validation(5, 0.5)]) for n, draw in enumerate(draws)}
     )
-    (parameter,) = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["choices"][
-        "parameters"
-    ]
+    (parameter,) = experiment_numbers(search, {"why": "none"}, [])["choices"]["parameters"]
     assert [(row["value"], row["trials"]) for row in parameter["values"]] == [("7", 6), ("7 to 8", 3)]
 
 
@@ -287,7 +285,7 @@ def test_importance_is_of_the_parameter_that_decides() -> None:
     assert (numbers["entries"][0]["key"], numbers["entries"][0]["when"]) == ("optimizer.lr", "optimizer.name sgd")
     assert sum(entry["share"] for entry in numbers["entries"]) == pytest.approx(1)
     assert numbers["entries"][0]["share"] > 0.5
-    parallel = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["parallel"]
+    parallel = experiment_numbers(search, {"why": "none"}, [])["parallel"]
     assert parallel["keys"][0] == "optimizer.lr" and parallel["by_importance"] is True
     assert importance_numbers(make_search(RANGES, dict(list(trials.items())[:11])))["why"].startswith("11 validated")
     assert importance_numbers(make_search(RANGES, dict(list(trials.items())[:12])))["why"] == ""
@@ -314,7 +312,7 @@ def test_a_stop_belongs_to_the_last_rung_before_it() -> None:
     search = make_search(space, {name: ({}, [validation(place, 0.1)]) for name, place in places.items()})
     decisions = [Decision(n, name, place, 0.1, "STOP") for n, (name, place) in enumerate(places.items())]
     decisions.append(Decision(5, "f", 89, 0.1, "CONTINUE"))
-    stopping = stopping_numbers(CheckedExperiment(search, alive=False, decisions=decisions))
+    stopping = stopping_numbers(with_decisions(search, decisions))
     assert [(stop["trial"], stop["rung"]) for stop in stopping["stopped"]] == [
         *(("a", None), ("b", 10), ("c", 10), ("d", 30), ("e", 30)),
     ]
@@ -328,9 +326,7 @@ def test_a_stop_belongs_to_the_last_rung_before_it() -> None:
 
 def test_the_median_rule_has_no_rungs() -> None:
     search = ranged()
-    stopping = stopping_numbers(
-        CheckedExperiment(search, alive=False, decisions=[Decision(0, "00000", 20, 0.0, "STOP")])
-    )
+    stopping = stopping_numbers(with_decisions(search, [Decision(0, "00000", 20, 0.0, "STOP")]))
     assert (stopping["scheduler"], stopping["grace"], stopping["reduction"]) == ("median", 20, None)
     assert stopping["rungs"] == []
     assert stopping["stopped"] == [{"trial": "00000", "iteration": 20, "accuracy": 0.0, "rung": None}]
@@ -342,7 +338,7 @@ def test_a_long_curve_is_thinned_evenly_to_both_of_its_ends() -> None:
     for lines, step in ((1198, 3), (400, 1)):
         metrics = [{"iteration": n, "train_loss": 1.0 / n} for n in range(1, lines + 1)]
         search = make_search(REPEATS, {"00000-0": (PLAIN, metrics)})
-        (curve,) = experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["curves"]["trials"]
+        (curve,) = experiment_numbers(search, {"why": "none"}, [])["curves"]["trials"]
         places = list(range(1, lines + 1, step))
         assert len(places) == 400 and places[-1] == lines
         assert curve["series"] == {"train_loss": [places, [1.0 / n for n in places]]}
@@ -353,9 +349,7 @@ def test_points_of_a_curve_fall_with_the_number_of_trials(trials: int, most: int
     """8,000 points over all curves: 8,000 // 21 = 380; 12 at least and 400 at most."""
     search = make_search(REPEATS, {"00000-0": (PLAIN, [{"iteration": 1, "train_loss": 1.0}])})
     search.trials *= trials
-    assert (
-        experiment_numbers(CheckedExperiment(search, alive=False), {"why": "none"}, [])["curves"]["most_points"] == most
-    )
+    assert experiment_numbers(search, {"why": "none"}, [])["curves"]["most_points"] == most
 
 
 def test_hours_without_gpus_are_those_of_processes() -> None:

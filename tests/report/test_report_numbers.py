@@ -11,14 +11,14 @@ from tests.six_trials import SPACE, write_json, write_six_trials
 from tune_ego import __version__
 from tune_ego.report.accuracy import read_evaluation
 from tune_ego.report.numbers import SERIES, experiment_numbers, published_numbers
-from tune_ego.report.reading import read
+from tune_ego.results.reading import read_experiment
 
 VALIDATED_ON = "stratified fold 0 of split 1"
 
 
 def numbers_of(root: Path, *options: str) -> dict[str, Any]:
-    checked = read(str(root))
-    return experiment_numbers(checked, read_evaluation(checked.experiment, None), list(options))
+    search = read_experiment(str(root))
+    return experiment_numbers(search, read_evaluation(search, None), list(options))
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_published_results_are_fractions(numbers: dict[str, Any]) -> None:
 def test_an_evaluation_beside_the_published_results(root: Path, classes: int, comparable: bool) -> None:
     stream = {"stream": "rgb", "micro_accuracy": 0.6, "mean_class_accuracy": 0.5}
     evaluation: dict[str, Any] = {"split": 2, "clips_trained_on": 0, "streams": [stream], "classes": [{}] * classes}
-    search = read(str(root)).experiment
+    search = read_experiment(str(root))
     published = published_numbers(search, None, evaluation)
     assert published["ours"] == [
         {"model": "evaluated checkpoint, rgb", "micro": 0.6, "mean_class": 0.5, "on": "test clips of split 2"}

@@ -14,11 +14,12 @@ from tests.drivers import write_driver
 from tests.report.test_report import Page, check_page, without_charts
 from tests.stub_experiment import write_experiment
 from tune_ego import storage
+from tune_ego.errors import UserError
 from tune_ego.report.page import SECTIONS
-from tune_ego.report.reading import _check_end, _check_lines, _read_decisions, read
 from tune_ego.report.write import write_report
-from tune_ego.results.experiment import Experiment, Trial, read_experiment
-from tune_ego.results.trial_records import Decision, TrialRecords
+from tune_ego.results.experiment import METRIC, Experiment, Trial, read_metrics
+from tune_ego.results.reading import _check_end, read_experiment
+from tune_ego.results.trial_records import Decision, TrialRecords, trial_decisions
 
 
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +74,12 @@ DECISIONS = {
     "mapping": '{"a": 1}',
 }
 REASONS = {
-    "nan": "metrics.jsonl: line 1: gaze_loss is nan",
-    "no_iteration": "metrics.jsonl: line 2 has no iteration",
+    "nan": "metrics.jsonl: damaged: line 1: gaze_loss is nan",
+    "no_iteration": "metrics.jsonl: damaged: line 2: no iteration",
     "empty": "the trial was stopped early, but .*metrics.jsonl has no line",
     "short": "the trial has finished, but .*metrics.jsonl ends at iteration 450 of 1500",
-    "state": "unknown state: None",
-    "other_state": "unknown state: 'lost'",
+    "state": "state: Input should be .*, found None",
+    "other_state": "state: Input should be .*, found 'lost'",
     **dict.fromkeys(DECISIONS, "decisions.json: damaged"),
 }
 
@@ -137,19 +138,30 @@ def test_a_validation_without_micro_accuracy(tmp_path: Path, monkeypatch: pytest
         ([{"iteration": 0}], "line 1: iteration 0 comes after 0"),
         ([{"iteration": 3}, {"iteration": 3}], "line 2: iteration 3 comes after 3"),
         ([{"iteration": 3}, {"iteration": 4}, {"iteration": 2}], "line 3: iteration 2 comes after 4"),
-        ([{"iteration": 1.0}], "line 1 has no iteration"),
-        ([{"iteration": 1}, [2]], "line 2 has no iteration"),
+        ([{"iteration": 1.0}], "line 1: no iteration"),
+        ([{"iteration": 1}, [2]], "line 2: no iteration"),
         ([{"iteration": 1, "x": True}], "line 1: x is True"),
         ([{"iteration": 1, "x": "2"}], "line 1: x is '2'"),
         ([{"iteration": 1, "x": float("inf")}], "line 1: x is inf"),
+        ([{"iteration": 1, "x": 1e308}], "line 1: x is 1e+308"),
+        ([{"iteration": 1, METRIC: 1.01}], f"line 1: {METRIC} is 1.01"),
+        ([{"iteration": 1, METRIC: -0.1}], f"line 1: {METRIC} is -0.1"),
+        ([{"iteration": 10**32}], "line 1: no iteration"),
+        ([{"iteration": 1}, '{"iteration": 2, "x": 1, "x": 2}'], "line 2: the key 'x' is given twice"),
+        ([{"iteration": 1}, "[" * 100_000], "line 2: nested too deeply"),
+        ([{"iteration": 1}, '{"iteration": 2, "val'], "line 2"),
     ],
 )
-def test_lines_that_no_run_writes(lines: list[Any], reason: str) -> None:
+def test_lines_that_no_run_writes(tmp_path: Path, lines: list[Any], reason: str) -> None:
+    """The lines before the first damaged one can be read all the same, to resume the run."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
     if not reason:
-        _check_lines("/run", lines)
+        assert read_metrics(str(tmp_path)) == lines
         return
-    with pytest.raises(ValueError, match=re.escape(f"/run/metrics.jsonl: {reason}") + "$"):
-        _check_lines("/run", lines)
+    with pytest.raises(UserError, match=re.escape(f"{file}: damaged: {reason}")):
+        read_metrics(str(tmp_path))
+    assert read_metrics(str(tmp_path), whole=False) == lines[: int(re.findall(r"\d+", reason)[0]) - 1]
 
 
 def test_a_stopped_or_finished_trial_has_the_lines_of_it() -> None:
@@ -178,24 +190,26 @@ SPACE = "base: {train: {iterations: 100}}"
 @pytest.mark.parametrize(
     "content",
     [
-        [[0, "a", 10, 0.5, "STOP", 1]],
-        [["0", "a", 10, 0.5, "STOP"]],
-        [[0, "b", 10, 0.5, "STOP"]],  # of another trial
-        [[0, "a", 10.0, 0.5, "STOP"]],
-        [[0, "a", 10, True, "STOP"]],
-        [[0, "a", 10, 0.5, 1]],
+        [[0, "00000", 10, 0.5, "STOP", 1]],
+        [["0", "00000", 10, 0.5, "STOP"]],
+        [[0, "00001", 10, 0.5, "STOP"]],  # of another trial
+        [[0, "00000", 10.0, 0.5, "STOP"]],
+        [[0, "00000", 10, True, "STOP"]],
+        [[0, "00000", 10, 0.5, 1]],
+        [[0, "00000", 10**32, 0.5, "STOP"]],
+        [[0, "00000", 10, 1.5, "STOP"]],
         5,
     ],
 )
 def test_decisions_that_no_scheduler_writes(tmp_path: Path, content: object) -> None:
-    run = tmp_path / "runs" / "a"
+    run = tmp_path / "runs" / "00000"
     run.mkdir(parents=True)
-    whole = [0, "a", 10, 0.5, "STOP"]
+    whole = [0, "00000", 10, 0.5, "STOP"]
     (run / "decisions.json").write_text(json.dumps([whole]))
-    assert _read_decisions(str(tmp_path), "a") == [Decision(0, "a", 10, 0.5, "STOP")]
+    assert trial_decisions(str(tmp_path), "00000") == [Decision(0, "00000", 10, 0.5, "STOP")]
     (run / "decisions.json").write_text(json.dumps([whole, *content] if isinstance(content, list) else content))
-    with pytest.raises(ValueError, match=r"decisions\.json: damaged: "):
-        _read_decisions(str(tmp_path), "a")
+    with pytest.raises(UserError, match=r"decisions\.json: damaged: "):
+        trial_decisions(str(tmp_path), "00000")
 
 
 def test_decisions_of_all_trials_are_read_in_their_order(tmp_path: Path) -> None:
@@ -205,12 +219,12 @@ def test_decisions_of_all_trials_are_read_in_their_order(tmp_path: Path) -> None
     for name, places in orders.items():
         made = [[place, name, 10 * place + 10, 0.1, "CONTINUE"] for place in places]
         (tmp_path / "runs" / name / "decisions.json").write_text(json.dumps(made))
-    checked = read(str(tmp_path))
+    checked = read_experiment(str(tmp_path))
     assert [(decision.order, decision.trial) for decision in checked.decisions] == [
         (0, "00001"),
         (1, "00000"),
         (2, "00001"),
         (3, "00000"),
     ]
-    assert [trial.id for trial in checked.experiment.trials] == ["00000", "00001"]
+    assert [trial.id for trial in checked.trials] == ["00000", "00001"]
     assert checked.alive is False and checked.damaged == {}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.drivers import write_driver
+from tests.specs import search_spec
 from tune_ego import storage
 from tune_ego.config import Config, override_config
 from tune_ego.errors import UserError
@@ -21,13 +22,12 @@ from tune_ego.results.experiment import (
     by_configuration,
     collapsed_rate,
     learning_rates,
-    read_experiment,
     read_failure,
     read_metrics,
-    repeated_reader,
     write_failure,
     write_metrics,
 )
+from tune_ego.results.reading import read_experiment, repeated_reader
 from tune_ego.results.tables import config_value, configuration_table, trial_table
 from tune_ego.results.trial_records import (
     Decision,
@@ -135,25 +135,30 @@ def test_records_of_trials(tmp_path: Path) -> None:
     root = str(tmp_path)
     assert read_records(root) == {} and list(TrialRecords(root)) == []
     records = TrialRecords(root)
-    records.add([{"trial": f"t{n}", "repeat": n % 2, "sampled": {"a@0": n}} for n in range(6)])
+    records.add([{"trial": f"0000{n}", "repeat": n % 2, "sampled": {"a@0": n}} for n in range(6)])
     states = ["finished", "stopped", "failed", "running", "interrupted", "pending"]
     for place, state in enumerate(states):
-        records.note(f"t{place}", state, "nan" if state == "failed" else "")
+        records.note(f"0000{place}", state, "nan" if state == "failed" else "")
     assert read_records(root) == {
-        f"t{n}": {"state": state, "reason": "nan" if state == "failed" else "", "repeat": n % 2, "sampled": {"a@0": n}}
+        f"0000{n}": {
+            "state": state,
+            "reason": "nan" if state == "failed" else "",
+            "repeat": n % 2,
+            "sampled": {"a@0": n},
+        }
         for n, state in enumerate(states)
     }
     again = TrialRecords(root)
-    assert list(again) == [f"t{n}" for n in range(6)] and again.state("t1") == "stopped"
-    assert "t5" in again and "t6" not in again
-    assert again.draws() == [{"trial": f"t{n}", "repeat": n % 2, "sampled": {"a@0": n}} for n in (3, 4, 5)]
+    assert list(again) == [f"0000{n}" for n in range(6)] and again.state("00001") == "stopped"
+    assert "00005" in again and "00006" not in again
+    assert again.draws() == [{"trial": f"0000{n}", "repeat": n % 2, "sampled": {"a@0": n}} for n in (3, 4, 5)]
     again.reopen({"failed", "running"})
     assert [(record["state"], record["reason"]) for record in read_records(root).values()] == [
         *(("finished", ""), ("stopped", ""), ("pending", ""), ("pending", ""), ("interrupted", ""), ("pending", ""))
     ]
-    again.note("t0", "failed", "x")
-    again.note("t0", "finished")
-    assert read_records(root)["t0"] == {"state": "finished", "reason": "", "repeat": 0, "sampled": {"a@0": 0}}
+    again.note("00000", "failed", "x")
+    again.note("00000", "finished")
+    assert read_records(root)["00000"] == {"state": "finished", "reason": "", "repeat": 0, "sampled": {"a@0": 0}}
 
 
 def test_files_of_a_run_read_back(tmp_path: Path) -> None:
@@ -173,20 +178,38 @@ def test_decisions_of_a_search_are_in_the_order_of_their_making(tmp_path: Path) 
     root = str(tmp_path)
     assert read_decisions(root) == []
     first, second, third = (
-        *(Decision(0, "t1", 10, 0.5, "CONTINUE"), Decision(1, "t0", 10, 0.25, "CONTINUE")),
-        Decision(10, "t1", 20, 0.5, "STOP"),
+        *(Decision(0, "00001", 10, 0.5, "CONTINUE"), Decision(1, "00000", 10, 0.25, "CONTINUE")),
+        Decision(10, "00001", 20, 0.5, "STOP"),
     )
-    write_decisions(root, "t0", [second])
-    write_decisions(root, "t1", [first, third])
-    assert storage.read_json(tmp_path / "runs/t1/decisions.json") == [
-        [0, "t1", 10, 0.5, "CONTINUE"],
-        [10, "t1", 20, 0.5, "STOP"],
+    write_decisions(root, "00000", [second])
+    write_decisions(root, "00001", [first, third])
+    assert storage.read_json(tmp_path / "runs/00001/decisions.json") == [
+        [0, "00001", 10, 0.5, "CONTINUE"],
+        [10, "00001", 20, 0.5, "STOP"],
     ]
     assert read_decisions(root) == [first, second, third]
+    (tmp_path / "runs" / "00000" / "decisions.json").write_text("[[0")
+    assert read_decisions(root) == [first, third]
+
+
+@pytest.mark.parametrize("name", ["../../victim", "a", "00001/..", "", "1", "00001-", "\u0660\u0660\u0660\u0660\u0661"])
+@pytest.mark.parametrize("damage", ["name", "entry"])
+def test_a_name_or_an_entry_that_no_search_writes_is_left_out(
+    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name is that of a folder, whose checkpoints may be deleted."""
+    entry = {"state": "stopped", "reason": "", "repeat": 0, "sampled": {}}
+    other = {name: entry} if damage == "name" else {"00001": entry | {"repeat": 10**32}}
+    write_search(tmp_path)
+    storage.write_json(tmp_path / "trials.json", {"00000": entry | {"state": "pending"}, **other})
+    assert list(TrialRecords(str(tmp_path))) == ["00000"]
+    assert "trials.json: damaged, and left out: " in capsys.readouterr().out
+    search = read_experiment(str(tmp_path))
+    assert {*search.damaged} == {*other} | {"00000"}  # its draw lacks what the space has
 
 
 def write_search(root: Path) -> TrialRecords:
-    spec = {"space": SPACE, "space_source": "s.yaml", "overrides": {}, "samples": 2}
+    spec = search_spec(SPACE, overrides={"train.iterations": 20}, samples=2, trials=4)
     storage.write_json(root / "experiment.json", spec)
     records = TrialRecords(str(root))
     records.add(
@@ -205,7 +228,9 @@ def test_what_a_trial_did_after_it_was_stopped_does_not_count(tmp_path: Path, st
     write_search(tmp_path).note("00001-1", state)
     run = run_folder(str(tmp_path), "00001-1")
     write_metrics(run, [{"iteration": 10, METRIC: 0.1}, {"iteration": 15}, {"iteration": 20, METRIC: 0.2}])
-    write_decisions(str(tmp_path), "00001-1", [Decision(0, "00001-1", 5, 0, "GO"), Decision(2, "00001-1", 15, 0.1, "")])
+    write_decisions(
+        str(tmp_path), "00001-1", [Decision(0, "00001-1", 5, 0.0, "GO"), Decision(2, "00001-1", 15, 0.1, "")]
+    )
     found = read_experiment(str(tmp_path)).trials[3]
     assert (found.iteration, found.accuracy) == ((15, 0.1) if state == "stopped" else (20, 0.2))
     assert (found.id, found.state, found.run, found.repeat) == ("00001-1", state, run, 1)
@@ -232,9 +257,9 @@ def test_an_experiment_that_is_absent_or_damaged_is_named(tmp_path: Path) -> Non
     write_search(tmp_path)
     write_metrics(run_folder(str(tmp_path), "00000-1"), [])
     (tmp_path / "runs/00000-1/metrics.jsonl").write_text("{")
-    place = re.escape(str(tmp_path / "runs/00000-1"))
-    with pytest.raises(UserError, match=rf"^{place}: its files or its entry are damaged \(JSONDecodeError"):
-        read_experiment(str(tmp_path))
+    search = read_experiment(str(tmp_path))
+    assert [trial.id for trial in search.trials] == ["00000-0", "00001-0", "00001-1"]
+    assert re.match(rf"{tmp_path}/runs/00000-1/metrics.jsonl: damaged: line 1: ", search.damaged["00000-1"])
 
 
 def test_a_repeated_reader_reads_trials_that_have_ended_once(tmp_path: Path) -> None:
@@ -243,11 +268,13 @@ def test_a_repeated_reader_reads_trials_that_have_ended_once(tmp_path: Path) -> 
     for name, state in (("00000-0", "finished"), ("00000-1", "running"), ("00001-0", "stopped")):
         records.note(name, state)
     look = repeated_reader(str(tmp_path))
-    assert [trial.iteration for trial in look().trials] == [0, 0, 0, 0]
+    for run, last in zip(runs, (20, 5, 5)):
+        write_metrics(run, [{"iteration": last}])
+    assert [trial.iteration for trial in look().trials] == [20, 5, 5, 0]
     for run in runs:
-        write_metrics(run, [{"iteration": 10}])
+        write_metrics(run, [{"iteration": 20}, {"iteration": 21}])
     records.note("00001-0", "finished")  # the budget was raised
-    assert [trial.iteration for trial in look().trials] == [0, 10, 10, 0]
+    assert [trial.iteration for trial in look().trials] == [20, 21, 21, 0]
 
 
 def test_values_in_tables() -> None:

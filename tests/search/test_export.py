@@ -24,7 +24,9 @@ SPEC = {
     "space_source": "s.yaml",
     "overrides": {"seed": 5},
     "samples": 3,
+    "trials": 3,
     "data": "/data/shards",
+    "data_settings": {},
     "seed": 9,
     "version": "0.0.1",
     "ray": "2.0",
@@ -40,7 +42,9 @@ def write_search(root: Path, repeats: int, accuracies: dict[str, list[float]], t
         draw = {"trial": name, "repeat": int(repeat or 0), "sampled": {"model.stam_depth@0": int(number) + 1}}
         records.add([draw])
         records.note(name, *(("finished", "") if values else ("failed", "nan")))
-        lines = [{"iteration": 10 * place, METRIC: value} for place, value in enumerate(values, start=1)]
+        lines: list[dict[str, Any]] = [{"iteration": 10 * n, METRIC: value} for n, value in enumerate(values, start=1)]
+        if values and len(values) < 3:
+            lines.append({"iteration": 30})
         write_metrics(run_folder(str(root), name), lines)
 
 

@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tests.config.test_search_space import BRANCHED, literal_draw
+from tests.specs import search_spec
 from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
@@ -304,8 +305,7 @@ def test_a_repeat_that_is_not_on_record_is_added_alone(tmp_path: Path) -> None:
 
 def test_tpe_draws_a_configuration_when_it_is_needed_and_from_the_records_on_disk(tmp_path: Path) -> None:
     text = BRANCHED.replace("60", "3") + "searcher: tpe\nrepeats: 2"
-    spec = {"space": text, "space_source": "", "overrides": {}, "samples": 3}
-    storage.write_json(tmp_path / experiment.EXPERIMENT_FILE, spec)
+    storage.write_json(tmp_path / experiment.EXPERIMENT_FILE, search_spec(text))
     trials = source(parse_space(text, ""), tmp_path)
     assert trials.left == 6 and not (tmp_path / "trials.json").exists()
     first, second, third = (trials.suggest(name) for name in "abc")

@@ -13,6 +13,7 @@ import pytest
 from ray import tune as ray_tune
 
 from tests.conftest import tiny_config
+from tests.specs import search_spec
 from tune_ego import __version__, storage
 from tune_ego.config import dump_config, override_config
 from tune_ego.dataset.shards import open_shards
@@ -134,18 +135,7 @@ STATES = ("pending", "running", "interrupted", "finished", "stopped", "failed")
 def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, set[str]]]:
     """(experiment, states that go on) of each search that is driven, in place of driving it."""
     calls: list[tuple[Any, set[str]]] = []
-    spec = {
-        "space": SPACE,
-        "space_source": "s.yaml",
-        "overrides": {"seed": 5},
-        "samples": 3,
-        "trials": 6,
-        "data": "/shards",
-        "data_settings": {"flow": "dis"},
-        "gpus_per_worker": 0.0,
-        "concurrent": None,
-        "version": __version__,
-    }
+    spec = search_spec(SPACE, overrides={"seed": 5}, trials=6)
     storage.write_json(tmp_path / "experiment.json", spec)
     records = TrialRecords(str(tmp_path))
     sampled = {"model.stam_depth@0": 1}
@@ -193,6 +183,8 @@ def test_the_states_of_a_resumed_search_are_printed(
 ) -> None:
     write_checkpoint(run_folder(str(tmp_path), "00000-1"), 20)
     write_checkpoint(run_folder(str(tmp_path), "00001-1"), 30)
+    for name, last in (("00001-1", 30), ("00002-0", 10)):
+        write_metrics(run_folder(str(tmp_path), name), [{"iteration": last}])
     write_failure(run_folder(str(tmp_path), "00001-0"), Failure("weights", final=False))
     write_failure(run_folder(str(tmp_path), "00002-1"), Failure("nan", final=True))
     file = tmp_path / "experiment.json"

@@ -21,7 +21,7 @@ from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.results import checkpoint_files, experiment, trial_records
+from tune_ego.results import checkpoint_files, experiment, reading, trial_records
 from tune_ego.results.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
 
 _CONFIG: dict[str, dict[str, Any]] = {
@@ -268,7 +268,7 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
             kill_all(process)
             killed_times += 1
             command = ["resume", str(root)]
-            states = [trial.state for trial in experiment.read_experiment(str(root)).trials]
+            states = [trial.state for trial in reading.read_experiment(str(root)).trials]
             interrupted = states.count("interrupted")
             say(f"kill {killed_times} of {kills}, after {count_decisions()} decisions; {interrupted} trial interrupted")
         _run_to_end(log, "resume", str(root))
@@ -282,7 +282,7 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
 
 def _history(root: Path) -> dict[str, Any]:
     """Return the facts that must be equal in the two searches."""
-    search = experiment.read_experiment(str(root))
+    search = reading.read_experiment(str(root))
     return {
         "states": [trial.state for trial in search.trials],
         "decisions": [decision[1:] for decision in trial_records.read_decisions(str(root))],

@@ -16,7 +16,6 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
-from tune_ego.report.reading import CheckedExperiment
 from tune_ego.report.reproduce import reproduction
 from tune_ego.report.stopping import stopping_numbers
 from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration
@@ -39,26 +38,25 @@ SERIES = {
 """Key of metrics.jsonl -> title of its learning curves."""
 
 
-def experiment_numbers(checked: CheckedExperiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
+def experiment_numbers(search: Experiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
     """Return all numbers of one experiment.
 
     Args:
-        checked: The experiment.
+        search: The experiment.
         evaluation: The result of `read_evaluation`.
         options: Options of the `report` command, as words of its command line.
     """
-    search = checked.experiment
     trials = sorted(search.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True)
     best, importance = _best_configuration(search), importance_numbers(search)
     return {
         "report": {"version": __version__, "made": datetime.now(timezone.utc).isoformat(timespec="seconds")},
-        "experiment": _overview(checked),
-        "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(checked.damaged.items())],
+        "experiment": _overview(search),
+        "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(search.damaged.items())],
         "answer": _answer(search, best),
         "choices": _choices(search),
         "trials": [_trial_row(search, trial) for trial in trials],
         "curves": _curves(trials, best),
-        "stopping": stopping_numbers(checked),
+        "stopping": stopping_numbers(search),
         "parallel": _parallel(search.space.searched_keys, importance),
         "importance": importance,
         "published": published_numbers(search, best, evaluation),
@@ -75,19 +73,18 @@ def _best_configuration(search: Experiment) -> Configuration | None:
         return None
 
 
-def _overview(checked: CheckedExperiment) -> dict[str, Any]:
+def _overview(search: Experiment) -> dict[str, Any]:
     """Return name, state, settings and numbers of trials of an experiment."""
-    search = checked.experiment
     states = [trial.state for trial in search.trials]
     base = search.space.base
     config = search.trials[0].config if search.trials else None
     return {
         "name": search.root.rpartition("/")[2],
         "root": search.root,
-        "state": _describe_state(checked),
+        "state": _describe_state(search),
         "started": search.spec.get("started", ""),
         "trials_planned": search.spec["trials"],
-        "trials_drawn": len(states) + len(checked.damaged),
+        "trials_drawn": len(states) + len(search.damaged),
         "states": {state: states.count(state) for state in sorted(set(states))},
         "searcher": search.space.searcher,
         "scheduler": search.space.scheduler.name,
@@ -99,19 +96,19 @@ def _overview(checked: CheckedExperiment) -> dict[str, Any]:
     }
 
 
-def _describe_state(checked: CheckedExperiment) -> str:
+def _describe_state(search: Experiment) -> str:
     """Return the state of a search in words that complete "The search is"."""
-    trials, spec = checked.experiment.trials, checked.experiment.spec
+    trials, spec = search.trials, search.spec
     ended = f"{sum(trial.ended for trial in trials)} of {spec['trials']} trials have ended"
-    if checked.alive:
+    if search.alive:
         return f"running: {ended}; this report shows the results so far"
     if not trials:
         return "empty: no trial has been started, or none can be read"
     failed = all(trial.state == "failed" for trial in trials)
-    if failed and len(trials) >= spec["trials"] and not checked.damaged:
+    if failed and len(trials) >= spec["trials"] and not search.damaged:
         return f"over, and every trial failed; the first one failed with: {trials[0].reason}"
-    if failed or sum(trial.ended for trial in trials) < spec["trials"] - len(checked.damaged):
-        return f"interrupted: {ended}; to resume: tune-ego resume {checked.experiment.root}"
+    if failed or sum(trial.ended for trial in trials) < spec["trials"] - len(search.damaged):
+        return f"interrupted: {ended}; to resume: tune-ego resume {search.root}"
     return f"over: {ended}"
 
 

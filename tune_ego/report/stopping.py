@@ -5,28 +5,27 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any
 
-from tune_ego.report.reading import CheckedExperiment
+from tune_ego.results.experiment import Experiment
 from tune_ego.results.trial_records import Decision
 
 _STOP = "STOP"  # Ray Tune's name of the action, as in decisions.json
 
 
-def stopping_numbers(checked: CheckedExperiment) -> dict[str, Any]:
+def stopping_numbers(search: Experiment) -> dict[str, Any]:
     """Return the number of trials that reached, and were stopped at, each rung, and the iterations spent and saved.
 
     Iterations are summed over the trials that finished or were stopped early. Failed, running and interrupted trials
     are not counted.
     """
-    search = checked.experiment
     settings = search.space.scheduler
     ended = [trial for trial in search.trials if trial.state in ("finished", "stopped")]
     budget = search.trials[0].config.train.iterations if search.trials else 0
     steps = settings.rungs(budget)
     reported: dict[int, set[str]] = {rung: set() for rung in steps}
-    for decision in checked.decisions:
+    for decision in search.decisions:
         for rung in steps[: bisect_right(steps, decision.iteration)]:
             reported[rung].add(decision.trial)
-    stops = [decision for decision in checked.decisions if decision.action == _STOP]
+    stops = [decision for decision in search.decisions if decision.action == _STOP]
     stopped = [_stop(decision, steps) for decision in stops]
     full, spent = budget * len(ended), sum(trial.iteration for trial in ended)
     return {

@@ -7,10 +7,11 @@ from typing import Any
 from tune_ego import storage
 from tune_ego.console import percent, say
 from tune_ego.errors import UserError
-from tune_ego.report import page, reading
+from tune_ego.report import page
 from tune_ego.report.accuracy import read_evaluation
 from tune_ego.report.numbers import experiment_numbers
 from tune_ego.results.checkpoint_files import MODEL_FILE
+from tune_ego.results.reading import read_experiment
 
 _HTML = ".html"
 
@@ -37,10 +38,10 @@ def write_report(
     numbers_out = _numbers_file(out)
     if checkpoint is not None and data is None:
         raise UserError("--checkpoint: attention is drawn on test clips; name their shards with --data")
-    checked = reading.read(root)
+    search = read_experiment(root)
     given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
-    numbers = experiment_numbers(checked, read_evaluation(checked.experiment, evaluation), options)
+    numbers = experiment_numbers(search, read_evaluation(search, evaluation), options)
     cases, pictures = _attention(checkpoint or numbers["evaluation"].get("checkpoint"), data)
     numbers["attention_cases"] = cases
     _write_page(out, numbers_out, page.render(numbers, pictures), numbers)
@@ -71,8 +72,8 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
     numbers_out = _numbers_file(out)
     pair = []
     for root in roots:
-        checked = reading.read(root)
-        pair.append(experiment_numbers(checked, read_evaluation(checked.experiment, None), []))
+        search = read_experiment(root)
+        pair.append(experiment_numbers(search, read_evaluation(search, None), []))
     numbers = {
         "experiments": pair,
         "best_values": _best_values(pair),

@@ -8,18 +8,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mean, stdev
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tune_ego import __version__, storage
+from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.results import driver, trial_records
+from tune_ego.results import trial_records
 from tune_ego.search_space import SearchSpace, parse_space
 
 if TYPE_CHECKING:
@@ -53,12 +50,42 @@ def picture_file(iteration: int) -> str:
     return f"attention/iteration-{iteration:06d}.png"
 
 
-def read_metrics(run: str) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`; an empty list if nothing is logged yet."""
+def read_metrics(run: str, *, whole: bool = True) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`; an empty list if nothing is logged yet.
+
+    Raises `UserError` for a damaged line. With `whole=False` the lines before the first damaged one are returned.
+    """
     uri = storage.join(run, METRICS_FILE)
-    if not storage.exists(uri):
-        return []
-    return [json.loads(line) for line in storage.read_text(uri).splitlines()]
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(storage.read_bytes(uri).splitlines() if storage.exists(uri) else (), start=1):
+        try:
+            line = storage.parse_json(text)
+            _check_metrics(line, lines[-1]["iteration"] if lines else 0)
+        except ValueError as error:
+            if whole:
+                raise UserError(f"{uri}: damaged: line {number}: {error}") from error
+            break
+        lines.append(line)
+    return lines
+
+
+_MOST_ITERATIONS = 10**9
+
+
+def _check_metrics(line: Any, before: int) -> None:
+    """Raise `ValueError` where a line of metrics is not such as a run writes after iteration `before`."""
+    iteration = line.get("iteration") if isinstance(line, dict) else None
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration > _MOST_ITERATIONS:
+        raise ValueError("no iteration")
+    if iteration <= before:
+        raise ValueError(f"iteration {iteration} comes after {before}")
+    for key, value in line.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_METRIC
+        if not number or (key == METRIC and not 0 <= value <= 1):
+            raise ValueError(f"{key} is {value!r:.40}")
+
+
+_LARGEST_METRIC = 1e30
 
 
 def write_metrics(run: str, lines: list[dict[str, Any]]) -> None:
@@ -122,6 +149,8 @@ class Trial:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     """Reason of its failure; empty if it has not failed."""
+    decisions: list[trial_records.Decision] = field(default_factory=list)
+    """Decisions of the scheduler about it, in their order."""
 
     @property
     def ended(self) -> bool:
@@ -163,6 +192,11 @@ class Experiment:
     spec: dict[str, Any]
     """Content of `experiment.json`: search space, data set, seed, versions, command."""
     trials: list[Trial]
+    """Trials whose records are valid."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Name of a trial with damaged records -> what is damaged."""
+    alive: bool = False
+    """Whether a driver runs the search now."""
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -170,6 +204,11 @@ class Experiment:
         spec = self.spec
         space = parse_space(spec["space"], spec["space_source"], spec["overrides"], check=False)
         return replace(space, samples=spec["samples"])
+
+    @property
+    def decisions(self) -> list[trial_records.Decision]:
+        """Decisions of the scheduler about all trials, in their order."""
+        return sorted(decision for trial in self.trials for decision in trial.decisions)
 
     @property
     def best(self) -> Configuration:
@@ -234,63 +273,3 @@ def by_configuration(trials: list[Trial]) -> list[Configuration]:
         name = trial_records.configuration_name(trial.id)
         configurations.setdefault(name, Configuration([])).trials.append(trial)
     return list(configurations.values())
-
-
-def read_trial(experiment: Experiment, trial: str, record: dict[str, Any], dead: bool) -> Trial:
-    """Read one trial of an experiment, given its entry in `trials.json`; `dead`: no process drives the search."""
-    run, state, sampled = trial_records.run_folder(experiment.root, trial), record["state"], record["sampled"]
-    repeat = record["repeat"]
-    state = "interrupted" if state == "running" and dead else state
-    metrics = read_metrics(run)
-    decisions = trial_records.trial_decisions(experiment.root, trial) if state == "stopped" else []
-    if decisions:  # a trial trains on until it is stopped; how far it gets depends on timing
-        metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
-    started = "" if experiment.spec.get("version") == __version__ else storage.join(run, CONFIG_FILE)
-    config = experiment.space.resumed_config(started, sampled, repeat)
-    return Trial(trial, state, run, sampled, repeat, config, metrics, record["reason"])
-
-
-def read_experiment(root: str, ended_trials: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:
-    """Read an experiment from its folder or URI, running or not.
-
-    Args:
-        root: The folder or URI.
-        ended_trials: Trials from an earlier call that had ended, by name. They are not read again unless their state
-            has changed.
-
-    Raises:
-        UserError: There is no experiment, or files of a trial are damaged.
-    """
-    uri = storage.join(root, EXPERIMENT_FILE)
-    if not storage.exists(uri):
-        raise UserError(f"{root}: no experiment here (no {EXPERIMENT_FILE})")
-    experiment = Experiment(storage.absolute(root), storage.read_json(uri), [])
-    dead = not driver.is_alive(experiment.root)
-
-    def read(trial: str, record: dict[str, Any]) -> Trial:
-        if trial in ended_trials and ended_trials[trial].state == record["state"]:
-            return ended_trials[trial]
-        try:
-            return read_trial(experiment, trial, record, dead)
-        except UserError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{trial_records.run_folder(experiment.root, trial)}: its files or its entry are damaged ({error!r})"
-            ) from error
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        experiment.trials += pool.map(lambda item: read(*item), trial_records.read_records(experiment.root).items())
-    return experiment
-
-
-def repeated_reader(root: str) -> Callable[[], Experiment]:
-    """Return a function that reads the experiment at each call, and each trial that has ended only once."""
-    ended_trials: dict[str, Trial] = {}
-
-    def read() -> Experiment:
-        experiment = read_experiment(root, ended_trials)
-        ended_trials.update({trial.id: trial for trial in experiment.trials if trial.ended})
-        return experiment
-
-    return read

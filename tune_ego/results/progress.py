@@ -17,7 +17,7 @@ from rich.table import Table
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import console, percent, say
-from tune_ego.results import driver, experiment, trial_records
+from tune_ego.results import driver, experiment, reading, trial_records
 from tune_ego.results.checkpoint_files import MODEL_FILE
 from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Configuration, Experiment, Trial
 from tune_ego.results.tables import config_value, trial_table
@@ -286,7 +286,7 @@ def shown(root: str, view: Callable[[], RenderableType], line: Callable[[], str]
 @contextmanager
 def search_shown(root: str) -> Iterator[None]:
     """Show the progress of the search at `root` (`shown`)."""
-    read_search = experiment.repeated_reader(root)
+    read_search = reading.repeated_reader(root)
     with shown(root, lambda: search_view(read_search()), lambda: _line(facts(read_search()))):
         yield
 

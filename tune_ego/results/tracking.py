@@ -28,7 +28,7 @@ from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import say
 from tune_ego.errors import UserError
-from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results import checkpoint_files, experiment, reading
 from tune_ego.results.experiment import METRIC, Trial
 
 _READ_EVERY = 10.0  # seconds
@@ -331,7 +331,7 @@ def _wandb_mode() -> Any:
 
 def search_tracked(names: Sequence[str], root: str) -> Any:
     """Track the search at `root` (`tracked`)."""
-    read_search = experiment.repeated_reader(root)
+    read_search = reading.repeated_reader(root)
     return tracked(make_trackers(names, root), lambda: read_search().trials)
 
 

@@ -6,15 +6,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tune_ego import storage
+from tune_ego.console import say
+from tune_ego.errors import UserError
 from tune_ego.results import driver
 
 _READERS = 16
 """Threads that read files."""
+_MOST = 10**9
+"""Bound on counts in records: more is damage."""
+_NAME = re.compile(r"[0-9]{5,9}(-[0-9]{1,9})?")
+"""Form of `trial_name`."""
 TRIALS_FILE = "trials.json"
 DECISIONS_FILE = "decisions.json"
 ENDED = ("finished", "stopped", "failed")
@@ -37,7 +46,7 @@ class TrialRecords:
 
     def __init__(self, root: str) -> None:
         self._root, self._uri = root, storage.join(root, TRIALS_FILE)
-        self._records: dict[str, dict[str, Any]] = read_records(root)
+        self._records: dict[str, dict[str, Any]] = valid_records(root)
 
     def __contains__(self, trial: str) -> bool:
         return trial in self._records
@@ -84,7 +93,49 @@ class TrialRecords:
 def read_records(root: str) -> dict[str, dict[str, Any]]:
     """Return the content of `trials.json`: trial -> state, reason, repeat, sampled."""
     uri = storage.join(root, TRIALS_FILE)
-    return storage.read_json(uri) if storage.exists(uri) else {}
+    records = storage.read_json(uri) if storage.exists(uri) else {}
+    if not isinstance(records, dict):
+        raise UserError(f"{uri}: damaged: expected a mapping from trial names to records")
+    return records
+
+
+class TrialRecord(BaseModel):
+    """Entry of a trial in `trials.json`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    state: Literal["pending", "running", "interrupted", "finished", "stopped", "failed"]
+    reason: str
+    repeat: int = Field(ge=0, le=_MOST)
+    sampled: dict[str, Any]
+
+
+def check_record(trial: str, record: Any) -> None:
+    """Raise `ValueError` where an entry of `trials.json` is not such as a search writes.
+
+    A trial's name is the name of its folder: another form could lead out of the search.
+    """
+    if _NAME.fullmatch(trial) is None:
+        raise ValueError(f"{trial!r:.80} is no name of a trial")
+    try:
+        TrialRecord.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(
+            f"the trial's entry in {TRIALS_FILE}: {key}: {first['msg']}, found {first['input']!r:.80}"
+        ) from error
+
+
+def valid_records(root: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of `trials.json` that are valid. A printed line names each other one."""
+    records = read_records(root)
+    for trial in list(records):
+        try:
+            check_record(trial, records[trial])
+        except ValueError as error:
+            say(f"{storage.join(root, TRIALS_FILE)}: damaged, and left out: {error}")
+            del records[trial]
+    return records
 
 
 def run_folder(root: str, trial: str) -> str:
@@ -95,13 +146,16 @@ def run_folder(root: str, trial: str) -> str:
 class Decision(NamedTuple):
     """A report of a trial to the scheduler, and the scheduler's decision."""
 
-    order: int
+    order: Annotated[int, Field(ge=0, le=_MOST)]
     """Position among all decisions of the search."""
     trial: str
-    iteration: int
-    accuracy: float
+    iteration: Annotated[int, Field(ge=0, le=_MOST)]
+    accuracy: Annotated[float, Field(ge=0, le=1)]
     action: str
     """CONTINUE or STOP."""
+
+
+_DECISIONS = TypeAdapter(list[Decision], config=ConfigDict(strict=True))
 
 
 def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
@@ -111,14 +165,28 @@ def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
 
 
 def trial_decisions(root: str, trial: str) -> list[Decision]:
-    """Return the decisions about a trial, in their order."""
+    """Return the decisions about a trial, in their order. Raises `UserError` for a damaged file."""
     uri = storage.join(run_folder(root, trial), DECISIONS_FILE)
-    return [Decision(*line) for line in storage.read_json(uri)] if storage.exists(uri) else []
+    lines = storage.read_json(uri) if storage.exists(uri) else []
+    try:
+        decisions = _DECISIONS.validate_python(lines)
+    except ValidationError as error:
+        raise UserError(f"{uri}: damaged: expected lists of {', '.join(Decision._fields)}") from error
+    if any(decision.trial != trial for decision in decisions):
+        raise UserError(f"{uri}: damaged: decisions about another trial")
+    return decisions
 
 
 def read_decisions(root: str) -> list[Decision]:
-    """Return all decisions of a search, in the order in which they were made."""
+    """Return all decisions of a search, in the order in which they were made. A printed line names a damaged file."""
+
+    def read(trial: str) -> list[Decision]:
+        try:
+            return trial_decisions(root, trial)
+        except UserError as error:
+            say(f"{error}; left out")
+            return []
+
     trials = storage.list_names(storage.join(root, "runs"))
     with ThreadPoolExecutor(_READERS) as pool:
-        by_trial = pool.map(lambda trial: trial_decisions(root, trial), trials)
-        return sorted(decision for decisions in by_trial for decision in decisions)
+        return sorted(decision for decisions in pool.map(read, trials) for decision in decisions)

@@ -15,7 +15,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from tune_ego.errors import UserError
-from tune_ego.results import experiment, trial_records
+from tune_ego.results import experiment, reading, trial_records
 from tune_ego.results.experiment import Configuration, Trial
 from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search_space import SearchSpace
@@ -65,7 +65,7 @@ class TrialSource(Searcher):  # type: ignore[misc]
             case "random":
                 sampled = self._space.draw(self._seed, number)
             case "tpe":
-                sampled = draw_by_tpe(self._space, self._seed, number, experiment.read_experiment(self._root).trials)
+                sampled = draw_by_tpe(self._space, self._seed, number, reading.read_experiment(self._root).trials)
             case unknown:
                 raise ValueError(f"no searcher {unknown!r}")
         draws = [

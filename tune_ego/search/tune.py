@@ -18,7 +18,7 @@ from tune_ego.console import print_table, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.interruption import end_interrupted
-from tune_ego.results import checkpoint_files, driver, experiment, trial_records
+from tune_ego.results import checkpoint_files, driver, experiment, reading, trial_records
 from tune_ego.results.checkpoint_files import last_whole_iteration
 from tune_ego.results.experiment import METRIC, Experiment, Trial
 from tune_ego.results.progress import search_shown
@@ -101,7 +101,7 @@ def resume_search(
     `data` is the new place of the shards if they were moved. With more `samples` further configurations are drawn. With
     more `iterations` finished trials continue to the new budget; trials that the scheduler stopped stay stopped.
     """
-    search = experiment.read_experiment(root)
+    search = reading.read_experiment(root)
     if search.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
     search.spec["data"] = _checked_data(search, data)
@@ -124,6 +124,8 @@ def resume_search(
     resumed.spec["trials"] = resumed.space.trials
     for trial in search.trials:
         say(f"  {trial.id}: {trial.state}{_resume_note(trial) if trial.state in again else ''}")
+    for name, damage in search.damaged.items():
+        say(f"  {name}: its records are damaged: {damage}")
     with ray_session(address):
         _decide_gpus(resumed, address, node_types)
         return _drive(resumed, address, again)
@@ -169,9 +171,9 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
     at_a_time = runs_at_a_time(config, gpus, nodes, space.trials, spec["concurrent"])
     resume_command = shlex.join(["tune-ego", "resume", root])
     with driver.driving(root, resume_command) as interruption:
-        storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
         records = TrialRecords(root)
-        records.reopen(again)
+        records.reopen(again)  # before the budget is raised: a trial that has finished with less is taken for damaged
+        storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
         source = TrialSource(root, space, spec["seed"], records, at_a_time, interruption.__bool__)
         if source.left:
             say(f"{source.left} trials of up to {config.train.iterations} iterations, {at_a_time} at a time, in {root}")
@@ -197,7 +199,7 @@ def _drive(search: Experiment, address: str | None, again: set[str] = frozenset(
             )
             with search_tracked(spec.get("track", ()), root), search_shown(root):
                 tuner.fit()
-        done = experiment.read_experiment(root)
+        done = reading.read_experiment(root)
         _show(done)
         if interruption and not all(trial.ended for trial in done.trials):
             end_interrupted(resume_command)
@@ -253,10 +255,10 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float, claim: str
         run = trial_records.run_folder(root, draw["trial"])
         try:
             config = space.resumed_config(storage.join(run, experiment.CONFIG_FILE), draw["sampled"], draw["repeat"])
+            ended = last_report(root, run, config)
         except UserError as error:
             experiment.write_failure(run, experiment.Failure(str(error), final=False))
             return
-        ended = last_report(root, run, config)
         if ended is not None:  # the driver died before it recorded the end
             tune.report(ended)
             return
@@ -279,5 +281,8 @@ def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
     last = config.train.iterations
     if last in checkpoint_files.checkpoint_iterations(run) and last_whole_iteration(run) == last:
-        return [line for line in experiment.read_metrics(run) if METRIC in line][-1]
+        validations = [line for line in experiment.read_metrics(run, whole=False) if METRIC in line]
+        if validations and validations[-1]["iteration"] == last:
+            return validations[-1]
+        raise UserError(f"{run}: the trial has finished, but its {experiment.METRICS_FILE} is damaged")
     return None
