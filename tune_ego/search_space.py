@@ -148,10 +148,10 @@ class SearchSpace:
         indices: dict[str, int] = {}
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
-                if all(self._value(name, chosen) in allowed for name, allowed in branch.when.items()):
+                if all(_as_tuple(self._value(name, chosen)) in allowed for name, allowed in branch.when.items()):
                     domain = branch.domain
                     value = domain.values[0] if domain.form == "value" else choose_value(f"{key}@{index}", domain)
-                    chosen[key] = tuple(value) if isinstance(value, list) else value
+                    chosen[key] = _as_tuple(value)
                     indices[key] = index
                     break
         return chosen, indices
@@ -319,10 +319,16 @@ def _branches(entry: Any, place: str, not_yet_drawn: list[str]) -> list[Branch]:
                 f"{place}: branch {number}: a grid has no 'when' (it would repeat other trials); use choice"
             )
         when = {
-            name: tuple(allowed) if isinstance(allowed, list) else (allowed,) for name, allowed in branch.when.items()
+            name: tuple(map(_as_tuple, allowed)) if isinstance(allowed, list) else (allowed,)
+            for name, allowed in branch.when.items()
         }
         branches.append(Branch(when, branch.domain))
     return branches
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, the form in which configurations hold lists; any other value as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_configurations(space: SearchSpace) -> None:

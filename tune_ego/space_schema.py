@@ -52,6 +52,17 @@ def _check_pair(ends: Any) -> Any:
     return ends
 
 
+def _check_different(values: list[Any]) -> list[Any]:
+    """Refuse equal values: each value of a grid is a trial of its own, and two equal ones would be the same trial."""
+    seen: set[str] = set()
+    for value in values:
+        text = repr(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+        if text in seen:
+            raise ValueError(f"the value {value!r:.40} is given twice")
+        seen.add(text)
+    return values
+
+
 Plain = Annotated[Any, AfterValidator(_check_plain)]
 Values = Annotated[list[Plain], Field(min_length=1)]
 _Number = Annotated[float, Field(allow_inf_nan=True)]
@@ -77,7 +88,7 @@ class Entry(_SpaceNode):
     when: dict[Any, Any] = {}
     """Key -> the value, or a list of the values, that it must have."""
     choice: Values = []
-    grid: Values = []
+    grid: Annotated[Values, AfterValidator(_check_different)] = []
     uniform: Range = (0.0, 1.0)
     loguniform: PositiveRange = (0.1, 1.0)
     randint: WholeRange = (0, 1)

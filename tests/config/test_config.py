@@ -129,7 +129,7 @@ def test_a_dumped_configuration_reads_back(tmp_path: Path) -> None:
 
 def test_numbers_and_words_mean_what_people_write() -> None:
     read = parse_yaml("[1e-3, 1.5, .5, 3, off, no, true, 1.5E+3, -2e2, 2026-01-01, false, 1., e3, True]", "t")
-    assert read == [1e-3, 1.5, 0.5, 3, "off", "no", True, 1500.0, -200.0, "2026-01-01", False, 1.0, "e3", "True"]
+    assert read == [1e-3, 1.5, 0.5, 3, "off", "no", True, 1500.0, -200.0, "2026-01-01", False, 1.0, "e3", True]
 
 
 def test_every_key_of_a_configuration() -> None:

@@ -354,3 +354,14 @@ def test_a_key_may_not_depend_on_a_value_of_the_base_that_it_does_not_cover() ->
     text = "base: {streams: rgb}\nspace: {model.dropout: [{when: {streams: flow}, uniform: [0, 0.5]}]}\n"
     with pytest.raises(UserError, match="no branch for streams: rgb"):
         parse_space(text, "s.yaml")
+
+
+@pytest.mark.parametrize("base", ["", "base: {optimizer: {betas: [0.9, 0.99]}}\n"], ids=["searched", "of the base"])
+def test_a_condition_on_a_key_whose_values_are_lists(base: str) -> None:
+    """`when` lists the values that hold, each of which is a list here."""
+    searched = "" if base else "  optimizer.betas: {choice: [[0.9, 0.99], [0.95, 0.999]]}\n"
+    branches = "[{when: {optimizer.betas: [[0.9, 0.99], [0, 0]]}, value: 0.5}, {value: 0.25}]"
+    space = parse_space(f"{base}space:\n{searched}  optimizer.lr: {branches}", "t", check=not base)
+    for betas, rate in (([0.9, 0.99], 0.5), ([0.95, 0.999], 0.25))[: 1 if base else 2]:
+        sampled = {} if base else {"optimizer.betas@0": betas}
+        assert space.config(sampled).optimizer.lr == rate

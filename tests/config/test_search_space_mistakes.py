@@ -199,6 +199,15 @@ def test_what_lies_just_within_the_limits_is_accepted(text: str) -> None:
     parse_space(text, "s.yaml")
 
 
+@pytest.mark.parametrize("values", ["[1, 2, 1]", "[1, 1.0]", "[0.5, 5.0e-1]", "[[1, 2], [3], [1, 2]]", "[a, b, a]"])
+def test_a_value_that_a_grid_has_twice_is_refused(values: str) -> None:
+    with pytest.raises(UserError, match=r"^s\.yaml: space\.seed: grid: the value .* is given twice"):
+        parse_space(f"space: {{seed: {{grid: {values}}}}}", "s.yaml")
+    for text in ("{choice: [1, 1]}", "{grid: [1, 2]}"):  # a choice may be weighted
+        parse_space(f"space: {{seed: {text}}}", "s.yaml")
+    parse_space("space: {model.attention_scale: {grid: [min_max, softmax]}}", "s.yaml", check=False)
+
+
 def test_a_space_that_was_checked_is_not_checked_again() -> None:
     text = "space: {model.stam_depth: {choice: [99]}}"
     assert parse_space(text, "s.yaml", check=False).samples == 1

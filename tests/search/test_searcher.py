@@ -331,3 +331,13 @@ def test_no_more_trials_at_a_time_than_allowed_and_none_after_an_interruption(tm
     trials.on_trial_complete("never given")
     assert trials.suggest("d") is None
     assert source(space, tmp_path, interrupted=True).suggest("a") == "FINISHED"
+
+
+def test_a_search_of_very_many_trials_starts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws some trials ahead, and the others when they are needed."""
+    monkeypatch.setattr("tune_ego.search.searcher._DRAWN_AHEAD", 3)
+    space = parse_space(BRANCHED.replace("60", "1000000000"), "")
+    trials = source(space, tmp_path)
+    assert trials.left == 10**9 and list(TrialRecords(str(tmp_path))) == ["00000", "00001", "00002"]
+    names = [trials.suggest(f"t{n}")["trial"] for n in range(5)]  # type: ignore[index]
+    assert names == ["00000", "00001", "00002", "00003", "00004"]

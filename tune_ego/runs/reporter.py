@@ -44,9 +44,8 @@ class Reporter:
 
         The scheduler of a search may have missed some of them. Those that it has on record change nothing.
         """
-        self.lines = [
-            line for line in experiment.read_metrics(self.job.run, whole=False) if line["iteration"] <= iteration
-        ]
+        lines = experiment.read_metrics(self.job.run, whole=False)
+        self.lines = [line for line in lines if line["iteration"] <= iteration]
         for line in [] if self.job.final else self.lines:
             if experiment.METRIC in line:
                 self._report_to_ray(line)

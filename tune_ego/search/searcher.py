@@ -24,6 +24,9 @@ from tune_ego.space_schema import Domain
 if TYPE_CHECKING:
     import optuna
 
+_DRAWN_AHEAD = 10_000
+"""Most configurations of a random search that are drawn at its start."""
+
 
 class TrialSource(Searcher):  # type: ignore[misc]
     """Searcher that passes to Tune the trials of a search that have not ended, and then draws new ones.
@@ -44,13 +47,12 @@ class TrialSource(Searcher):  # type: ignore[misc]
         self._root, self._space, self._seed, self._records = root, space, seed, records
         self._at_a_time, self._interrupted = at_a_time, interrupted
         unfinished = records.draws()
-        new = [n for n in range(space.configurations) if any(name not in records for name in self._names(n))]
-        self.left = len(unfinished) + sum(name not in records for n in new for name in self._names(n))
+        new = (n for n in range(space.configurations) if any(name not in records for name in self._names(n)))
+        self.left = space.trials - sum(records.state(name) in trial_records.ENDED for name in records)
         """Trials that have not ended, drawn or not."""
-        if space.searcher == "random":  # draw all now, so that `status` lists the pending trials
-            for number in new:
+        if space.searcher == "random":  # draw them now, so that `status` lists the pending trials
+            for number in itertools.islice(new, _DRAWN_AHEAD):
                 unfinished += self._add(number)
-            new = []
         self._waiting = itertools.chain(unfinished, itertools.chain.from_iterable(map(self._add, new)))
         self._running: set[str] = set()
         """Tune's names of the running trials."""
