@@ -20,7 +20,8 @@ Set = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
 ]
 Track = Annotated[
-    list[str], typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; repeatable.")
+    list[str],
+    typer.Option("--track", metavar="TRACKER", help="tensorboard, mlflow or wandb; mlflow? is optional; repeatable."),
 ]
 NodeType = Annotated[
     Optional[list[str]],

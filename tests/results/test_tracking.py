@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tests.searches import KnownSearch
 from tune_ego.errors import UserError
 from tune_ego.results import experiment, tracking
 from tune_ego.results.experiment import METRIC, Trial
-from tune_ego.results.tracking import _Follower, flat, make_trackers, run_tracked, tracked
+from tune_ego.results.trackers import flat
+from tune_ego.results.tracking import _Follower, check_trackers, make_trackers, run_tracked, tracked
 from tune_ego.search.tune import start_search
 
 
@@ -268,3 +270,40 @@ def test_unknown_trackers_and_places_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://x")
     with pytest.raises(UserError, match="--track mlflow: "):
         make_trackers(["mlflow"], str(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["refuses", "is silent", "deleted"])
+def test_a_tracker_that_cannot_be_used_is_noticed_at_the_start(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri, words = "http://127.0.0.1:1", "refused"
+    if fault == "is silent":
+        server = socket.create_server(("127.0.0.1", 0))
+        uri, words = f"http://127.0.0.1:{server.getsockname()[1]}", "timed out"
+    elif fault == "deleted":
+        uri, words = f"sqlite:///{tmp_path}/m.db", "its experiment 'search' is deleted; restore it"
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.delete_experiment(client.create_experiment("search"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    root, start = str(tmp_path / "search"), time.monotonic()
+    with pytest.raises(
+        UserError, match=f"^--track mlflow: .*{words}.*; to go on without it if it fails: .* mlflow[?]$"
+    ):
+        check_trackers(["tensorboard", "mlflow"], root)
+    assert time.monotonic() - start < 15 and not (tmp_path / "search").exists()
+    check_trackers(["mlflow?"], root)
+    assert [*make_trackers(["tensorboard", "mlflow?"], root)] == ["tensorboard"]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("--track mlflow?: ") for line in lines) == 2
+
+
+def test_an_optional_tracker_that_works_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert [*make_trackers(["mlflow?"], str(tmp_path))] == ["mlflow"]
+    monkeypatch.setattr("tune_ego.results.tracking.importlib.util.find_spec", lambda name: None)
+    check_trackers(["wandb?"], str(tmp_path))
+    with pytest.raises(UserError, match="--track wandb: pip install"):
+        check_trackers(["wandb"], str(tmp_path))

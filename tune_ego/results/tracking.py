@@ -6,66 +6,74 @@ cover no final runs, and of a trial only its validations.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
 import math
-import netrc
 import os
-import shutil
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import cv2
-import numpy as np
+from typing import Any
 
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import say
 from tune_ego.errors import UserError
 from tune_ego.results import checkpoint_files, experiment, reading
-from tune_ego.results.experiment import METRIC, Trial
+from tune_ego.results.experiment import Trial
+from tune_ego.results.trackers import Mlflow, TensorBoard, Tracker, WandB, mlflow_client, mlflow_experiment, result_name
 
 _READ_EVERY = 10.0  # seconds
-_METRICS_A_REQUEST = 900
-"""MLflow takes 1,000."""
-_PARAMS_A_REQUEST = 100
-_RUN_TAG = "tune_ego.run"
 _PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
-_MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
 
 
-class Tracker(Protocol):
-    """A tracker for the runs of one search or final run."""
+def check_trackers(names: Sequence[str], root: str) -> None:
+    """Check, before anything starts, that trackers can be used for the search or run at `root`.
 
-    def begin(self, trial: Trial) -> Any:
-        """Open the tracker's own run, the one of an earlier start where there is one."""
+    A name that ends in `?` is optional: if it cannot be used, a printed line says so.
 
-    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
-        """Write lines of metrics, each with its `iteration`. Lines that the tracker has already are left out."""
+    Raises:
+        UserError: An unknown name; a tracker that is not optional whose package is not installed, or whose server does
+            not answer within 10 s.
+    """
+    for name, tracker, required in _parsed(names):
+        with _optional(name, required):
+            if importlib.util.find_spec(_PACKAGES[tracker]) is None:
+                raise UserError(f"pip install 'tune_ego[{tracker}]'")
+            if tracker == "mlflow" and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+                mlflow_experiment(mlflow_client(uri), result_name(root))
 
-    def end(self, run: Any, state: str) -> None: ...
 
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `UserError` for an unknown name, and where its package is not installed."""
+def _parsed(names: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """Return (name as it is given, tracker, whether it is required) of each name. Raises `UserError`."""
     for name in names:
-        if name not in _PACKAGES:
-            raise UserError(f"--track {name}: expected one of {', '.join(_PACKAGES)}")
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--track {name}: pip install 'tune_ego[{name}]'")
+        if name.removesuffix("?") not in _PACKAGES:
+            raise UserError(
+                f"--track {name}: expected one of {', '.join(_PACKAGES)}; with a ? at its end it is optional"
+            )
+    return [(name, name.removesuffix("?"), not name.endswith("?")) for name in names]
+
+
+@contextmanager
+def _optional(name: str, required: bool) -> Iterator[None]:
+    """Name the tracker in a `UserError` of the body; print the error of one that is not required."""
+    try:
+        yield
+    except UserError as error:
+        if required:
+            raise UserError(f"--track {name}: {error}; to go on without it if it fails: --track {name}?") from error
+        say(f"--track {name}: {error}; going on without it")
 
 
 def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
     """Create the trackers. Raises `UserError` as `check_trackers` does, and for a place that cannot be written to."""
-    check_trackers(names)
     kinds: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "mlflow": Mlflow, "wandb": WandB}
-    return {name: kinds[name](root) for name in names}
+    trackers = {}
+    for name, tracker, required in _parsed(names):
+        with _optional(name, required):
+            if importlib.util.find_spec(_PACKAGES[tracker]) is None:
+                raise UserError(f"pip install 'tune_ego[{tracker}]'")
+            trackers[tracker] = kinds[tracker](root)
+    return trackers
 
 
 @contextmanager
@@ -138,197 +146,6 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in line.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Dotted key -> value, of the whole configuration."""
-
-    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
-
-
-def _name(root: str) -> str:
-    return root.rpartition("/")[2]
-
-
-class TensorBoard:
-    """Event files in `tensorboard/` of the search or run, each trial in its own folder, with its pictures of attention.
-
-    On an object store they appear whole when a trial ends: `tensorboard --logdir STORAGE/NAME/tensorboard`.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-
-    def begin(self, trial: Trial) -> Any:
-        from tensorboardX import SummaryWriter
-
-        target = storage.join(self._root, "tensorboard", trial.id)
-        _forget_events(target)
-        folder = target if storage.is_local(target) else tempfile.mkdtemp(prefix="tune-ego-events-")
-        return _Events(trial, target, folder, SummaryWriter(folder), {})
-
-    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
-        for line in lines:
-            iteration = int(line["iteration"])
-            for key, value in line.items():
-                if key != "iteration":
-                    run.writer.add_scalar(key, value, iteration)
-            picture = storage.join(run.trial.run, experiment.picture_file(iteration))
-            if METRIC in line:
-                run.last[METRIC] = max(line[METRIC], run.last.get(METRIC, 0.0))
-                if storage.exists(picture):
-                    run.writer.add_image("attention", read_png(picture), iteration, dataformats="HWC")
-        run.writer.flush()
-
-    def end(self, run: Any, state: str) -> None:
-        from tensorboardX.summary import hparams
-
-        values = flat(run.trial.config).items()
-        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values}
-        for part in hparams(plain, run.last):
-            run.writer.file_writer.add_summary(part)
-        run.writer.close()
-        if run.folder != run.target:
-            for file in Path(run.folder).iterdir():
-                storage.write_bytes(storage.join(run.target, file.name), file.read_bytes())
-            shutil.rmtree(run.folder)
-
-
-def _forget_events(target: str) -> None:
-    """Remove what an earlier start has written of a trial: all of it is written again."""
-    for name in storage.list_names(target):
-        if "tfevents" in name:
-            storage.remove(storage.join(target, name))
-
-
-class _Events(NamedTuple):
-    trial: Trial
-    target: str
-    folder: str
-    """Local folder of the event files: TensorBoard's writer writes local files only."""
-    writer: Any
-    last: dict[str, float]
-    """The best accuracy, for the table of hyper-parameters."""
-
-
-def read_png(uri: str) -> Any:
-    """Read a PNG as RGB uint8, [H, W, 3]."""
-    image = cv2.imdecode(np.frombuffer(storage.read_bytes(uri), np.uint8), cv2.IMREAD_COLOR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-class Mlflow:
-    """At MLFLOW_TRACKING_URI, else in `mlflow.db` in the folder of the search or run."""
-
-    def __init__(self, root: str) -> None:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        if not os.environ.get("MLFLOW_TRACKING_URI") and not storage.is_local(root):
-            raise UserError(f"--track mlflow: {root} is no place for its database; set MLFLOW_TRACKING_URI")
-        try:
-            storage_uri = os.environ.get("MLFLOW_TRACKING_URI") or _database(root)
-            self._client = MlflowClient(tracking_uri=storage_uri)
-            existing = self._client.get_experiment_by_name(_name(root))
-            self._experiment = (
-                self._client.create_experiment(_name(root)) if existing is None else existing.experiment_id
-            )
-        except MlflowException as error:
-            raise UserError(f"--track mlflow: {' '.join(str(error).split())[:300]}") from error
-
-    def begin(self, trial: Trial) -> Any:
-        from mlflow.entities import Param
-
-        known = self._client.search_runs([self._experiment], f"tags.`{_RUN_TAG}` = '{trial.run}'")
-        if known:
-            self._client.update_run(known[0].info.run_id, status="RUNNING")
-            return known[0].info.run_id
-        tags = {_RUN_TAG: trial.run}
-        run = self._client.create_run(self._experiment, run_name=trial.id, tags=tags).info.run_id
-        params = [Param(key, str(value)) for key, value in flat(trial.config).items()]
-        for start in range(0, len(params), _PARAMS_A_REQUEST):
-            self._client.log_batch(run, params=params[start : start + _PARAMS_A_REQUEST])
-        return run
-
-    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
-        from mlflow.entities import Metric
-
-        history = self._client.get_metric_history(run, "train_loss")
-        last = max((point.step for point in history), default=0)
-        now = int(1000 * time.time())
-        metrics = [
-            Metric(key, float(value), now, int(line["iteration"]))
-            for line in lines
-            if line["iteration"] > last
-            for key, value in line.items()
-            if key != "iteration"
-        ]
-        for start in range(0, len(metrics), _METRICS_A_REQUEST):
-            self._client.log_batch(run, metrics=metrics[start : start + _METRICS_A_REQUEST])
-
-    def end(self, run: Any, state: str) -> None:
-        self._client.set_tag(run, "tune_ego.state", state)
-        self._client.set_terminated(run, _MLFLOW_STATUS.get(state, "KILLED"))
-
-
-def _database(root: str) -> str:
-    Path(root).mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{root}/mlflow.db"
-
-
-class WandB:
-    """Weights & Biases, in the mode of WANDB_MODE. Without it, and without a login, offline: a prompt would block.
-
-    Its files go into the folder of a local search or run.
-    """
-
-    def __init__(self, root: str) -> None:
-        import wandb
-
-        self._wandb, self._project = wandb, _name(root)
-        self._folder = root if storage.is_local(root) else None
-
-    def begin(self, trial: Trial) -> Any:
-        return self._wandb.init(
-            project=self._project,
-            id=hashlib.sha256(trial.run.encode()).hexdigest()[:16],
-            name=trial.id,
-            config=flat(trial.config),
-            dir=self._folder,
-            mode=_wandb_mode(),
-            resume="allow",
-            reinit="create_new",  # several trials at a time
-            settings=self._wandb.Settings(silent=True, console="off"),
-        )
-
-    def log(self, run: Any, lines: list[dict[str, float]]) -> None:
-        for line in lines:
-            if line["iteration"] >= run.step:
-                run.log({key: value for key, value in line.items() if key != "iteration"}, step=int(line["iteration"]))
-
-    def end(self, run: Any, state: str) -> None:
-        run.summary["state"] = state
-        run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
-
-
-def _wandb_mode() -> Any:
-    mode = os.environ.get("WANDB_MODE")
-    if mode:
-        return mode
-    try:
-        known = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        known = {}
-    return "online" if os.environ.get("WANDB_API_KEY") or any("wandb" in host for host in known) else "offline"
-
-
 def search_tracked(names: Sequence[str], root: str) -> Any:
     """Track the search at `root` (`tracked`)."""
     read_search = reading.repeated_reader(root)
@@ -341,6 +158,6 @@ def run_tracked(names: Sequence[str], config: Config, run: str) -> Any:
     def read_trials() -> list[Trial]:
         done = storage.exists(storage.join(run, checkpoint_files.MODEL_FILE))
         state = "finished" if done else "interrupted"
-        return [Trial(_name(run), state, run, {}, 0, config, experiment.read_metrics(run))]
+        return [Trial(result_name(run), state, run, {}, 0, config, experiment.read_metrics(run))]
 
     return tracked(make_trackers(names, run), read_trials)

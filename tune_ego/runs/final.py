@@ -46,7 +46,7 @@ def train_final(
     from tune_ego.runs.launch import fit, resolve_run
     from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time
 
-    check_trackers(track)
+    check_trackers(track, run)
     run, data = storage.absolute(run), storage.absolute(data)
     config = resolve_run(config, data, before=_started(run))
     _check_same_run(config, data, run)

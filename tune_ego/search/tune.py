@@ -51,7 +51,7 @@ def start_search(
     `changes` are keys of the search space set on the command line. `track` names the trackers
     (`tracking.make_trackers`) that record the trials.
     """
-    check_trackers(track)
+    check_trackers(track, root)
     space, changes = resolved_space(space_name, changes, seed)
     data = storage.absolute(data)
     check_runs(space, data)
@@ -104,6 +104,7 @@ def resume_search(
     search = reading.read_experiment(root)
     if search.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
+    check_trackers(search.spec.get("track", ()), search.root)
     search.spec["data"] = _checked_data(search, data)
     again = {"pending", "running", "interrupted", "failed"}
     if iterations is not None:
