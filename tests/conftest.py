@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,14 @@ def shared() -> Path:
     if not (SHARED / "egtea").is_dir():
         pytest.skip("no real EGTEA annotations here")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_not_ignored() -> None:
+    """A shell's background process ignores Ctrl+C, one of `nohup` SIGHUP; the tests and their processes must not."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

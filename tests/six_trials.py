@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.drivers import write_driver
+from tune_ego import __version__
 
 GIB = 1 << 30
 SPACE = """
@@ -33,7 +34,7 @@ SPEC: dict[str, Any] = {
     "seed": 11,
     "concurrent": None,
     "gpus_per_worker": 0.5,
-    "version": "0.0.9",
+    "version": __version__,
     "ray": "2.60.0",
     "started": "2026-11-20T08:00:00+00:00",
     "command": "tune-ego tune six.yaml --data /nowhere/shards",

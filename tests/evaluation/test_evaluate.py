@@ -18,7 +18,7 @@ from torch import Tensor
 from tests import literal
 from tests.conftest import tiny_config
 from tune_ego.dataset.gaze import Gaze
-from tune_ego.dataset.shards import SCHEMA_VERSION, Clip, Shards, closing_files, frame_table, open_shards, write_shard
+from tune_ego.dataset.shards import SCHEMA_VERSION, Clip, closing_files, frame_table, open_shards, write_shard
 from tune_ego.errors import UserError
 from tune_ego.evaluation import evaluate as evaluate_module
 from tune_ego.evaluation.evaluate import evaluate, score_clips
@@ -29,7 +29,7 @@ from tune_ego.model import StreamOutput, TwoStream
 from tune_ego.results.checkpoint_files import find_checkpoint
 from tune_ego.results.experiment import collapsed_rate
 from tune_ego.runs.launch import check_run, resolve_weights
-from tune_ego.training.checkpoint import Origin, write_checkpoint
+from tune_ego.training.checkpoint import Origin, check_same_origin, write_checkpoint
 from tune_ego.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -331,7 +331,7 @@ def test_the_test_clips_are_those_of_the_split(
             {"actions": [*ACTIONS[:2], "Juggle", "Wash pan"]},
             "its class 2 is 'Wash cup', that of /there is 'Juggle'",
         ),
-        ("rgb", {"image_size": [36, 48]}, r"trained on \(48, 36\) images, /there has \(36, 48\)"),
+        ("rgb", {"image_size": (36, 48)}, r"trained on \(48, 36\) images, /there has \(36, 48\)"),
         ("both", {"flow": "tvl1"}, "trained on dis flow, /there has tvl1"),
         ("flow", {"flow": "tvl1"}, "trained on dis flow, /there has tvl1"),
         ("rgb", {"flow": "tvl1"}, None),  # no flow stream
@@ -339,14 +339,13 @@ def test_the_test_clips_are_those_of_the_split(
     ids=str,
 )
 def test_a_checkpoint_belongs_to_shards_of_its_kind(streams: str, changes: dict[str, Any], message: str | None) -> None:
-    settings = {"image_size": [48, 36], "flow": "dis", **changes}
-    shards = Shards("/there", {"actions": settings.pop("actions", ACTIONS), "settings": settings}, None)
-    arguments = (Origin(ACTIONS, (48, 36), "dis"), tiny_config(streams=streams), shards, "a checkpoint")
+    there = Origin(changes.get("actions", ACTIONS), changes.get("image_size", (48, 36)), changes.get("flow", "dis"))
+    arguments = (Origin(ACTIONS, (48, 36), "dis"), there, tiny_config(streams=streams), "a checkpoint", "/there")
     if message is None:
-        evaluate_module._check_same_kind(*arguments)
+        check_same_origin(*arguments)
         return
     with pytest.raises(UserError, match=f"^a checkpoint: {message}$"):
-        evaluate_module._check_same_kind(*arguments)
+        check_same_origin(*arguments)
 
 
 def test_batches_hold_all_dense_windows_in_order_and_clips_are_counted_once_they_are_done() -> None:

@@ -95,7 +95,7 @@ def test_a_run_resumes_on_the_same_shards_in_another_place(tmp_path: Path, shard
         final._check_same_run(config, handmade_shards, run)
     final._check_same_run(config, moved, run)
     final._write_record(run, moved)
-    assert storage.read_json(f"{run}/run.json") == {**record, "data": moved, "version": __version__}
+    assert storage.read_json(f"{run}/run.json") == {**record, "data": moved, "resumed_with": [__version__]}
 
 
 @pytest.mark.parametrize("change", ["settings", "classes", "clips"])

@@ -19,7 +19,15 @@ from tune_ego.config import dump_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
-from tune_ego.results.experiment import METRIC, Failure, read_failure, write_failure, write_metrics
+from tune_ego.results.experiment import (
+    METRIC,
+    Failure,
+    describe_versions,
+    note_version,
+    read_failure,
+    write_failure,
+    write_metrics,
+)
 from tune_ego.results.trial_records import Decision, TrialRecords, run_folder, write_decisions
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import Nodes
@@ -200,6 +208,10 @@ def test_the_states_of_a_resumed_search_are_printed(
             "  00002-0: stopped",
             "  00002-1: failed for good: nan",
         ]
+        spec = driven[-1][0].spec
+        assert (spec["version"], spec["resumed_with"]) == ("0.0.1", [__version__])
+        assert describe_versions(spec) == f"tune_ego 0.0.1, then {__version__}; this is {__version__}"
+    assert describe_versions(note_version({"version": __version__})) == describe_versions({}) == ""
 
 
 @pytest.mark.parametrize(

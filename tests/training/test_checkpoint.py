@@ -273,3 +273,23 @@ def test_a_run_goes_on_with_its_own_optimizer_and_schedule_alone(changes: dict[s
     check_content(content, "c")
     with pytest.raises(UserError, match=words):
         Trainer(config, origin, torch.device("cpu")).load(content, "c")
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (Origin(["b", "a"], (48, 36), "dis"), "c: its class 0 is 'a', that of the shards is 'b'"),
+        (Origin(["a", "b"], (36, 48), "dis"), r"c: trained on \(48, 36\) images, the shards has \(36, 48\)"),
+        (Origin(["a", "b"], (48, 36), "raft"), "c: trained on dis flow, the shards has raft"),
+    ],
+)
+def test_a_run_does_not_resume_on_shards_of_another_kind(there: Origin, message: str) -> None:
+    """Shards that were made again at the same place."""
+    trainers = [
+        Trainer(tiny_config(), origin, torch.device("cpu"), 0)
+        for origin in (Origin(["a", "b"], (48, 36), "dis"), there)
+    ]
+    content = trainers[0].checkpoint()
+    trainers[0].load(content, "c")
+    with pytest.raises(UserError, match=message):
+        trainers[1].load(content, "c")

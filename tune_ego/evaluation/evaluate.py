@@ -32,7 +32,7 @@ from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
 from tune_ego.results import experiment
 from tune_ego.results.checkpoint_files import find_checkpoint, run_of
-from tune_ego.training.checkpoint import Origin, load_trained
+from tune_ego.training.checkpoint import Origin, check_same_origin, load_trained
 from tune_ego.training.hardware import autocast_dtype, memory_format
 from tune_ego.training.metrics import (
     ClipScores,
@@ -72,7 +72,8 @@ def open_model(checkpoint: str, data: str) -> OpenedModel:
     source = find_checkpoint(checkpoint)
     config, origin, model, iteration = load_trained(source)
     shards = open_shards(storage.absolute(data))
-    _check_same_kind(origin, config, shards, source)
+    here = Origin(shards.actions, shards.image_size, shards.info["settings"]["flow"])
+    check_same_origin(origin, here, config, source, shards.root)
     return OpenedModel(source, config, origin, model, shards, iteration)
 
 
@@ -205,21 +206,6 @@ def _check_fusion_weight(weight: float, config: Config, source: str) -> None:
         raise UserError(f"--fusion-weight {weight}: RGB's share goes from 0 to 1")
     if len(config.stream_names) < 2:
         raise UserError(f"--fusion-weight {weight}: {source} has the {config.streams} stream only")
-
-
-def _check_same_kind(origin: Origin, config: Config, shards: Shards, source: str) -> None:
-    if len(origin.actions) != len(shards.actions):
-        raise UserError(
-            f"{source}: trained on {len(origin.actions)} classes, not the {len(shards.actions)} of {shards.root}"
-        )
-    for number, (ours, theirs) in enumerate(zip(origin.actions, shards.actions)):
-        if ours != theirs:
-            raise UserError(f"{source}: its class {number} is {ours!r}, that of {shards.root} is {theirs!r}")
-    if origin.image_size != shards.image_size:
-        raise UserError(f"{source}: trained on {origin.image_size} images, {shards.root} has {shards.image_size}")
-    flow = shards.info["settings"]["flow"]
-    if "flow" in config.stream_names and origin.flow != flow:
-        raise UserError(f"{source}: trained on {origin.flow} flow, {shards.root} has {flow}")
 
 
 def _batches(

@@ -13,7 +13,7 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tune_ego import storage
+from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import trial_records
@@ -91,6 +91,21 @@ _LARGEST_METRIC = 1e30
 def write_metrics(run: str, lines: list[dict[str, Any]]) -> None:
     """Replace a run's `metrics.jsonl`."""
     storage.write_text(storage.join(run, METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def note_version(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a search or run with this version: as `version` at its start, then in `resumed_with`."""
+    versions = [record.get("version", __version__), *record.get("resumed_with", [])]
+    later = [*versions, __version__] if versions[-1] != __version__ else versions
+    return {**record, "version": later[0], **({"resumed_with": later[1:]} if later[1:] else {})}
+
+
+def describe_versions(record: dict[str, Any]) -> str:
+    """Return the versions of tune_ego that ran a search or run, as text; "" where all of it ran with this version."""
+    versions = [str(record.get("version", "")), *map(str, record.get("resumed_with", []))]
+    if versions in ([__version__], [""]):
+        return ""
+    return f"tune_ego {', then '.join(versions)}; this is {__version__}"
 
 
 class Failure(NamedTuple):

@@ -161,6 +161,8 @@ def facts(search: Experiment) -> list[tuple[str, str]]:
         rows.append(("speed", pace))
     if now.seconds_left is not None:
         rows.append(("left, about", duration(now.seconds_left)))
+    if versions := experiment.describe_versions(search.spec):
+        rows.append(("versions", versions))
     return [*rows, ("results", search.root)]
 
 
@@ -233,6 +235,9 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
         memory = f", {last[GPU_BYTES] / 2**30:.1f} GiB of GPU memory" if GPU_BYTES in last else ""
         rows.append(("speed", f"{1 / pace.seconds:.2f} iterations/s, {pace.clips_per_second:.1f} clips/s{memory}"))
         rows.append(("left, about", duration((total - last["iteration"]) * pace.seconds)))
+    uri = storage.join(run, experiment.RUN_FILE)
+    if storage.exists(uri) and (versions := experiment.describe_versions(storage.read_json(uri))):
+        rows.append(("versions", versions))
     return [*rows, ("results", run)]
 
 

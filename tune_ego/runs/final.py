@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tune_ego import __version__, storage
+from tune_ego import storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import console, percent, say
@@ -125,8 +125,10 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 
 def _write_record(run: str, data: str) -> None:
-    record = {"data": data, "data_fingerprint": open_shards(data).fingerprint, "version": __version__}
-    storage.write_json(storage.join(run, experiment.RUN_FILE), record)
+    uri = storage.join(run, experiment.RUN_FILE)
+    before = storage.read_json(uri) if storage.exists(uri) else {}
+    record = {**before, "data": data, "data_fingerprint": open_shards(data).fingerprint}
+    storage.write_json(uri, experiment.note_version(record))
 
 
 @contextmanager

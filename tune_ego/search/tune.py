@@ -104,6 +104,7 @@ def resume_search(
     search = reading.read_experiment(root)
     if search.spec["version"] != __version__:
         say(f"Note: this search was started by tune_ego {search.spec['version']}, and this is {__version__}")
+    search.spec = experiment.note_version(search.spec)
     check_trackers(search.spec.get("track", ()), search.root)
     search.spec["data"] = _checked_data(search, data)
     again = {"pending", "running", "interrupted", "failed"}

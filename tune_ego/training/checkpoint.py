@@ -39,6 +39,22 @@ class Origin(NamedTuple):
     flow: str
 
 
+def check_same_origin(theirs: Origin, ours: Origin, config: Config, source: str, place: str) -> None:
+    """Raise `UserError` where the data at `place` is of another kind than what the weights of `source` were trained on.
+
+    Classes are compared with their order, which is the order of the model's scores.
+    """
+    if len(theirs.actions) != len(ours.actions):
+        raise UserError(f"{source}: trained on {len(theirs.actions)} classes, not the {len(ours.actions)} of {place}")
+    for number, (before, now) in enumerate(zip(theirs.actions, ours.actions)):
+        if before != now:
+            raise UserError(f"{source}: its class {number} is {before!r}, that of {place} is {now!r}")
+    if tuple(theirs.image_size) != tuple(ours.image_size):
+        raise UserError(f"{source}: trained on {theirs.image_size} images, {place} has {ours.image_size}")
+    if "flow" in config.stream_names and theirs.flow != ours.flow:
+        raise UserError(f"{source}: trained on {theirs.flow} flow, {place} has {ours.flow}")
+
+
 def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: Any) -> dict[str, Any]:
     """Return the content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
 

@@ -19,7 +19,7 @@ from tune_ego.feed.feed_plan import FeedPlan, worker_passes
 from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
-from tune_ego.training.checkpoint import Origin, check_content, load_model_state, pack
+from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, load_model_state, pack
 from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_batch_norms
 from tune_ego.training.losses import slices_with_gaze, stream_losses
 from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
@@ -124,6 +124,8 @@ class Trainer:
     def load(self, content: dict[str, Any], source: str) -> None:
         """Load the state in a checkpoint's content. Raises `UserError` where it does not fit this run."""
         check_content(content, source, self.config)
+        saved = Origin(content["actions"], tuple(content["image_size"]), content["flow_method"])
+        check_same_origin(saved, self.origin, self.config, source, "the shards")
         load_model_state(self.model, content["model"], source)
         for modality, optimizer in self.optimizers.items():
             try:
