@@ -31,7 +31,7 @@ SPACE = """
 base:
   model: {width: 0.05, stam_depth: 1}
   data: {crop: 64}
-  train: {iterations: 400, batch_size: 4, validate_every: 25, log_every: 5}
+  train: {iterations: 150, batch_size: 4, validate_every: 25, log_every: 5}
   compute: {cpus_per_worker: 0.5}
 space: {optimizer.lr: {loguniform: [1e-4, 1e-2]}}
 samples: 3
@@ -56,6 +56,8 @@ class Chaos:
         self.folder, self.random, self.own_disk = folder, random.Random(seed), own_disk
         self.storage = folder / "disk"
         self.environment = {**os.environ, "RAY_TMPDIR": str(folder / "r"), "PYTHONUNBUFFERED": "1"}
+        self.root = self.storage
+        """Folder of the search that runs."""
         self.counts: Counter[str] = Counter()
         self.reference: dict[str, dict[int, dict[str, Any]]] = {}
 
@@ -135,7 +137,7 @@ class Chaos:
         return set()
 
     def second_driver(self, driver: subprocess.Popen[str]) -> set[int]:
-        (root,) = self.storage.glob("[0-9]*")
+        root = self.root
         if (root / "driver.json").exists() and (root / "experiment.json").exists():
             second = self.run("resume", str(root))
             if second.returncode != 2 and (root / "driver.json").exists():
@@ -280,7 +282,7 @@ class Chaos:
             *(self.suspend, self.second_driver),
             *([self.fill_disk, self.read_only] if self.own_disk else []),
         ]
-        root = self.storage / str(number)
+        root = self.root = self.storage / str(number)
         while not self.finished(root):
             if root.exists() and self.random.random() < 0.3:
                 self.counts[f"damaged {self.damage(root)}"] += 1

@@ -241,3 +241,23 @@ def test_storage_errors_are_waited_for_while_driving(tmp_path: Path, monkeypatch
         monkeypatch.setattr(os, "fsync", fail)
         storage.write_text(tmp_path / "a", "x")
     assert (tmp_path / "a").read_text() == "x" and not left
+
+
+@pytest.mark.parametrize("broken", ["write_json", "read_json"])
+def test_a_driver_whose_storage_stays_away_ends_with_the_cause_and_how_to_resume(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials may hang in their own attempts to write."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
+    fault = StorageError("disk full") if broken == "write_json" else OSError("disk full")
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    def drive() -> None:
+        with driving(str(tmp_path), "do this"):
+            monkeypatch.setattr(storage, broken, fail)
+            time.sleep(30)
+
+    with pytest.raises(UserError, match=r"disk full.*\. To resume from the last checkpoint, run: do this$"):
+        drive()

@@ -159,16 +159,21 @@ class _Claim:
             raise FolderLost(f"{self.root}: another driver has taken this over; this one ends and writes nothing more")
 
     def keep(self) -> None:
-        """Write heartbeats until `release`. Ends the main thread with `FolderLost` if the folder is lost."""
+        """Write heartbeats until `release`.
+
+        Ends the main thread with `FolderLost` if the folder is lost, and with `StorageError` if it cannot be reached
+        within `storage.patience`.
+        """
         while not self._ended.wait(_HEARTBEAT_EVERY):
             try:
                 self.confirm(after=0.0)
                 self._write()
-            except FolderLost as error:
+            except UserError as error:
                 abort(error, self._ended)
                 return
-            except (OSError, UserError) as error:  # the next write may succeed
-                say(str(error))
+            except OSError as error:
+                abort(StorageError(f"{self._uri}: cannot be read ({storage.describe_error(error)})"), self._ended)
+                return
 
     def release(self) -> None:
         """End the heartbeats, and remove the files of the driver unless the folder is lost."""
