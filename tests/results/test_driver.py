@@ -261,3 +261,24 @@ def test_a_driver_whose_storage_stays_away_ends_with_the_cause_and_how_to_resume
 
     with pytest.raises(UserError, match=r"disk full.*\. To resume from the last checkpoint, run: do this$"):
         drive()
+
+
+def test_a_signal_while_the_folder_is_claimed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first writing of the claim and its reading."""
+    monkeypatch.setattr("tune_ego.results.driver.time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt), driving(str(tmp_path), ""):
+        pytest.fail("not interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_the_driver_leaves_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = storage.remove
+
+    def interrupted(uri: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        remove(uri)
+
+    with driving(str(tmp_path), ""):
+        (tmp_path / "stop").write_text("")
+        monkeypatch.setattr(storage, "remove", interrupted)
+    assert not list(tmp_path.iterdir())

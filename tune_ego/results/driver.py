@@ -36,6 +36,7 @@ _DEAD_AFTER = 60.0
 """Time without a new heartbeat after which a driver on another machine counts as dead."""
 _CLAIM_SETTLES_AFTER = 0.5
 """Wait between claiming a folder and reading the claim back. If two processes claim at once, the last writer wins."""
+_STOP_WRITTEN_WITHIN = 5.0
 _CHECKPOINTS_WITHIN = 60.0
 """Time that the runs have for their checkpoints after the first signal. Then the driver ends without them."""
 
@@ -106,15 +107,17 @@ class Interruption:
         self._event.set()
         say(f"Interrupted: writing checkpoints, {_CHECKPOINTS_WITHIN:.0f} s at most; interrupt again to end at once")
         # In a thread: a signal handler should not wait for an object store.
-        threading.Thread(target=storage.write_text, args=(stop_uri(self._root), ""), daemon=True).start()
+        self._writer = threading.Thread(target=storage.write_text, args=(stop_uri(self._root), ""), daemon=True)
+        self._writer.start()
         self._timer = threading.Timer(_CHECKPOINTS_WITHIN, _thread.interrupt_main)
         self._timer.daemon = True
         self._timer.start()
 
-    def cancel_timer(self) -> None:
-        """Cancel the time limit of the checkpoints, if it is running."""
+    def end(self) -> None:
+        """Cancel the time limit of the checkpoints, and wait for the stop file, which would else appear later."""
         if self._event.is_set():
             self._timer.cancel()
+            self._writer.join(_STOP_WRITTEN_WITHIN)
 
 
 class _Claim:
@@ -123,7 +126,11 @@ class _Claim:
     def __init__(self, root: str) -> None:
         self.root = root
         self.lost = False
-        """Whether another driver has taken the folder over. Nothing is written to it then."""
+        """Whether another driver has the folder. Nothing is written to it then."""
+        self.held = False
+        """Whether this process drives the folder now."""
+        self.closed = False
+        """Whether the claim is being released, or was."""
         self._uri = storage.join(root, DRIVER_FILE)
         self.id = uuid.uuid4().hex
         self._record = {"id": self.id, "host": socket.gethostname(), **this_process(), "beat": 0}
@@ -133,12 +140,17 @@ class _Claim:
 
     def take(self) -> None:
         """Claim the folder. Raises `UserError` where another process drives it."""
+        self.lost = True
         _wait_for_other_driver(self.root)
+        self.lost = False
         self._write()
         time.sleep(_CLAIM_SETTLES_AFTER)
         winner = _record(self.root) or self._record
         if winner["id"] != self.id:
+            self.lost = True
             raise _already_driven(self.root, winner)
+        self.held = True
+        _claims[self.root] = self
 
     def _write(self) -> None:
         self._record |= {"beat": self._record["beat"] + 1, "time": time.time()}
@@ -175,10 +187,19 @@ class _Claim:
                 abort(StorageError(f"{self._uri}: cannot be read ({storage.describe_error(error)})"), self._ended)
                 return
 
-    def release(self) -> None:
-        """End the heartbeats, and remove the files of the driver unless the folder is lost."""
+    def release(self, *, hide_errors: bool) -> None:
+        """End the heartbeats, and remove the files of the driver unless the folder is lost.
+
+        `hide_errors`: an error is on its way, and a later one must not hide it.
+        """
+        self.closed, self.held = True, False
         self._ended.set()
-        self.remove_files()
+        _claims.pop(self.root, None)
+        try:
+            self.remove_files()
+        except (OSError, UserError):
+            if not hide_errors:
+                raise
 
     def remove_files(self) -> None:
         if not self.lost:
@@ -252,45 +273,36 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
         UserError: Another process drives this search or run.
         FolderLost: Another process has taken it over while this one was suspended or cut off.
     """
-    claim = _Claim(root)
-    claim.take()
-    _claims[root] = claim
-    try:
-        storage.remove(stop_uri(root))
-        storage.remove_partial(root)
-        interruption = Interruption(root)
-        threading.Thread(target=claim.keep, daemon=True).start()
+    claim, interruption, failed = _Claim(root), Interruption(root), True
 
-        def leave() -> None:
-            claim.remove_files()
-            print(_how_to_resume(resume_command), file=sys.stderr)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if claim.held:
+            interruption.on_signal(number, frame)
+        elif not claim.closed:
+            raise KeyboardInterrupt
 
-        with signals_handled(interruption.on_signal), last_act(leave), storage.patience():
-            try:
+    def leave() -> None:
+        claim.remove_files()
+        print(_how_to_resume(resume_command), file=sys.stderr)
+
+    with signals_handled(handle):
+        try:
+            claim.take()
+            storage.remove(stop_uri(root))
+            storage.remove_partial(root)
+            threading.Thread(target=claim.keep, daemon=True).start()
+            with last_act(leave), storage.patience():
                 yield interruption
-            finally:
-                interruption.cancel_timer()
-    except (KeyboardInterrupt, Interrupted):
-        _released(claim, hide_errors=True)
-        end_interrupted(resume_command)
-    except (ClusterLost, StorageError) as error:
-        _released(claim, hide_errors=True)
-        raise UserError(f"{error}. {_how_to_resume(resume_command)}") from error
-    except BaseException:
-        _released(claim, hide_errors=True)
-        raise
-    else:
-        _released(claim, hide_errors=False)
-
-
-def _released(claim: _Claim, *, hide_errors: bool) -> None:
-    """Release a claim. `hide_errors`: an error is on its way, and a later one must not hide it."""
-    del _claims[claim.root]
-    try:
-        claim.release()
-    except (OSError, UserError):
-        if not hide_errors:
-            raise
+            failed = False
+        except (KeyboardInterrupt, Interrupted):
+            if not claim.held:
+                raise
+            end_interrupted(resume_command)
+        except (ClusterLost, StorageError) as error:
+            raise UserError(f"{error}. {_how_to_resume(resume_command)}") from error
+        finally:
+            interruption.end()
+            claim.release(hide_errors=failed)
 
 
 def _how_to_resume(command: str) -> str:
