@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import ClassVar, NoReturn
 
@@ -54,9 +54,11 @@ def signals_handled(handler: Handler = raise_interrupt) -> Iterator[None]:
     handled = [number for number in _SIGNALS if before[number] != signal.SIG_IGN or number == signal.SIGTERM]
     for number in handled:
         signal.signal(number, dispatch)
+    _Abort.handlers += 1
     try:
         yield
     finally:
+        _Abort.handlers -= 1
         for number in handled:
             signal.signal(number, before[number])
 
@@ -65,6 +67,8 @@ class _Abort:
     """State of `abort`, which is called in another thread than the main one."""
 
     error: Exception | None = None
+    handlers = 0
+    """Number of `signals_handled` that are active."""
     last_acts: ClassVar[list[Callable[[], None]]] = []
 
 
@@ -82,8 +86,12 @@ def abort(error: Exception, ended: threading.Event) -> None:
     """Raise `error` in the main thread, within `signals_handled`, and wait for `ended`.
 
     A main thread that hangs in a library's call is given 10 s. Then the error is printed, the actions of `last_act` are
-    called, the last one first, and the process ends with code 2.
+    called, the last one first, and the process ends with code 2. Without `signals_handled`, in a program that uses this
+    package in another thread, the error is printed only.
     """
+    if not _Abort.handlers:
+        print(f"tune-ego: {error}", file=sys.stderr)
+        return
     _Abort.error = error
     end = time.monotonic() + _UNWIND_WITHIN
     main = threading.main_thread().ident
@@ -94,7 +102,8 @@ def abort(error: Exception, ended: threading.Event) -> None:
         return
     print(f"tune-ego: {error}", file=sys.stderr)
     for action in reversed(_Abort.last_acts):
-        action()
+        with suppress(Exception):  # the storage may be what is lost
+            action()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(FAILED)

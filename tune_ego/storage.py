@@ -26,7 +26,7 @@ _LONGEST_ERROR = 300
 _PATIENCE = 120.0
 """Seconds for which a driver or worker tries again to reach its storage."""
 _LONGEST_PAUSE = 10.0
-_NO_RETRY_HELPS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_NO_RETRY_HELPS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 P = ParamSpec("P")
 R = TypeVar("R")
 _patience = 0.0

@@ -78,6 +78,7 @@ def test_a_main_thread_that_hangs_is_ended_after_the_last_acts() -> None:
         "i._UNWIND_WITHIN = 1.0\n"
         "with signals_handled(), last_act(lambda: print('first')), last_act(lambda: print('second')):\n"
         "    with last_act(lambda: print('over')): pass\n"
+        "    i._Abort.last_acts.append(lambda: 1 / 0)\n"
         "    threading.Timer(0.5, abort, (ClusterLost('Ray died'), threading.Event())).start()\n"
         "    while True:\n"
         "        try: time.sleep(1)\n"
@@ -105,3 +106,8 @@ def test_a_command_that_is_interrupted_ends_with_130_and_one_line(
         code += "sys.meta_path.insert(0, Finder())\n"
     run = run_python(code + "entry.main()\n")
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "tune-ego: interrupted\n")
+
+
+def test_a_program_that_handles_no_signals_is_not_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    abort(ClusterLost("gone"), threading.Event())
+    assert capsys.readouterr().err == "tune-ego: gone\n"

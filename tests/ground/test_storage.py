@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ import pytest
 from tests.conftest import COMMAND
 from tune_ego import storage
 from tune_ego.errors import StorageError, UserError, user_error_in
-from tune_ego.yaml_files import parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -142,41 +142,6 @@ def test_json_is_strict_and_readable(tmp_path: Path) -> None:
         storage.read_json(tmp_path / "b.json")
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        *[("true", True), ("false", False), ("yes", "yes"), ("no", "no"), ("on", "on"), ("off", "off"), ("y", "y")],
-        *[("True", "True"), ("FALSE", "FALSE"), ("~", None), ("null", None), ("", None)],
-        *[("1e-3", 0.001), ("1E3", 1000.0), ("-2.5e+1", -25.0), (".5", 0.5), ("5.", 5.0), ("+1.5", 1.5)],
-        *[(".inf", float("inf")), ("-.inf", float("-inf")), ("12", 12), ("-3", -3), ("1.2.3", "1.2.3"), ("e3", "e3")],
-        *[("2020-01-02", "2020-01-02"), ("[1, a]", [1, "a"]), ("{a: {b: 1e2}}", {"a": {"b": 100.0}})],
-    ],
-)
-def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
-    parsed = parse_yaml(text, "x.yaml")
-    assert parsed == value and type(parsed) is type(value)
-
-
-def test_yaml_that_cannot_be_used_is_named_with_its_file(tmp_path: Path) -> None:
-    file = tmp_path / "x.yaml"
-    contents = {
-        "a: 1\nb:\n  c: 1\n  c: 2\n": "not valid YAML: key 'c' given twice",
-        "a: [": "not valid YAML",
-        "- a\n": "expected keys and values, found list",
-        "": "expected keys and values, found NoneType",
-    }
-    for text, message in contents.items():
-        file.write_text(text)
-        with pytest.raises(UserError, match=rf"x\.yaml: {message}"):
-            read_yaml(file)
-    file.write_text("a: {b: 1}\nc: {b: 2}\n")
-    assert read_yaml(file) == {"a": {"b": 1}, "c": {"b": 2}}
-    file.write_bytes(b"a: \xff\n")
-    for name in ("x.yaml", "absent.yaml"):
-        with pytest.raises(UserError, match=rf"{name}: cannot be read"):
-            read_yaml(tmp_path / name)
-
-
 class Wrapped(Exception):
     """An exception as Ray wraps one: its origin is an attribute."""
 
@@ -256,3 +221,58 @@ def test_a_store_without_network_ends_soon_with_one_line(tmp_path: Path) -> None
         run = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and len(run.stderr) < 500
         assert time.monotonic() - start < 30
+
+
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_text(pipe, "content")
+    assert os.read(reader, 99) == b"content" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    (tmp_path / "null").symlink_to("/dev/null")
+    storage.write_text(tmp_path / "null", "content")
+    assert (tmp_path / "null").is_symlink() and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    code = "from tune_ego import storage; storage.write_text('/dev/stdout', 'content')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "content"
+
+
+@pytest.mark.parametrize("kind", ["directory", "below a file"])
+def test_a_place_that_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    """However patient: waiting does not help."""
+    (tmp_path / "file").write_text("former")
+    place = tmp_path if kind == "directory" else tmp_path / "file" / "x"
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="cannot be written"), storage.patience(30):
+        storage.write_text(place, "x")
+    assert time.monotonic() - start < 5 and (tmp_path / "file").read_text() == "former"
+
+
+def test_reads_and_writes_are_tried_again_under_patience_and_not_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").write_text("content")
+    left = [OSError(5, "Input/output error")] * 2
+    resolve = storage.resolve
+
+    def fail(uri: str) -> Any:
+        if left:
+            raise left.pop()
+        return resolve(uri)
+
+    monkeypatch.setattr(storage, "resolve", fail)
+    with storage.patience(20):
+        assert storage.read_bytes(tmp_path / "a") == b"content"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "Input/output error; trying again for 20 s" in lines[0]
+    assert lines[1] == f"{tmp_path}/a: can be reached again"
+    left += [OSError(5, "Input/output error")] * 100
+    with pytest.raises(OSError, match="Input/output error"), storage.patience(0.7):
+        storage.read_bytes(tmp_path / "a")
+    assert len(left) == 97  # at once, after 0.5 s, and at the end
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.read_bytes(tmp_path / "a")
+    assert len(left) == 96
+    assert storage._PATIENCE == 120

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tune_ego.errors import UserError
-from tune_ego.yaml_files import parse_yaml
+from tune_ego.yaml_files import parse_yaml, read_yaml
 
 CORE_SCHEMA = {
     **dict.fromkeys(("null", "Null", "NULL", "~", "", "# nothing"), None),
@@ -105,3 +106,23 @@ def test_text_that_is_refused_at_once(text: str, message: str) -> None:
         parse_yaml(text, "t")
     assert str(caught.value).startswith(message) and len(str(caught.value)) < 500
     assert time.monotonic() - start < 5
+
+
+def test_yaml_that_cannot_be_used_is_named_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    contents = {
+        "a: 1\nb:\n  c: 1\n  c: 2\n": "not valid YAML: key 'c' given twice",
+        "a: [": "not valid YAML",
+        "- a\n": "expected keys and values, found list",
+        "": "expected keys and values, found NoneType",
+    }
+    for text, message in contents.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"x\.yaml: {message}"):
+            read_yaml(file)
+    file.write_text("a: {b: 1}\nc: {b: 2}\n")
+    assert read_yaml(file) == {"a": {"b": 1}, "c": {"b": 2}}
+    file.write_bytes(b"a: \xff\n")
+    for name in ("x.yaml", "absent.yaml"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read"):
+            read_yaml(tmp_path / name)

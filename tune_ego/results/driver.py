@@ -282,8 +282,8 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
             raise KeyboardInterrupt
 
     def leave() -> None:
-        claim.remove_files()
         print(_how_to_resume(resume_command), file=sys.stderr)
+        claim.remove_files()
 
     with signals_handled(handle):
         try:
