@@ -19,13 +19,17 @@ PRIVATE = re.compile(r"\bray\.(\w+\.)*(_[a-z]\w*|v2)\b")
 
 def names_private_module(text: str) -> bool:
     """Whether a file names a private module of Ray, in an import of any form or elsewhere."""
-    imports = [
-        f"{node.module}.{name.name}"
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and node.module
-        for name in node.names
-    ]
-    return any(map(PRIVATE.search, [text, *imports]))
+    tree = ast.parse(text)
+    full: dict[str, str] = {}  # name in the file -> what it was imported as
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full.update({name.asname or name.name: f"{node.module}.{name.name}" for name in node.names})
+        elif isinstance(node, ast.Import):
+            full.update({name.asname: name.name for name in node.names if name.asname})
+    chains = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    firsts = [(chain.partition(".")[0], chain) for chain in chains]
+    expanded = [full[first] + chain.removeprefix(first) for first, chain in firsts if first in full]
+    return any(map(PRIVATE.search, [text, *full.values(), *expanded]))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,9 @@ def names_private_module(text: str) -> bool:
         ("from ray import (\n    _private,\n    data,\n)", True),
         ("import ray._private.state", True),
         ("from ray.train.v2 import api", True),
+        ("import ray.train as t\nt.v2", True),
+        ("from ray import train\ntrain.v2.api", True),
+        ("import ray as r\nr._private", True),
         ("from ray.train import torch", False),
     ],
 )

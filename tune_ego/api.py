@@ -137,7 +137,7 @@ def train(
         config: The run's configuration, from `load_config` or `Config()`.
         data: Folder or URI of the shards.
         run: Folder or URI of the run: checkpoints, metrics and final weights.
-        address: Ray cluster to join, e.g. `auto`; by default one is started on this machine.
+        address: Ray cluster to join, e.g. `auto`; by default `RAY_ADDRESS`, else one is started on this machine.
         test: Test the final weights on the test clips of the split, and write `evaluation.json`.
         track: Names of trackers: `tensorboard`, `mlflow`, `wandb`.
 
@@ -146,6 +146,7 @@ def train(
 
     Raises:
         UserError: The configuration and the shards do not fit, or the folder holds another run.
+        SystemExit: Interrupted by a signal (code 130), after checkpoints were written or 60 s have passed.
     """
     from tune_ego.runs.final import train_final  # Ray: seconds to import
 

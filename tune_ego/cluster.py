@@ -87,7 +87,7 @@ def check_address(address: str | None) -> str:
 
 
 def _running_cluster() -> str:
-    """Return HOST:PORT of the cluster that was started last on this machine, "" without one (Ray says so itself)."""
+    """Return HOST:PORT of the cluster that Ray has noted as the last one of this machine; "" without one."""
     file = ray_folder() / "ray_current_cluster"
     return file.read_text().strip() if file.is_file() else ""
 

@@ -17,7 +17,7 @@ INTERRUPTED = 130
 FAILED = 2
 """Exit code of a command that cannot do its work; its last line says why."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl+C; what schedulers, container runtimes and `timeout` send; a terminal that was closed."""
+"""SIGINT is Ctrl+C. SIGTERM is sent by schedulers, container runtimes and `timeout`, SIGHUP by a closed terminal."""
 _UNWIND_WITHIN = 10.0
 """Seconds that the main thread has to end after `abort`. It may hang in a library's call."""
 
@@ -25,7 +25,7 @@ Handler = Callable[[int, "FrameType | None"], None]
 
 
 class EndedInterrupted(SystemExit):
-    """End of a command that was interrupted and has said so."""
+    """Exit of an interrupted command that has already printed how to resume."""
 
 
 def raise_interrupt(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:

@@ -10,7 +10,7 @@ from tune_ego.errors import UserError
 
 Address = Annotated[
     Optional[str],
-    typer.Option("--address", help="Ray cluster to join, e.g. auto; without it one is started on this machine."),
+    typer.Option("--address", help="Ray cluster to join, e.g. auto; default: RAY_ADDRESS, else one is started here."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
 Data = Annotated[str, typer.Option("--data", help="Folder or URI of the shards that `prepare` wrote.")]

@@ -1,6 +1,6 @@
 """The parts of Ray that are not public, all of them: no other file of this package may import one.
 
-Everything here was read in Ray 2.60. `tests/runs/test_ray_private.py` has a test for each entry, named after it: when
+Everything here was read in Ray 2.60. `tests/ground/test_ray_private.py` has a test for each entry, named after it: when
 one fails after an upgrade of Ray, re-read what its docstring names. No torch is imported here for runs of one worker.
 """
 

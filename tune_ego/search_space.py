@@ -63,11 +63,17 @@ class SchedulerSettings(NamedTuple):
 
     def rungs(self, budget: int) -> list[int]:
         """Return the iterations at which ASHA decides, ascending; none for other schedulers."""
-        iterations, rung = [], self.grace
-        while self.name == "asha" and rung < budget:
-            iterations.append(rung)
-            rung *= self.reduction
-        return iterations
+        match self.name:
+            case "asha":
+                iterations, rung = [], self.grace
+                while rung < budget:
+                    iterations.append(rung)
+                    rung *= self.reduction
+                return iterations
+            case "median" | "fifo":
+                return []
+            case unknown:
+                raise ValueError(f"no rungs for scheduler {unknown!r}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ UNKNOWN_SPACE: Any = SimpleNamespace(scheduler=SimpleNamespace(name="new"))
 UNKNOWN: Any = SimpleNamespace(name="new", lr=0.1, warmup=0, k=6)
 WARMING_UP: Any = SimpleNamespace(name="new", warmup=5)
 NO_RECORDS: Any = type("Records", (dict,), {"draws": lambda self: []})()
-UNKNOWN_SEARCHER: Any = SimpleNamespace(searcher="new", configurations=1, repeats=1)
+UNKNOWN_SEARCHER: Any = SimpleNamespace(searcher="new", configurations=1, repeats=1, trials=1)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,13 @@ def one_thread() -> Iterator[None]:
 
 def uses_gpu(name: FlowName) -> bool:
     """Return whether the method runs on a GPU where the process has one."""
-    return name in ("tvl1", "raft")
+    match name:
+        case "tvl1" | "raft":
+            return True
+        case "dis" | "farneback":
+            return False
+        case unknown:
+            raise ValueError(f"no flow method {unknown!r}")
 
 
 def runs_on_gpu(name: FlowName) -> bool:

@@ -79,7 +79,7 @@ def _decode(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> l
             images: list[Tensor] = decode_jpeg(files, mode=mode, device=device)
             return images
     except RuntimeError as error:
-        # An error of the GPU does not tell a damaged image from a lack of memory. The CPU decodes the same files: this
+        # nvJPEG raises the same error for a damaged image and for a lack of memory. Decoding the same files on the CPU
         # raises `UserError` for a damaged image; else the error of the GPU is passed on.
         if device.type == "cuda":
             _decode(files, mode, torch.device("cpu"))

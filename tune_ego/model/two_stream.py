@@ -93,7 +93,7 @@ class Stream(nn.Module):
 
 def _unrepeatable(stream: nn.Module) -> list[nn.Module]:
     """Return the modules inside layers whose result depends on how often they were called."""
-    layers = [layer for layer in stream.children() if not isinstance(layer, nn.Dropout)]  # that one is not recomputed
+    layers = [layer for layer in stream.children() if not isinstance(layer, nn.Dropout)]  # outside the recomputed part
     parts = [part for layer in layers for part in layer.modules() if not isinstance(part, _BatchNorm)]
     return [
         part

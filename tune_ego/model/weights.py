@@ -135,7 +135,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
         if not tensors:
             raise UserError(f"{path}: holds no {stream.modality} stream")
     loaded = _load(stream, tensors, str(path))
-    if stream.modality == "flow" and is_final(str(path)):  # weights alone: the run's checkpoints say it
+    if stream.modality == "flow" and is_final(str(path)):  # no record of the flow method but in checkpoints
         last = read_last_whole_checkpoint(run_of(str(path)))
         flow_method = unpack(last[1], str(path)).get("flow_method") if last else None
     return loaded._replace(flow_method=flow_method)

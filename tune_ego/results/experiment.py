@@ -22,7 +22,6 @@ from tune_ego.search_space import SearchSpace, parse_space
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_READERS = 16
 METRIC = "val_mean_class_accuracy"
 """The metric that a search maximises, in [0, 1]. Only lines of validations have it."""
 VALIDATION_SECONDS = "validation_seconds"

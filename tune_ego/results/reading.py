@@ -93,7 +93,7 @@ def _read_trial(search: Experiment, trial: str, record: dict[str, Any]) -> Trial
     state = "interrupted" if state == "running" and not search.alive else state
     metrics = experiment.read_metrics(run)
     decisions = trial_records.trial_decisions(search.root, trial)
-    if state == "stopped" and decisions:  # it trains on until it is stopped; how far it gets depends on timing
+    if state == "stopped" and decisions:  # workers log on until Ray ends them, which takes a while
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
     stored = "" if search.spec["version"] == __version__ else storage.join(run, experiment.CONFIG_FILE)
     config = search.space.resumed_config(stored, record["sampled"], record["repeat"])

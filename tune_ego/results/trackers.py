@@ -24,7 +24,7 @@ from tune_ego.results import experiment
 from tune_ego.results.experiment import METRIC, Trial
 
 _METRICS_A_REQUEST = 900
-"""MLflow takes 1,000."""
+"""Metrics in one request; MLflow accepts at most 1,000."""
 _PARAMS_A_REQUEST = 100
 _RUN_TAG = "tune_ego.run"
 _MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
@@ -128,7 +128,7 @@ def read_png(uri: str) -> Any:
 
 
 class Mlflow:
-    """At MLFLOW_TRACKING_URI, else in `mlflow.db` in the folder of the search or run."""
+    """MLflow. Writes to MLFLOW_TRACKING_URI, else to `mlflow.db` in the folder of the search or run."""
 
     def __init__(self, root: str) -> None:
         if not os.environ.get("MLFLOW_TRACKING_URI") and not storage.is_local(root):

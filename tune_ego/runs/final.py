@@ -15,10 +15,14 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.interruption import end_interrupted
 from tune_ego.results import checkpoint_files, experiment
+from tune_ego.results.checkpoint_files import last_whole_iteration
 from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, stop_uri
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.progress import run_shown
 from tune_ego.results.tracking import check_trackers, run_tracked
+from tune_ego.runs.job import Job
+from tune_ego.runs.launch import check_same_data, fit, resolve_run
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, worker_resources
 
 _READ_EVERY = 1.0
 """Seconds between two reads of the run's files."""
@@ -41,11 +45,6 @@ def train_final(
     (`tracking.make_trackers`) that record the run, `node_types` nodes that the cluster may start. Returns the URI of
     the weights. Raises `UserError` where the folder holds another run.
     """
-    from tune_ego.results.checkpoint_files import last_whole_iteration
-    from tune_ego.runs.job import Job
-    from tune_ego.runs.launch import fit, resolve_run
-    from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time
-
     check_trackers(track, run)
     run, data = storage.absolute(run), storage.absolute(data)
     config = resolve_run(config, data, before=_started(run))
@@ -80,12 +79,11 @@ def _test(config: Config, data: str, run: str, gpus: float) -> None:
     import ray
     from ray.exceptions import RayError
 
-    from tune_ego.evaluation.tables import show
-    from tune_ego.runs.placement import worker_resources
+    from tune_ego.evaluation.tables import show  # torch
     from tune_ego.training.hardware import set_up_torch
 
     def work() -> dict[str, Any]:
-        from tune_ego.evaluation.evaluate import evaluate
+        from tune_ego.evaluation.evaluate import evaluate  # torch
 
         set_up_torch(config, gpus)
         return evaluate(run, data)
@@ -109,8 +107,6 @@ def _started(run: str) -> Config | None:
 
 
 def _check_same_run(config: Config, data: str, run: str) -> None:
-    from tune_ego.runs.launch import check_same_data
-
     before = _started(run)
     if before is not None:
         if before != config:

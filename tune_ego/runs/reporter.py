@@ -108,5 +108,5 @@ class Reporter:
 def _describe(metrics: dict[str, Any] | None, iteration: int) -> str:
     """Return a line of the run's log about a checkpoint."""
     if metrics is None:
-        return f"iteration {iteration}: checkpoint, as a signal asked for"
+        return f"iteration {iteration}: checkpoint, after a stop request or a spot notice"
     return f"iteration {iteration}: checkpoint; validation mean class accuracy {percent(metrics[experiment.METRIC])}"

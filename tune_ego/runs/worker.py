@@ -41,7 +41,7 @@ def _work(job: Job, rank: int, workers: int) -> None:
     sys.setswitchinterval(1e-3)
     set_up_torch(job.config, job.gpus)
     if experiment.read_failure(job.run) is not None:
-        return  # another worker has failed for a reason that a restart does not help
+        return  # another worker has recorded a failure that a restart would repeat
     if is_taken_over(job.root, job.claim):
         return
     shards = open_shards(job.data)

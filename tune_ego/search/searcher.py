@@ -115,8 +115,9 @@ def import_optuna() -> Any:
 def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial]) -> dict[str, Any]:
     """Draw configuration `number` with Optuna's TPE, fitted to the trials of the configurations before it.
 
-    The value of a configuration is the mean of its repeats' best accuracies. A stopped one counts as pruned at the
-    iteration it reached, a failed one as worst. Running ones count as bad ("constant liar"), so that draws spread.
+    The value of a configuration is the mean of its repeats' best accuracies. A stopped or failed one counts as pruned
+    at the iteration it reached, and without a validation as the worst. Running ones count as bad ("constant liar"), so
+    that draws spread.
     """
     optuna = import_optuna()
     with warnings.catch_warnings():
@@ -133,11 +134,15 @@ def draw_by_tpe(space: SearchSpace, seed: int, number: int, trials: list[Trial])
     optuna_trial = study.ask()
 
     def choose_value(name: str, domain: Domain) -> Any:
-        if domain.form == "choice":
-            return domain.values[optuna_trial.suggest_categorical(name, range(len(domain.values)))]
-        if domain.form == "randint":
-            return optuna_trial.suggest_int(name, int(domain.values[0]), int(domain.values[1]) - 1)
-        return optuna_trial.suggest_float(name, *domain.values, log=domain.form == "loguniform")
+        match domain.form:
+            case "choice":
+                return domain.values[optuna_trial.suggest_categorical(name, range(len(domain.values)))]
+            case "randint":
+                return optuna_trial.suggest_int(name, int(domain.values[0]), int(domain.values[1]) - 1)
+            case "uniform" | "loguniform":
+                return optuna_trial.suggest_float(name, *domain.values, log=domain.form == "loguniform")
+            case unknown:
+                raise ValueError(f"no draw by tpe from {unknown!r}")
 
     return space.choose(choose_value)
 
@@ -164,15 +169,18 @@ def parameters(space: SearchSpace, sampled: dict[str, Any]) -> tuple[dict[str, A
     domains, values, distributions = dict(space.sampled()), {}, {}
     for name, value in sampled.items():
         domain = domains[name]
-        if domain.form in ("choice", "grid"):
-            values[name] = [_as_list(choice) for choice in domain.values].index(_as_list(value))
-            distributions[name] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
-        elif domain.form == "randint":
-            values[name], ends = value, (int(domain.values[0]), int(domain.values[1]) - 1)
-            distributions[name] = optuna.distributions.IntDistribution(*ends)
-        else:
-            values[name], log = value, domain.form == "loguniform"
-            distributions[name] = optuna.distributions.FloatDistribution(*domain.values, log=log)
+        match domain.form:
+            case "choice" | "grid":
+                values[name] = [_as_list(choice) for choice in domain.values].index(_as_list(value))
+                distributions[name] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
+            case "randint":
+                values[name], ends = value, (int(domain.values[0]), int(domain.values[1]) - 1)
+                distributions[name] = optuna.distributions.IntDistribution(*ends)
+            case "uniform" | "loguniform":
+                values[name], log = value, domain.form == "loguniform"
+                distributions[name] = optuna.distributions.FloatDistribution(*domain.values, log=log)
+            case unknown:
+                raise ValueError(f"no distribution for {unknown!r}")
     return values, distributions
 
 

@@ -235,7 +235,10 @@ class Trainer:
         return highest
 
     def reduce_losses(self) -> list[Tensor]:
-        """Return the mean over workers of each iteration's losses since `clear_losses`. All workers must call this."""
+        """Average the losses of each iteration since `clear_losses` over the workers, keep and return them.
+
+        All workers must call this.
+        """
         if self._losses:
             mean = torch.stack(self._losses)
             if self.distributed:
