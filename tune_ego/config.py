@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tune_ego.console import say
+from tune_ego.console import say_once
 from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml
 
@@ -303,7 +302,7 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
     sigma = loss.get("gaze_sigma") if isinstance(loss, dict) else None
     if isinstance(sigma, (int, float)) and 1 < sigma < math.inf:  # as a fraction it would be a flat target
         tree["loss"] = {**loss, "gaze_sigma": sigma / _CELLS}  # type: ignore[dict-item]
-        _say_once(
+        say_once(
             f"{source}: loss.gaze_sigma {sigma:g} is in cells of a 7 x 7 map, as in version 0.1: {sigma / _CELLS:.3g}"
         )
     for part in ("optimizer", "schedule"):  # settings without a name belong to the default optimizer or schedule
@@ -316,7 +315,6 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
 
 
 _CELLS = 7
-_say_once = lru_cache(say)
 
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

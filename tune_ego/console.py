@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +22,12 @@ _LINE_EVERY = 60  # seconds between two lines where there is no terminal
 
 def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
+
+
+@lru_cache
+def say_once(text: str) -> None:
+    """Print a line, unless this process has printed it before."""
+    say(text)
 
 
 def heading(text: str) -> None:

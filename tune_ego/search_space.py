@@ -35,7 +35,7 @@ from tune_ego.space_schema import Domain, Entry, SchedulerEntry, SpaceFile, vali
 from tune_ego.yaml_files import parse_yaml
 
 _CHECKED_COMBINATIONS = 2000
-_ORDER = 0x5EA2C4
+_DRAW_KEY = 0x5EA2C4
 """Spawn key of the draws: it separates them from the random numbers of runs, which use the same seeds."""
 
 
@@ -95,7 +95,7 @@ class SearchSpace:
         """Return name -> value of configuration `number` of a random search, independent of other configurations."""
         from ray import tune
 
-        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, number)))
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_DRAW_KEY, number)))
         grids = [(name, domain) for name, domain in self.sampled() if domain.form == "grid"]
         points, point = {}, number % self.grid_points
         for name, domain in reversed(grids):  # the last varies fastest

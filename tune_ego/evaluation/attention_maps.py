@@ -21,6 +21,7 @@ from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window
 from tune_ego.model import StreamOutput
 from tune_ego.training.hardware import autocast_dtype
+from tune_ego.training.metrics import fuse
 
 _BATCH = 8
 """Windows in a forward pass."""
@@ -74,8 +75,7 @@ def score_windows(opened: OpenedModel, clips: list[Clip], windows: list[Window])
         for place, window in enumerate(piece):
             scores = {name: out.logits_BK[place].double().softmax(0).cpu().numpy() for name, out in outputs.items()}
             if len(scores) == 2:
-                share = opened.config.fusion_weight
-                scores["fused"] = share * scores["rgb"] + (1 - share) * scores["flow"]
+                scores["fused"] = fuse(scores, opened.config.fusion_weight)
             maps = {
                 name: out.attention_BTHW[place].float().cpu().numpy()
                 for name, out in outputs.items()

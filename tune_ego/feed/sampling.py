@@ -14,7 +14,7 @@ import numpy as np
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip
 
-_ORDER, _DRAW = 0, 1  # independent random streams of one seed
+_EPOCH_ORDER, _WINDOW_DRAW = 0, 1  # independent random streams of one seed
 EVALUATION_STEP = 8
 """Frames between the starts of two evaluation windows (Lu, Liao, Li, ICCV Workshops 2019)."""
 
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, clips: int) -> np.ndarray:
     """Return the order of the clips in an epoch, int64 [clips]."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(clips)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EPOCH_ORDER, epoch))).permutation(clips)
 
 
 def training_window(clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int) -> Window:
@@ -46,7 +46,7 @@ def training_window(clips: list[Clip], seed: int, sample: int, image_size: tuple
     """
     epoch, place = divmod(sample, len(clips))
     clip = int(_permutation(seed, epoch, len(clips))[place])
-    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_DRAW, sample)))
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_WINDOW_DRAW, sample)))
     start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
     top = int(random.integers(image_size[1] - crop + 1))
     left = int(random.integers(image_size[0] - crop + 1))

@@ -16,12 +16,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from types import FrameType
 from typing import Any
 
 from tune_ego import storage
-from tune_ego.console import say
+from tune_ego.console import say, say_once
 from tune_ego.errors import ClusterLost, FolderLost, Interrupted, StorageError, UserError
 from tune_ego.interruption import abort, end_interrupted, last_act, signals_handled
 from tune_ego.processes import is_running, this_process
@@ -70,11 +69,8 @@ def _record(root: str) -> dict[str, Any] | None:
         record = None
     if _is_whole(record):
         return dict(record)
-    _say_once(f"{uri}: damaged, and ignored")
+    say_once(f"{uri}: damaged, and ignored")
     return None
-
-
-_say_once = lru_cache(say)
 
 
 def _is_whole(record: Any) -> bool:

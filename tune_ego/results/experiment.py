@@ -238,14 +238,44 @@ class Experiment:
         return max(validated, key=lambda one: (len(one.accuracies) == repeats, one.accuracy))
 
     def to_arrow(self) -> pa.Table:
-        """Return one row for each trial (`arrow_table.trials_table` lists the columns)."""
-        from tune_ego.results.arrow_table import trials_table
+        """Return one row for each trial, in the order of the trials.
 
-        return trials_table(self)
+        Columns: `trial` (id), `state`, `iteration` (the last one in its metrics), `val_mean_class_accuracy` (its best,
+        in [0, 1], null before the first validation), `best_iteration`, `seed`, `run` (folder or URI), and one for each
+        searched key, named by the key. A searched key whose values have no common type is a column of strings.
+        """
+        import pyarrow as pa  # not needed elsewhere in this file
+
+        columns: dict[str, list[Any]] = {
+            "trial": [trial.id for trial in self.trials],
+            "state": [trial.state for trial in self.trials],
+            "iteration": [trial.iteration for trial in self.trials],
+            METRIC: [trial.accuracy for trial in self.trials],
+            "best_iteration": [trial.best["iteration"] if trial.best else None for trial in self.trials],
+            "seed": [trial.config.seed for trial in self.trials],
+            "run": [trial.run for trial in self.trials],
+        }
+        table = pa.table(columns)
+        for key in self.space.searched_keys:
+            if key not in columns:
+                values = [_plain_value(trial.config, key) for trial in self.trials]
+                try:
+                    column = pa.array(values)
+                except (pa.ArrowInvalid, pa.ArrowTypeError):  # no common type
+                    column = pa.array([None if value is None else str(value) for value in values])
+                table = table.append_column(key, column)
+        return table
 
     def to_pandas(self) -> Any:
         """Return the rows of `to_arrow` as a pandas DataFrame."""
         return self.to_arrow().to_pandas()
+
+
+def _plain_value(config: Any, key: str) -> Any:
+    """Return the value of a dotted key; None where the configuration has no such key (Ranger has no momentum)."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return list(config) if isinstance(config, tuple) else config
 
 
 @dataclass

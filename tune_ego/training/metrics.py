@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Scores = TypeVar("Scores", Tensor, np.ndarray)
 
 
 class ClipScores:
@@ -38,8 +43,8 @@ class ClipScores:
         return scores
 
 
-def fuse(scores: dict[str, Tensor], rgb_weight: float) -> Tensor:
-    """Return the weighted mean of the two streams' softmax scores."""
+def fuse(scores: Mapping[str, Scores], rgb_weight: float) -> Scores:
+    """Return the weighted mean of the two streams' softmax scores, tensors or arrays."""
     return rgb_weight * scores["rgb"] + (1 - rgb_weight) * scores["flow"]
 
 
