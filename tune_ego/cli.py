@@ -259,7 +259,7 @@ def train(
     """Train one configuration to its last iteration and test it. The same command resumes an interrupted run.
 
     Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints, final/model.pt and
-    evaluation.json. Cost: on an H200 about 5 minutes for 3,000 iterations of 12 two-stream samples.
+    evaluation.json. Cost: on an H200 3,000 iterations of 12 two-stream samples at 165 clips/s: 4 minutes.
     """
     from tune_ego.config import load_config, override_config
     from tune_ego.console import say

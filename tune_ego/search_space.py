@@ -345,10 +345,10 @@ def _check_configurations(space: SearchSpace) -> None:
     """
     reached: set[tuple[str, int]] = set()
     for sampled in space.draws():
-        taken = space.branch_of(sampled)
-        reached |= taken.items()
+        branch_indices = space.branch_of(sampled)
+        reached |= branch_indices.items()
         config = space.config(sampled)
-        for key in space.branches.keys() - taken.keys():
+        for key in space.branches.keys() - branch_indices.keys():
             _check_not_applicable(key, config, space)
     for key, branches in space.branches.items():
         for index, branch in enumerate(branches):

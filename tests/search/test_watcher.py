@@ -144,7 +144,7 @@ def test_what_an_ended_trial_leaves_is_removed_three_seconds_later(
     removed: list[set[str]] = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(watched, "_sweep", lambda names: swept.append(list(names)))
-    monkeypatch.setattr(watched, "_remove_losers", lambda names: removed.append(set(names)))
+    monkeypatch.setattr(watched, "_remove_checkpoints_of_stopped", lambda names: removed.append(set(names)))
     steps: list[tuple[float, dict[str, float], list[list[str]], list[set[str]]]] = [
         # Now, trials that have ended and when, those swept, those whose checkpoints may go.
         (50.0, {"00000": 50.0}, [[]], [set()]),

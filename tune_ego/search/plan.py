@@ -98,9 +98,9 @@ def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
         lines = experiment.read_metrics(run)
     finally:
         storage.remove_folder(run)
-    of_each = [config.train.batch_size / line["clips_per_second"] for line in lines]
+    iteration_seconds = [config.train.batch_size / line["clips_per_second"] for line in lines]
     validation = lines[-1][experiment.VALIDATION_SECONDS]
-    return Probe(seconds - sum(of_each) - validation, median(of_each[_WARM_UP:]), validation)
+    return Probe(seconds - sum(iteration_seconds) - validation, median(iteration_seconds[_WARM_UP:]), validation)
 
 
 def _cost(plan: dict[str, Any], config: Config, probe: Probe, price: float | None) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def _show(plan: dict[str, Any], space: SearchSpace, nodes: list[dict[str, float]
         seconds = plan["seconds"]
         parts = f"{seconds['iteration']:.2f} an iteration, {seconds['validation']:.1f} a validation"
         rows.append(["seconds, measured", f"{parts}, {seconds['start']:.0f} to start and end a trial"])
-    for what, unit in (("hours", "h"), ("price", "")):
-        if f"{what}_at_most" in plan:
-            most, about = plan[f"{what}_at_most"], plan.get(f"{what}_expected")
+    for quantity, unit in (("hours", "h"), ("price", "")):
+        if f"{quantity}_at_most" in plan:
+            most, about = plan[f"{quantity}_at_most"], plan.get(f"{quantity}_expected")
             also = "" if about is None else f", with {space.scheduler.name} about {about:,.2f} {unit}".rstrip()
-            rows.append([what, f"{most:,.2f} {unit}".rstrip() + f" at most{also}"])
+            rows.append([quantity, f"{most:,.2f} {unit}".rstrip() + f" at most{also}"])
     print_table("Plan", ["", ""], rows)

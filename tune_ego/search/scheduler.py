@@ -14,14 +14,14 @@ from tune_ego.search_space import SearchSpace
 STOP = TrialScheduler.STOP
 
 
-class _Named:
+class _StandInTrial:
     """Stand-in for Ray's trial: the part that its schedulers read. It is the same after the driver was restarted."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
 
 
-class _NothingWaits:
+class _StandInController:
     """Stand-in for Tune's controller: the part that the median rule reads. No trial is paused."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self._root, self._budget = root, budget
         self._scheduler = _scheduler_of_ray(space, budget)
-        self._trials: dict[str, _Named] = {}
+        self._trials: dict[str, _StandInTrial] = {}
         self._decisions: dict[str, list[Decision]] = {}
         """Trial -> its decisions, in order."""
         self._count = 0
@@ -53,7 +53,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def _decide(self, trial: str, iteration: int, accuracy: float, recorded: str | None = None) -> str:
         if trial not in self._trials:
-            self._trials[trial] = _Named(trial)
+            self._trials[trial] = _StandInTrial(trial)
             self._scheduler.on_trial_add(None, self._trials[trial])
         result = {"iteration": iteration, METRIC: accuracy}
         action = TrialScheduler.CONTINUE if recorded is None and iteration >= self._budget else recorded
@@ -62,7 +62,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
             # AssertionError at its next report: a finished trial reports again when the budget is raised.
             self._scheduler.on_trial_complete(None, self._trials[trial], result)
         else:
-            decision = str(self._scheduler.on_trial_result(_NothingWaits, self._trials[trial], result))
+            decision = str(self._scheduler.on_trial_result(_StandInController, self._trials[trial], result))
             action = decision if action is None else action
         self._decisions.setdefault(trial, []).append(Decision(self._count, trial, iteration, accuracy, action))
         self._count += 1

@@ -95,10 +95,10 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         now = time.monotonic()
         if now >= self.next_sweep:
             self.next_sweep = now + _SWEEP_EVERY
-            gone = [name for name, moment in self.ended.items() if now >= moment + _RELEASE_AFTER]
-            self._sweep(gone)
-            self._remove_losers(set(gone) - self.cleared)
-            self.cleared |= set(gone)
+            released = [name for name, moment in self.ended.items() if now >= moment + _RELEASE_AFTER]
+            self._sweep(released)
+            self._remove_checkpoints_of_stopped(set(released) - self.cleared)
+            self.cleared |= set(released)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         end = time.monotonic() + _CONTROLLERS_END_WITHIN
@@ -107,7 +107,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         for _ in range(_LAST_SWEEPS):  # a group that a controller requested just before its end may appear late
             self._sweep(trial.config["trial"] for trial in trials)
             time.sleep(0.2)
-        self._remove_losers(self.records)  # also of trials that an earlier driver ran
+        self._remove_checkpoints_of_stopped(self.records)  # also of trials that an earlier driver ran
 
     def _sweep(self, names: Iterable[str]) -> None:
         """Remove the placement groups of trials that have ended. A live controller may create another."""
@@ -116,7 +116,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
             if record["state"] != "REMOVED" and record["name"].startswith(prefixes):
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
-    def _remove_losers(self, names: Iterable[str]) -> None:
+    def _remove_checkpoints_of_stopped(self, names: Iterable[str]) -> None:
         """Delete the checkpoints of trials that the scheduler stopped: they are never resumed."""
         driver.confirm(self.root)
         for name in names:
