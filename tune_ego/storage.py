@@ -90,6 +90,8 @@ def absolute(uri: str | Path) -> str:
     """Return a path that does not depend on the working directory, or a URI without a trailing slash."""
     text = str(uri)
     if not is_local(text):
+        if "?" in text:
+            raise UserError(f"{uri}: a URI with options (?...) is not supported; set them by environment variables")
         return text.rstrip("/")
     return str(Path(text).expanduser().resolve())
 
@@ -115,7 +117,7 @@ def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """Return (file system, path on it) of a local path or URI. Raises `UserError` where there is none."""
     try:
         filesystem, path = pafs.FileSystem.from_uri(_with_time_limit(absolute(uri)))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{uri}: not a path or URI that can be opened ({describe_error(error)})") from error
     return filesystem, path
 

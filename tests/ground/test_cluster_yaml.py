@@ -68,7 +68,7 @@ def test_the_nodes_have_an_image_and_the_roles_of_the_policies() -> None:
     """The head may start workers and pass them their role, and no other; both images are one."""
     types = yaml.safe_load(CLUSTER.read_text())["available_node_types"]
     head, worker = (types[name]["node_config"] for name in ("head", "gpu_worker"))
-    assert head["ImageId"] == worker["ImageId"] and "ubuntu-22.04" in head["ImageId"]
+    assert head["ImageId"] == worker["ImageId"] and "ubuntu-24.04" in head["ImageId"]
     policy = json.loads((FILES / "head-policy.json").read_text())["Statement"]
     (passes,) = [statement for statement in policy if statement["Action"] == "iam:PassRole"]
     assert passes["Resource"] == f"arn:aws:iam::*:role/{worker['IamInstanceProfile']['Name']}"

@@ -276,3 +276,10 @@ def test_reads_and_writes_are_tried_again_under_patience_and_not_longer(
         storage.read_bytes(tmp_path / "a")
     assert len(left) == 96
     assert storage._PATIENCE == 120
+
+
+@pytest.mark.parametrize("uri", ["gs://b/r?project_id=p", "s3://b/r?region=us-east-1"])
+def test_a_uri_with_options_is_refused(uri: str) -> None:
+    """Names are appended to it: all files would be one object."""
+    with pytest.raises(UserError, match=r"a URI with options \(\?\.\.\.\) is not supported"):
+        storage.join_name(uri, "a")

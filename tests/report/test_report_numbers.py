@@ -270,7 +270,7 @@ def test_reproduction(numbers: dict[str, Any], root: Path) -> None:
         {"what": "write this report again", "command": f"tune-ego report {root} --data 'my shards'"},
     ]
     assert reproduce["versions"] == {
-        "tune_ego of the search": "0.0.9",
+        "tune_ego of the search": __version__,
         "ray of the search": "2.60.0",
         "tune_ego of this report": __version__,
     }

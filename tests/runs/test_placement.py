@@ -135,6 +135,8 @@ def test_the_gpus_of_a_worker(setting: Any, nodes: list[Node], gpus: float) -> N
         ("max=3", None),
         ("CPU=1,max=1.5", None),
         ("CPU=1,CPU=2", None),
+        ("cpu=16,gpu=1", None),
+        ("CPU=1,x=2", [{"CPU": 1.0, "x": 2.0}]),
     ],
 )
 def test_a_node_type_is_resources_and_a_number(text: str, nodes: list[Node] | None) -> None:
@@ -301,3 +303,11 @@ def test_a_worker_reads_ahead_its_share_of_the_node_s_store(
 ) -> None:
     """Half of the store is for what is read ahead."""
     assert read_ahead_bytes(tiny_config(), gpus, node) == expected
+
+
+def test_a_run_may_need_live_nodes_and_nodes_to_come_together() -> None:
+    gpu: Node = {"CPU": 16.0, "GPU": 1.0}
+    config = tiny_config(compute__workers=2, train__batch_size=2)
+    assert runs_at_a_time(config, 1, Nodes([gpu], [gpu], may_grow=False)) == 1
+    with pytest.raises(UserError, match="workers"):
+        runs_at_a_time(config, 1, Nodes([gpu], [], may_grow=False))

@@ -80,7 +80,7 @@ def test_a_log_is_written_while_the_process_runs_and_survives_its_storage(
         def fail(uri: str, text: str) -> None:
             raise StorageError("full")
 
-        broken.setattr(storage, "write_text", fail)
+        broken.setattr(storage, "write_bytes", fail)
         log.flush()
     assert not (tmp_path / "log.txt").exists()
     log.flush()
@@ -112,3 +112,11 @@ def test_the_writer_s_period(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
                 break
             time.sleep(0.01)
         assert "now" in log_of(tmp_path)
+
+
+def test_a_log_takes_text_that_is_not_unicode(tmp_path: Path) -> None:
+    """A path may hold any bytes, which Python shows as surrogates."""
+    log = RunLog(str(tmp_path / "log.txt"))
+    log.add("/clip\udcff.mp4\n")
+    log.flush()
+    assert (tmp_path / "log.txt").read_text() == "/clip?.mp4\n"

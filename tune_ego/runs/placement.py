@@ -63,6 +63,8 @@ def parse_node_type(text: str) -> list[Node]:
             raise UserError(f"--node-type {text!r}: write NAME=AMOUNT,...,max=COUNT, e.g. CPU=16,GPU=1,max=8")
         amounts[name] = float(amount)
     count = amounts.pop("max", 1.0)
+    if any(name != name.upper() and name.upper() in ("CPU", "GPU") for name in amounts):
+        raise UserError(f"--node-type {text!r}: the names of resources are CPU and GPU, in capitals")
     if not count.is_integer() or not amounts:
         raise UserError(f"--node-type {text!r}: max is the number of nodes, beside at least one resource")
     return [amounts] * int(count)
@@ -141,7 +143,7 @@ def runs_at_a_time(
     fits = fitting_runs(config, gpus, nodes.live, beside)
     most = trials if nodes.may_grow or nodes.to_come else fits
     if not fits:
-        if not nodes.may_grow and not fitting_runs(config, gpus, nodes.to_come, beside):
+        if not nodes.may_grow and not fitting_runs(config, gpus, [*nodes.live, *nodes.to_come], beside):
             raise _fits_nowhere(config, gpus, [*nodes.live, *nodes.to_come], beside)
         needs = ", ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(config, gpus).items())
         say(f"No node has room for a worker ({needs}) now: waiting for nodes that the cluster starts")

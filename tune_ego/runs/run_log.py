@@ -42,7 +42,7 @@ class RunLog:
             text, changed, self._changed = self._text, self._changed, False
         if changed:
             try:
-                storage.write_text(self.uri, text)
+                storage.write_bytes(self.uri, text.encode(errors="replace"))  # a path may hold any bytes
             except (OSError, UserError):  # the next write may succeed
                 self._changed = True
 
