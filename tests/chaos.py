@@ -311,7 +311,7 @@ class Chaos:
 
 @contextmanager
 def disk(folder: Path) -> Iterator[bool]:
-    """Make a file system of 64 MB in a folder; yields whether there is one."""
+    """Make a file system of 96 MB in a folder; yields whether there is one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
     own = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0

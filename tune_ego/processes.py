@@ -48,9 +48,8 @@ def _start_time(pid: int) -> int | None:
     A process that has ended and waits for its parent to collect it (a zombie) is not there.
     """
     try:
-        os.kill(pid, 0)
-    except PermissionError:  # another user's process
-        pass
+        with suppress(PermissionError):  # another user's process is there, too
+            os.kill(pid, 0)
     except (OSError, OverflowError):
         return None
     try:

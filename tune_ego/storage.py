@@ -10,7 +10,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -242,9 +242,8 @@ def _sync_folder(folder: Path) -> None:
     except OSError:
         return
     try:
-        os.fsync(number)
-    except OSError:
-        pass
+        with suppress(OSError):  # some file systems cannot; the content itself is durable
+            os.fsync(number)
     finally:
         os.close(number)
 

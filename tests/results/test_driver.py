@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -281,4 +282,24 @@ def test_a_signal_while_the_driver_leaves_is_ignored(tmp_path: Path, monkeypatch
     with driving(str(tmp_path), ""):
         (tmp_path / "stop").write_text("")
         monkeypatch.setattr(storage, "remove", interrupted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_heartbeat_during_the_end_does_not_bring_the_lock_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heartbeat is being written when the driver leaves."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.01)
+    beating = threading.Event()
+    write_json = storage.write_json
+
+    def slow(uri: str, value: object) -> None:
+        beating.set()
+        time.sleep(0.3)
+        write_json(uri, value)
+
+    with driving(str(tmp_path), ""):
+        monkeypatch.setattr(storage, "write_json", slow)
+        assert beating.wait(10)
+    time.sleep(0.5)
     assert not list(tmp_path.iterdir())

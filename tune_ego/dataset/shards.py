@@ -283,13 +283,9 @@ def open_shards(root: str) -> Shards:
     """Open a prepared data set. Raises `UserError` if it is absent, unfinished or of another schema version."""
     try:
         info = storage.read_json(storage.join(root, DATASET_FILE))
-    except OSError as error:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise UserError(f"{root}: cannot be read ({storage.describe_error(error)})") from error
-        raise UserError(
-            f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare"
-        ) from error
-    except ValueError as error:
         raise UserError(
             f"{root}: no finished data set here (no readable dataset.json); run: tune-ego prepare"
         ) from error

@@ -133,6 +133,7 @@ class _Claim:
         self._lock = threading.Lock()
         self._confirmed = time.monotonic()
         self._ended = threading.Event()
+        self._beating = threading.Lock()
 
     def take(self) -> None:
         """Claim the folder. Raises `UserError` where another process drives it."""
@@ -173,14 +174,18 @@ class _Claim:
         within `storage.patience`.
         """
         while not self._ended.wait(_HEARTBEAT_EVERY):
-            try:
-                self.confirm(after=0.0)
-                self._write()
-            except UserError as error:
-                abort(error, self._ended)
-                return
-            except OSError as error:
-                abort(StorageError(f"{self._uri}: cannot be read ({storage.describe_error(error)})"), self._ended)
+            failure: UserError | None = None
+            with self._beating:
+                try:
+                    if not self._ended.is_set():
+                        self.confirm(after=0.0)
+                        self._write()
+                except UserError as error:
+                    failure = error
+                except OSError as error:
+                    failure = StorageError(f"{self._uri}: cannot be read ({storage.describe_error(error)})")
+            if failure is not None and not self._ended.is_set():
+                abort(failure, self._ended)
                 return
 
     def release(self, *, hide_errors: bool) -> None:
@@ -190,6 +195,9 @@ class _Claim:
         """
         self.closed, self.held = True, False
         self._ended.set()
+        # A heartbeat that is being written would bring the file back after its removal.
+        if self._beating.acquire(timeout=_STOP_WRITTEN_WITHIN):
+            self._beating.release()
         _claims.pop(self.root, None)
         try:
             self.remove_files()
