@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.drivers import reset_ignored_signals
+
 SPACE = """
 base:
   model: {width: 0.05, stam_depth: 1}
@@ -52,8 +54,9 @@ class Wrong(Exception):
 class Chaos:
     """The folder, the undisturbed results and the random numbers of a session."""
 
-    def __init__(self, folder: Path, seed: int, *, own_disk: bool) -> None:
-        self.folder, self.random, self.own_disk = folder, random.Random(seed), own_disk
+    def __init__(self, folder: Path, *, own_disk: bool) -> None:
+        self.folder, self.own_disk = folder, own_disk
+        self.random = random.Random(0)
         self.storage = folder / "disk"
         self.environment = {**os.environ, "RAY_TMPDIR": str(folder / "r"), "PYTHONUNBUFFERED": "1"}
         self.root = self.storage
@@ -276,14 +279,27 @@ class Chaos:
         self.reference = self.lines(self.storage / "undisturbed")
         shutil.rmtree(self.storage / "undisturbed")
 
-    def round(self, number: int) -> None:
+    def session(self, seed: int, minutes: float) -> None:
+        """Run searches one after another, the last of which begins before the minutes have passed."""
+        self.random = random.Random(seed)
+        self.counts.clear()
+        end = time.monotonic() + 60 * minutes
+        searches = 0
+        try:
+            while time.monotonic() < end:
+                self.round(f"{seed}-{searches}")
+                searches += 1
+        finally:
+            print(f"seed {seed}: {searches} searches ended; {dict(sorted(self.counts.items()))}", flush=True)
+
+    def round(self, name: str) -> None:
         """Run one search to its end, with faults."""
         faults: list[Callable[[subprocess.Popen[str]], set[int]]] = [
             *(self.signal, self.signal_to_group, self.two_signals, self.kill, self.kill_ray, self.kill_worker),
             *(self.suspend, self.second_driver),
             *([self.fill_disk, self.read_only] if self.own_disk else []),
         ]
-        root = self.root = self.storage / str(number)
+        root = self.root = self.storage / name
         while not self.finished(root):
             if root.exists() and self.random.random() < 0.3:
                 self.counts[f"damaged {self.damage(root)}"] += 1
@@ -296,7 +312,7 @@ class Chaos:
                     fault = self.random.choice(faults)
                     codes = fault(driver)
                     self.counts[fault.__name__] += 1
-                    print(f"  search {number}: {fault.__name__}", flush=True)
+                    print(f"  search {name}: {fault.__name__}", flush=True)
             try:
                 driver.wait(ENDS_WITHIN)
             except subprocess.TimeoutExpired as error:
@@ -324,24 +340,23 @@ def disk(folder: Path) -> Iterator[bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=10, help="for each seed")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds, one after another")
     options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes
-    searches = 0
+    reset_ignored_signals()
+    wrong = []
     with tempfile.TemporaryDirectory(prefix="te") as name, disk(Path(name) / "disk") as own_disk:
         (Path(name) / "r").mkdir()
-        chaos = Chaos(Path(name), options.seed, own_disk=own_disk)
+        chaos = Chaos(Path(name), own_disk=own_disk)
         chaos.prepare()
-        try:
-            while time.monotonic() < end:
-                chaos.round(searches)
-                searches += 1
-        except Wrong as error:
-            print(f"WRONG, seed {options.seed}, search {searches}: {error}")
-            raise SystemExit(1) from error
-        finally:
-            print(f"seed {options.seed}: {searches} searches ended; {dict(sorted(chaos.counts.items()))}", flush=True)
+        for seed in options.seed:
+            try:
+                chaos.session(seed, options.minutes)
+            except Wrong as error:
+                print(f"WRONG, seed {seed}: {error}", flush=True)
+                wrong.append(seed)
+    if wrong:
+        raise SystemExit(f"wrong: seeds {wrong}")
 
 
 if __name__ == "__main__":

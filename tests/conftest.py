@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.drivers import reset_ignored_signals
 from tests.handmade import write_handmade
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config, override_config
@@ -45,10 +45,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_not_ignored() -> None:
-    """A shell's background process ignores Ctrl+C, one of `nohup` SIGHUP; the tests and their processes must not."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, handler)
+    reset_ignored_signals()
 
 
 @pytest.fixture(scope="session")

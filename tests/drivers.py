@@ -1,9 +1,10 @@
-"""Records of drivers, as `driver.json` holds them."""
+"""Records of drivers, as `driver.json` holds them, and the signals that they get."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,3 +33,13 @@ def ended_process() -> dict[str, Any]:
     identity = {"pid": process.pid, "started": _start_time(process.pid)}
     process.communicate(b"\n")
     return identity
+
+
+def reset_ignored_signals() -> None:
+    """Heed Ctrl+C and SIGHUP: a shell's background process ignores the first, one of `nohup` the second.
+
+    A child process would ignore them too.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)

@@ -11,8 +11,9 @@ import numpy as np
 from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.results import experiment, trial_records
+from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.experiment import METRIC
-from tune_ego.results.trial_records import Decision, TrialRecords
+from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search_space import SearchSpace, find_space, load_space
 
 CLASSES = 106
@@ -59,7 +60,7 @@ def write_experiment(root: Path, trials: int = 8, space_name: str = "full", seed
         else:
             records.note(name, "stopped" if decisions[-1].action == "STOP" else "finished")
         experiment.write_metrics(run, lines)
-        trial_records.write_decisions(str(root), name, decisions)
+        write_decisions(str(root), name, decisions)
     return space
 
 

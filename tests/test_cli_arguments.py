@@ -15,8 +15,8 @@ from tune_ego import __version__, cli, options
 from tune_ego.bench.record import Benchmark
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.prepare import Settings
+from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError
-from tune_ego.interruption import end_interrupted
 from tune_ego.options import parse_size
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -69,13 +69,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ),
         (
             "tune demo PLACES --dry-run",
-            "search.plan.show_plan",
+            "search.dry_run.show_plan",
             ("demo", "D", "/s/n", {}, 0, None, None),
             {"probe": False, "price": None},
         ),
         (
             "tune demo PLACES --dry-run --probe --price 1.5 --seed 4 --concurrent 6",
-            "search.plan.show_plan",
+            "search.dry_run.show_plan",
             ("demo", "D", "/s/n", {}, 4, 6, None),
             {"probe": True, "price": 1.5},
         ),
@@ -109,7 +109,7 @@ def test_a_command_s_options_reach_its_function(
 ) -> None:
     calls: list[Call] = []
     module, _, name = function.rpartition(".")
-    for target in ("search.plan.show_plan", "search.tune.start_search", function):  # nothing is really started
+    for target in ("search.dry_run.show_plan", "search.tune.start_search", function):  # nothing is really started
         place, _, other = target.rpartition(".")
         monkeypatch.setattr(
             importlib.import_module(f"tune_ego.{place}"), other, lambda *_, **__: pytest.fail("another")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+from tests.pages import NEEDS_CLUSTER, PAGES, ROOT, blocks, commands
 from tune_ego.cli import app
 from tune_ego.config import Config, override_config
 from tune_ego.dataset.shards import CLIP_SCHEMA, FRAME_SCHEMA, PROBLEM_SCHEMA
 from tune_ego.training.checkpoint import Origin, pack
 from tune_ego.yaml_files import parse_yaml
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES, PAGE_LINES = 170, 150
 DATA, OUTPUTS, DEVELOPMENT = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "outputs", "development"))
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page in one of these languages."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for language, text in fenced if language in languages]
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words after `tune-ego` of each such command in a page's blocks; `ray job submit ... -- tune-ego` too."""
-    for block in blocks(page, "bash", "console"):
-        for line in re.sub(r"\\\n", " ", block).splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            if "tune-ego" in words:
-                yield words[words.index("tune-ego") + 1 :]
 
 
 def resolve(words: list[str]) -> tuple[Any, list[str]]:
@@ -73,7 +55,7 @@ def test_a_command_has_options_and_arguments_that_exist(words: list[str]) -> Non
 def test_commands_that_need_a_cluster_say_so(page: Path) -> None:
     for block in blocks(page, "bash"):
         if re.search(r"--address|--concurrent|compute\.workers", block):
-            assert block.startswith("# needs a cluster\n")
+            assert block.startswith(NEEDS_CLUSTER)
 
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tune_ego.interruption import INTERRUPTED, signals_handled
+from tune_ego.driver_signals import INTERRUPTED, signals_handled
 
 
 def main() -> None:

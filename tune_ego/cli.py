@@ -10,8 +10,8 @@ import typer
 from tune_ego import __version__
 from tune_ego.bench.commands import bench
 from tune_ego.dataset.commands import prepare, synthesize
+from tune_ego.driver_signals import FAILED, INTERRUPTED, EndedInterrupted
 from tune_ego.errors import UserError
-from tune_ego.interruption import FAILED, INTERRUPTED, EndedInterrupted
 from tune_ego.options import Address, Data, Name, NodeType, Seed, Set, Storage, Track, parse_changes
 from tune_ego.report.commands import report, visualize
 
@@ -143,7 +143,7 @@ def tune(
     if (probe and not dry_run) or (price is not None and not probe):
         raise UserError("--probe belongs to --dry-run, and --price to --probe")
     if dry_run:
-        from tune_ego.search.plan import show_plan
+        from tune_ego.search.dry_run import show_plan
 
         show_plan(*what, probe=probe, price=price, node_types=node_type or ())
     else:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tune_ego import ray_private
+from tune_ego.driver_signals import abort, signals_handled
 from tune_ego.errors import ClusterLost, UserError
-from tune_ego.interruption import abort, signals_handled
 from tune_ego.own_cluster import own_cluster, ray_folder
 
 # Seconds.

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tune_ego import ray_private
-from tune_ego.interruption import EndedInterrupted, last_act
+from tune_ego.driver_signals import EndedInterrupted, last_act
 from tune_ego.processes import is_running, processes_of_sessions, this_process
 
 _MARK = "tune_ego.json"

@@ -16,8 +16,8 @@ import pytest
 import ray
 
 from tune_ego.cluster import check_address, is_local, ray_session
+from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError
-from tune_ego.interruption import end_interrupted
 
 
 def test_a_cluster_is_local_where_neither_option_nor_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:

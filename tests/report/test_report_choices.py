@@ -10,8 +10,8 @@ from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
 from tune_ego.report.numbers import experiment_numbers, last_common_iteration, published_numbers
 from tune_ego.report.stopping import stopping_numbers
+from tune_ego.results.decisions import Decision
 from tune_ego.results.experiment import METRIC, Experiment, Trial
-from tune_ego.results.trial_records import Decision
 
 REPEATS = """
 base: {train: {iterations: 40, validate_every: 20, batch_size: 10}}

@@ -17,9 +17,10 @@ from tune_ego import storage
 from tune_ego.errors import UserError
 from tune_ego.report.page import SECTIONS
 from tune_ego.report.write import write_report
+from tune_ego.results.decisions import Decision, trial_decisions
 from tune_ego.results.experiment import METRIC, Experiment, Trial, read_metrics
 from tune_ego.results.reading import _check_end, read_experiment
-from tune_ego.results.trial_records import Decision, TrialRecords, trial_decisions
+from tune_ego.results.trial_records import TrialRecords
 
 
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

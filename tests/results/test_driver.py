@@ -19,8 +19,9 @@ from tune_ego import storage
 from tune_ego.errors import ClusterLost, FolderLost, StorageError, UserError
 from tune_ego.processes import is_running, this_process
 from tune_ego.results import driver
+from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.driver import driving, is_alive
-from tune_ego.results.trial_records import Decision, TrialRecords, write_decisions
+from tune_ego.results.trial_records import TrialRecords
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:

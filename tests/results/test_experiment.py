@@ -13,6 +13,7 @@ from tests.specs import search_spec
 from tune_ego import storage
 from tune_ego.config import Config, override_config
 from tune_ego.errors import UserError
+from tune_ego.results.decisions import Decision, read_decisions, write_decisions
 from tune_ego.results.experiment import (
     METRIC,
     Configuration,
@@ -29,15 +30,7 @@ from tune_ego.results.experiment import (
 )
 from tune_ego.results.reading import read_experiment, repeated_reader
 from tune_ego.results.tables import config_value, configuration_table, trial_table
-from tune_ego.results.trial_records import (
-    Decision,
-    TrialRecords,
-    read_decisions,
-    read_records,
-    run_folder,
-    trial_name,
-    write_decisions,
-)
+from tune_ego.results.trial_records import TrialRecords, read_records, run_folder, trial_name
 
 SPACE = """
 base: {train: {iterations: 30, validate_every: 10}, seed: 5}

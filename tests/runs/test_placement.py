@@ -12,19 +12,18 @@ import yaml
 
 from tests.conftest import tiny_config
 from tune_ego.errors import UserError
+from tune_ego.runs.concurrency import fitting_runs, runs_at_a_time
 from tune_ego.runs.placement import (
     Node,
     Nodes,
     cluster_nodes,
     decodes_on_gpu,
-    fitting_runs,
     gpus_per_worker,
     live_nodes,
     nodes_to_come,
     parse_node_type,
     placement_group_prefix,
     read_ahead_bytes,
-    runs_at_a_time,
     trial_resources,
     worker_resources,
 )

@@ -15,9 +15,9 @@ from tests.conftest import tiny_config
 from tests.drivers import write_driver
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results.driver import is_taken_over, stop_uri
-from tune_ego.runs import signals, worker
+from tune_ego.runs import worker
 from tune_ego.runs.job import Job
-from tune_ego.runs.signals import watch_signals
+from tune_ego.runs.preemption import watch_signals
 from tune_ego.runs.worker import describe_failure
 from tune_ego.training.trainer import Signal
 
@@ -33,7 +33,7 @@ class Preemption:
 def preemption(monkeypatch: pytest.MonkeyPatch) -> Any:
     context = Preemption()
     monkeypatch.setattr("ray.train.v2._internal.execution.context.get_train_context", lambda: context)
-    monkeypatch.setattr(signals, "_STOP_EVERY", 0.01)
+    monkeypatch.setattr("tune_ego.runs.preemption._STOP_EVERY", 0.01)
     return context.preemption_context
 
 
@@ -89,7 +89,7 @@ def test_an_object_store_that_does_not_answer_is_looked_at_again(
             raise OSError("503")
         return len(looks) > 3
 
-    monkeypatch.setattr("tune_ego.runs.signals.storage.exists", exists)
+    monkeypatch.setattr("tune_ego.runs.preemption.storage.exists", exists)
     with watch_signals(job(tmp_path), 0) as notice:
         wait_for(notice, Signal.STOP)
 
@@ -100,8 +100,8 @@ def test_a_worker_of_a_driver_that_was_replaced_ends_at_once(
 ) -> None:
     """No record: the driver is about to end."""
     ended: list[int] = []
-    monkeypatch.setattr("tune_ego.runs.signals.os._exit", ended.append)
-    monkeypatch.setattr(signals, "_DRIVER_EVERY", 2)
+    monkeypatch.setattr("tune_ego.runs.preemption.os._exit", ended.append)
+    monkeypatch.setattr("tune_ego.runs.preemption._DRIVER_EVERY", 2)
     if there is not None:
         write_driver(tmp_path, id=there)
     assert is_taken_over(str(tmp_path), "ours") is ends and not is_taken_over(str(tmp_path), "")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tune_ego.results.decisions import Decision, read_decisions
 from tune_ego.results.experiment import METRIC
-from tune_ego.results.trial_records import Decision, read_decisions
 from tune_ego.search.scheduler import RecordedScheduler
 from tune_ego.search_space import parse_space
 

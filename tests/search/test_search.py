@@ -29,9 +29,9 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.evaluate import evaluate
 from tune_ego.model import build_stream, load_weights
 from tune_ego.results.checkpoint_files import checkpoint_iterations
+from tune_ego.results.decisions import read_decisions
 from tune_ego.results.experiment import METRIC, TIMES, read_metrics
 from tune_ego.results.reading import read_experiment
-from tune_ego.results.trial_records import read_decisions
 from tune_ego.runs.final import train_final
 from tune_ego.search.export import export_best
 from tune_ego.search.tune import resume_search, start_search

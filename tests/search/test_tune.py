@@ -19,6 +19,7 @@ from tune_ego.config import dump_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
+from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.experiment import (
     METRIC,
     Failure,
@@ -28,7 +29,7 @@ from tune_ego.results.experiment import (
     write_failure,
     write_metrics,
 )
-from tune_ego.results.trial_records import Decision, TrialRecords, run_folder, write_decisions
+from tune_ego.results.trial_records import TrialRecords, run_folder
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import Nodes
 from tune_ego.search import tune

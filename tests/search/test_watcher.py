@@ -11,8 +11,9 @@ import pytest
 
 from tune_ego import ray_private, storage
 from tune_ego.results.checkpoint_files import checkpoint_iterations, checkpoint_uri
+from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.experiment import METRIC, Failure, write_failure, write_metrics
-from tune_ego.results.trial_records import Decision, TrialRecords, read_records, run_folder, write_decisions
+from tune_ego.results.trial_records import TrialRecords, read_records, run_folder
 from tune_ego.search.watcher import Watcher
 from tune_ego.search_space import parse_space
 

@@ -23,6 +23,7 @@ from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
 from tune_ego.results import checkpoint_files, experiment, reading, trial_records
 from tune_ego.results.checkpoint_files import CHECKSUM_FILE, is_checkpoint_name
+from tune_ego.results.decisions import read_decisions
 
 _CONFIG: dict[str, dict[str, Any]] = {
     "data": {"crop": 32},
@@ -254,7 +255,7 @@ def bench_resume_search(kills: int = 5, seed: int = 0) -> Benchmark:
         command, killed_times = [*tune, "killed"], 0
 
         def count_decisions() -> int:
-            return len(trial_records.read_decisions(str(root)))
+            return len(read_decisions(str(root)))
 
         for _ in range(kills):
             start = time.time()
@@ -285,7 +286,7 @@ def _history(root: Path) -> dict[str, Any]:
     search = reading.read_experiment(str(root))
     return {
         "states": [trial.state for trial in search.trials],
-        "decisions": [decision[1:] for decision in trial_records.read_decisions(str(root))],
+        "decisions": [decision[1:] for decision in read_decisions(str(root))],
         "best": (search.best.id, search.best.accuracy),
         "learning rates": [trial.config.optimizer.lr for trial in search.trials],
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any
 
+from tune_ego.results.decisions import Decision
 from tune_ego.results.experiment import Experiment
-from tune_ego.results.trial_records import Decision
 
 _STOP = "STOP"  # Ray Tune's name of the action, as in decisions.json
 

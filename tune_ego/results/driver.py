@@ -21,8 +21,8 @@ from typing import Any
 
 from tune_ego import storage
 from tune_ego.console import say, say_once
+from tune_ego.driver_signals import abort, end_interrupted, last_act, signals_handled
 from tune_ego.errors import ClusterLost, FolderLost, Interrupted, StorageError, UserError
-from tune_ego.interruption import abort, end_interrupted, last_act, signals_handled
 from tune_ego.processes import is_running, this_process
 
 DRIVER_FILE = "driver.json"

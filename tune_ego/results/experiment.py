@@ -17,6 +17,7 @@ from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import trial_records
+from tune_ego.results.decisions import Decision
 from tune_ego.search_space import SearchSpace, parse_space
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Trial:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     """Reason of its failure; empty if it has not failed."""
-    decisions: list[trial_records.Decision] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     """Decisions of the scheduler about it, in their order."""
 
     @property
@@ -220,7 +221,7 @@ class Experiment:
         return replace(space, samples=spec["samples"])
 
     @property
-    def decisions(self) -> list[trial_records.Decision]:
+    def decisions(self) -> list[Decision]:
         """Decisions of the scheduler about all trials, in their order."""
         return sorted(decision for trial in self.trials for decision in trial.decisions)
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tune_ego import __version__, storage
 from tune_ego.errors import UserError
 from tune_ego.results import driver, experiment, trial_records
+from tune_ego.results.decisions import trial_decisions
 from tune_ego.results.experiment import Experiment, Trial
 
 _READERS = 16
@@ -92,7 +93,7 @@ def _read_trial(search: Experiment, trial: str, record: dict[str, Any]) -> Trial
     run, state = trial_records.run_folder(search.root, trial), record["state"]
     state = "interrupted" if state == "running" and not search.alive else state
     metrics = experiment.read_metrics(run)
-    decisions = trial_records.trial_decisions(search.root, trial)
+    decisions = trial_decisions(search.root, trial)
     if state == "stopped" and decisions:  # workers log on until Ray ends them, which takes a while
         metrics = [line for line in metrics if line["iteration"] <= decisions[-1].iteration]
     stored = "" if search.spec["version"] == __version__ else storage.join(run, experiment.CONFIG_FILE)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tune_ego import storage
 from tune_ego.console import say
@@ -20,12 +19,12 @@ from tune_ego.results import driver
 
 _READERS = 16
 """Threads that read files."""
-_MOST = 10**9
+MOST = 10**9
 """Bound on counts in records: more is damage."""
 _NAME = re.compile(r"[0-9]{5,9}(-[0-9]{1,9})?")
 """Form of `trial_name`."""
 TRIALS_FILE = "trials.json"
-DECISIONS_FILE = "decisions.json"
+
 ENDED = ("finished", "stopped", "failed")
 """States of trials that have ended."""
 _REPEAT = "-"  # between configuration and repeat in the name of a trial
@@ -105,7 +104,7 @@ class TrialRecord(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     state: Literal["pending", "running", "interrupted", "finished", "stopped", "failed"]
     reason: str
-    repeat: int = Field(ge=0, le=_MOST)
+    repeat: int = Field(ge=0, le=MOST)
     sampled: dict[str, Any]
 
 
@@ -141,52 +140,3 @@ def valid_records(root: str) -> dict[str, dict[str, Any]]:
 def run_folder(root: str, trial: str) -> str:
     """Return the folder or URI of a trial's run."""
     return storage.join(root, "runs", trial)
-
-
-class Decision(NamedTuple):
-    """A report of a trial to the scheduler, and the scheduler's decision."""
-
-    order: Annotated[int, Field(ge=0, le=_MOST)]
-    """Position among all decisions of the search."""
-    trial: str
-    iteration: Annotated[int, Field(ge=0, le=_MOST)]
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    action: str
-    """CONTINUE or STOP."""
-
-
-_DECISIONS = TypeAdapter(list[Decision], config=ConfigDict(strict=True))
-
-
-def write_decisions(root: str, trial: str, decisions: list[Decision]) -> None:
-    """Replace the record of the decisions about a trial."""
-    driver.confirm(root)
-    storage.write_json(storage.join(run_folder(root, trial), DECISIONS_FILE), decisions)
-
-
-def trial_decisions(root: str, trial: str) -> list[Decision]:
-    """Return the decisions about a trial, in their order. Raises `UserError` for a damaged file."""
-    uri = storage.join(run_folder(root, trial), DECISIONS_FILE)
-    lines = storage.read_json(uri) if storage.exists(uri) else []
-    try:
-        decisions = _DECISIONS.validate_python(lines)
-    except ValidationError as error:
-        raise UserError(f"{uri}: damaged: expected lists of {', '.join(Decision._fields)}") from error
-    if any(decision.trial != trial for decision in decisions):
-        raise UserError(f"{uri}: damaged: decisions about another trial")
-    return decisions
-
-
-def read_decisions(root: str) -> list[Decision]:
-    """Return all decisions of a search, in the order in which they were made. A printed line names a damaged file."""
-
-    def read(trial: str) -> list[Decision]:
-        try:
-            return trial_decisions(root, trial)
-        except UserError as error:
-            say(f"{error}; left out")
-            return []
-
-    trials = storage.list_names(storage.join(root, "runs"))
-    with ThreadPoolExecutor(_READERS) as pool:
-        return sorted(decision for decisions in pool.map(read, trials) for decision in decisions)

@@ -12,17 +12,18 @@ from tune_ego.cluster import ray_session
 from tune_ego.config import Config, load_config
 from tune_ego.console import console, percent, say
 from tune_ego.dataset.shards import open_shards
+from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError, user_error_in
-from tune_ego.interruption import end_interrupted
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.checkpoint_files import last_whole_iteration
 from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, stop_uri
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.progress import run_shown
 from tune_ego.results.tracking import check_trackers, run_tracked
+from tune_ego.runs.concurrency import runs_at_a_time
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_same_data, fit, resolve_run
-from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, worker_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, worker_resources
 
 _READ_EVERY = 1.0
 """Seconds between two reads of the run's files."""

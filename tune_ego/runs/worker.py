@@ -18,9 +18,9 @@ from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.driver import is_taken_over
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import decodes_on_gpu, read_ahead_bytes, this_node
+from tune_ego.runs.preemption import watch_signals
 from tune_ego.runs.reporter import Reporter
 from tune_ego.runs.run_log import recording
-from tune_ego.runs.signals import watch_signals
 from tune_ego.training.checkpoint import Origin, last_checkpoint, mean_weights, to_bytes
 from tune_ego.training.hardware import set_up_torch
 from tune_ego.training.loop import train

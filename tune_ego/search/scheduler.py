@@ -6,9 +6,8 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from tune_ego.results import trial_records
+from tune_ego.results.decisions import Decision, read_decisions, write_decisions
 from tune_ego.results.experiment import METRIC
-from tune_ego.results.trial_records import Decision
 from tune_ego.search_space import SearchSpace
 
 STOP = TrialScheduler.STOP
@@ -47,7 +46,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         done = self._scheduler.set_search_properties(metric, mode, **spec)
-        for decision in trial_records.read_decisions(self._root):
+        for decision in read_decisions(self._root):
             self._decide(decision.trial, decision.iteration, decision.accuracy, decision.action)
         return bool(done)
 
@@ -74,7 +73,7 @@ class RecordedScheduler(FIFOScheduler):  # type: ignore[misc]
             if decision.iteration == iteration:
                 return decision.action
         action = self._decide(name, iteration, result[METRIC])
-        trial_records.write_decisions(self._root, name, self._decisions[name])
+        write_decisions(self._root, name, self._decisions[name])
         return action
 
 

@@ -16,18 +16,20 @@ from tune_ego.cluster import ray_session
 from tune_ego.config import Config
 from tune_ego.console import print_table, say
 from tune_ego.dataset.shards import open_shards
+from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import Interrupted, UserError
-from tune_ego.interruption import end_interrupted
 from tune_ego.results import checkpoint_files, driver, experiment, reading, trial_records
 from tune_ego.results.checkpoint_files import last_whole_iteration
+from tune_ego.results.decisions import trial_decisions
 from tune_ego.results.experiment import METRIC, Experiment, Trial
 from tune_ego.results.progress import search_shown
 from tune_ego.results.tables import configuration_table, trial_table
 from tune_ego.results.tracking import check_trackers, search_tracked
 from tune_ego.results.trial_records import TrialRecords
+from tune_ego.runs.concurrency import runs_at_a_time
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_run, check_same_data, fit, initial_weights, resolve_weights
-from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, trial_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, trial_resources
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
 from tune_ego.search.watcher import Watcher
@@ -278,7 +280,7 @@ def _trainable(space: SearchSpace, data: str, root: str, gpus: float, claim: str
 
 def last_report(root: str, run: str, config: Config) -> dict[str, Any] | None:
     """Return the last report of a trial that has ended; None for a trial that has not."""
-    decisions = trial_records.trial_decisions(root, run.rpartition("/")[2])
+    decisions = trial_decisions(root, run.rpartition("/")[2])
     if decisions and decisions[-1].action == STOP:
         return {"iteration": decisions[-1].iteration, METRIC: decisions[-1].accuracy}
     last = config.train.iterations

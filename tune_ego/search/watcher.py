@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from tune_ego import ray_private
 from tune_ego.console import console, percent, say
 from tune_ego.results import checkpoint_files, driver, experiment, trial_records
+from tune_ego.results.decisions import trial_decisions
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.trial_records import TrialRecords
 from tune_ego.runs.placement import placement_group_prefix
@@ -70,7 +71,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]
         failure = experiment.read_failure(self._run(name))
         if failure is not None:
             self._end(name, "failed", f"failed: {failure.reason}", failure.reason)
-        elif any(decision.action == STOP for decision in trial_records.trial_decisions(self.root, name)[-1:]):
+        elif any(decision.action == STOP for decision in trial_decisions(self.root, name)[-1:]):
             self._end(name, "stopped", f"stopped by {_NAMES[self.space.scheduler.name]}")
         elif self.budget in checkpoint_files.checkpoint_iterations(self._run(name)):
             self._end(name, "finished")

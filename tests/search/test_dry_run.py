@@ -12,8 +12,8 @@ from tests.search.test_search import assert_nothing_is_left, write_space
 from tune_ego.bench.search import draw_curves, run_asha
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
-from tune_ego.search import plan as plan_module
-from tune_ego.search.plan import Probe, _cost, _measure, _plan, _show, show_plan
+from tune_ego.search import dry_run as plan_module
+from tune_ego.search.dry_run import Probe, _cost, _measure, _plan, _show, show_plan
 from tune_ego.search_space import parse_space
 
 SPACE = """

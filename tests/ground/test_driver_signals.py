@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tune_ego import interruption
+from tune_ego import driver_signals
+from tune_ego.driver_signals import abort, raise_interrupt, signals_handled
 from tune_ego.errors import ClusterLost
-from tune_ego.interruption import abort, raise_interrupt, signals_handled
 
 HEADER = "import os, signal, sys, threading, time\nfrom tune_ego.errors import ClusterLost\n"
-HEADER += "from tune_ego.interruption import abort, last_act, signals_handled\n"
+HEADER += "from tune_ego.driver_signals import abort, last_act, signals_handled\n"
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +75,7 @@ def test_an_error_of_a_thread_is_raised_in_the_main_thread() -> None:
 def test_a_main_thread_that_hangs_is_ended_after_the_last_acts() -> None:
     """It catches the error and goes on, as a library's loop would. The later act comes first."""
     run = run_python(
-        "import tune_ego.interruption as i\n"
+        "import tune_ego.driver_signals as i\n"
         "i._UNWIND_WITHIN = 1.0\n"
         "with signals_handled(), last_act(lambda: print('first')), last_act(lambda: print('second')):\n"
         "    with last_act(lambda: print('over')): pass\n"
@@ -112,6 +112,6 @@ def test_a_command_that_is_interrupted_ends_with_130_and_one_line(
 def test_a_program_that_handles_no_signals_is_not_ended(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruption._Abort, "handlers", 0)  # a session of Ray may be open
+    monkeypatch.setattr(driver_signals._Abort, "handlers", 0)  # a session of Ray may be open
     abort(ClusterLost("gone"), threading.Event())
     assert capsys.readouterr().err == "tune-ego: gone\n"

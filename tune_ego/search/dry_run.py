@@ -14,9 +14,10 @@ from tune_ego.console import print_table, say
 from tune_ego.errors import UserError
 from tune_ego.results import driver, experiment
 from tune_ego.results.progress import share_of_iterations
+from tune_ego.runs.concurrency import runs_at_a_time
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import fit
-from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, runs_at_a_time, worker_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, worker_resources
 from tune_ego.search.tune import check_runs, resolved_space
 from tune_ego.search_space import SearchSpace
 

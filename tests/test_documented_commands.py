@@ -1,0 +1,112 @@
+"""Every command of the README and of docs/, run on a tiny data set in the order in which a user would run them.
+
+Places are replaced (a bucket by a folder) and sizes are reduced; all else is as the pages have it. Commands that need a
+cluster are marked so on their page. Benchmarks take minutes each: tests/bench/ runs their parts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from tests.conftest import TINY, tiny_config
+from tests.pages import PAGES, commands
+from tune_ego.cli import app
+from tune_ego.dataset.shards import open_shards
+from tune_ego.demo import run_demo
+from tune_ego.model import build_stream
+from tune_ego.results.experiment import read_metrics
+from tune_ego.results.reading import read_experiment
+
+REPLACED = {
+    "s3://bucket/egtea-shards": "SHARDS",
+    "s3://bucket/results": "RESULTS",
+    "480": "40",
+    "320x240": "96x72",
+    "96": "3",
+    "3000": "8",
+}
+ADDED = {
+    "synthesize": ["--verbs", "2", "--nouns", "2", "--seconds", "0.8"],
+    "train": ["--iterations", "4", "--set", "optimizer.lr=1e-4"],
+}
+ORDER = ["synthesize", "prepare", "inspect", "tune", "resume", "export", "train", "evaluate", "status", "report"]
+ORDER += ["visualize"]
+ELSEWHERE = ["bench", "demo"]
+
+
+def local(words: list[str], clip: str) -> tuple[str, ...]:
+    """The command with this test's places and sizes."""
+    name, *rest = words
+    for place, folder in REPLACED.items():
+        rest = [folder if word == place else word.replace(f"{place}/", f"{folder}/") for word in rest]
+    rest = [clip if word == "CLIP" else word for word in rest]
+    if name == "tune":
+        rest[0] = "space.yaml"
+    if name == "prepare" and "--check" not in rest:
+        rest += ["--image-size", "96x72"]
+    if "tvl1" in rest:
+        rest[rest.index("SHARDS")] = "TVL1"
+    return (name, *rest, *ADDED.get(name, []))
+
+
+def write_inputs() -> None:
+    """The files that the pages take as given: a search space, starting weights, a recipe, another search."""
+    base: dict[str, dict[str, object]] = {}
+    for key, value in (TINY | {"train.iterations": 4}).items():
+        part, leaf = key.split(".")
+        base.setdefault(part, {})[leaf] = value
+    space = {"base": base, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-3]}}, "samples": 2}
+    Path("space.yaml").write_text(yaml.safe_dump({**space, "scheduler": {"name": "fifo"}}))
+    for modality in ("rgb", "flow"):
+        stream = build_stream(modality, 4, tiny_config(model__stam_depth=0).model)
+        torch.save(stream.state_dict(), f"{modality}_imagenet.pt")
+
+
+@pytest.mark.slow
+def test_every_documented_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_inputs()
+    documented = [words for page in PAGES for words in commands(page, with_cluster=False)]
+    assert {words[0] for words in documented} == {*ORDER, *ELSEWHERE}
+    documented = [words for words in documented if words[0] not in ELSEWHERE]
+    clip = ""
+    done: set[tuple[str, ...]] = set()
+    for words in sorted(documented, key=lambda words: (ORDER.index(words[0]), not {"--check", "--dry-run"} & {*words})):
+        if words[0] == "inspect" and not clip:
+            rows = pq.read_table("SHARDS/clips.parquet").to_pylist()
+            clip = next(row["clip"] for row in rows if row["split1"] == "test")
+        if words[0] == "train" and not Path("recipe.yaml").exists():
+            shutil.copy("best.yaml", "recipe.yaml")
+            shutil.copytree("RESULTS/full", "RESULTS/other")
+        command = local(words, clip)
+        if command not in done:
+            done.add(command)
+            app(list(command), standalone_mode=False)
+    printed = capsys.readouterr().out
+    search = read_experiment("RESULTS/full")
+    assert [(trial.state, trial.metrics[-1]["iteration"]) for trial in search.trials] == [("finished", 8)] * 3
+    assert open_shards("TVL1").table.num_rows == open_shards("SHARDS").table.num_rows == 40
+    for run in ("final", "stage-o", "stage-a"):
+        assert read_metrics(f"RESULTS/{run}")[-1]["iteration"] == 4
+        assert 0 <= json.loads(Path(f"RESULTS/{run}/evaluation.json").read_text())["fused"]["mean_class_accuracy"] <= 1
+    assert json.loads(Path("other.json").read_text())["split"] == 2
+    assert "search" in printed
+    assert Path(f"{clip}.png").stat().st_size > 10_000
+    assert Path("RESULTS/full/report.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path, ray_cluster: None) -> None:
+    run_demo(str(tmp_path / "demo"), 0)
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["evaluation"]["fused"]["mean_class_accuracy"] > 3 * summary["chance"]
