@@ -14,7 +14,8 @@ import torch
 from tests.drivers import reset_ignored_signals
 from tests.handmade import write_handmade
 from tune_ego.cluster import ray_session
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.dataset.prepare import Settings, ShardResult, ShardTask, prepare, write_task
 from tune_ego.dataset.synthetic import synthesize
 

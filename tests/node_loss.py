@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from tests.search.test_search import assert_it_went_on, assert_nothing_is_left
 from tune_ego.cluster import _ENVIRONMENT, _REQUIRED_ENVIRONMENT
-from tune_ego.config import load_config
+from tune_ego.config_io import load_config
 from tune_ego.results import checkpoint_files, experiment, trial_records
 from tune_ego.runs.final import train_final
 from tune_ego.search.tune import start_search

@@ -14,7 +14,8 @@ from tune_ego.results import experiment, trial_records
 from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.trial_records import TrialRecords
-from tune_ego.search_space import SearchSpace, find_space, load_space
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import find_space, load_space
 
 CLASSES = 106
 

@@ -16,7 +16,7 @@ import tune_ego
 from tests import handmade
 from tests.conftest import tiny_config
 from tests.six_trials import write_six_trials
-from tune_ego.config import dump_config
+from tune_ego.config_io import dump_config
 from tune_ego.evaluation.evaluate import score_clips
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import centre_window

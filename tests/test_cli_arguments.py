@@ -13,7 +13,8 @@ import typer
 
 from tune_ego import __version__, cli, options
 from tune_ego.bench.record import Benchmark
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.dataset.prepare import Settings
 from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError

@@ -60,8 +60,14 @@ def faults(path: Path) -> list[str]:
         ):
             result.append(f"{place}:{line}: {text.splitlines()[0]}")
     for node in ast.walk(tree):
-        names = (getattr(node, attribute, None) for attribute in ("id", "arg", "attr", "name"))
-        result += [f"{place}:{getattr(node, 'lineno', 0)}: the name {name}" for name in names if name in NAMES]
+        if isinstance(node, ast.keyword):  # of another package's function
+            continue
+        names = [getattr(node, attribute, None) for attribute in ("id", "arg", "attr", "name", "asname")]
+        result += [
+            f"{place}:{getattr(node, 'lineno', 0)}: the name {name}"
+            for name in names
+            if isinstance(name, str) and NAMES & {*name.split("_")}
+        ]
     return result
 
 

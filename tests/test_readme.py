@@ -14,9 +14,10 @@ import typer
 
 from tests.pages import NEEDS_CLUSTER, PAGES, ROOT, blocks, commands
 from tune_ego.cli import app
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.dataset.shards import CLIP_SCHEMA, FRAME_SCHEMA, PROBLEM_SCHEMA
-from tune_ego.training.checkpoint import Origin, pack
+from tune_ego.training.checkpoint import Origin, checkpoint_content
 from tune_ego.yaml_files import parse_yaml
 
 README_LINES, PAGE_LINES = 170, 150
@@ -130,7 +131,9 @@ def test_the_page_of_the_outputs_names_every_key_of_metrics_checkpoints_and_benc
     measured = ROOT / "docs" / "measured"
     lines = map(json.loads, (measured / "run-h200.jsonl").read_text().splitlines())
     metrics = {re.sub(r"_(flow|fused)$", "_rgb", key) for line in lines for key in line}
-    checkpoint = pack(Config(), Origin(["a"], (320, 240), "dis"), 0, {}, losses=[], model={}, optimizers={})
+    checkpoint = checkpoint_content(
+        Config(), Origin(["a"], (320, 240), "dis"), 0, {}, losses=[], model={}, optimizers={}
+    )
     for key in [*metrics, *checkpoint, *json.loads((measured / "step.json").read_text())]:
         assert f"`{key}`" in OUTPUTS, key
 

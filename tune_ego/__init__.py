@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_ego.api import Prediction, TrainedModel, load_model, open_shards, read_experiment, train
-    from tune_ego.config import Config, load_config
+    from tune_ego.config import Config
+    from tune_ego.config_io import load_config
     from tune_ego.errors import UserError
 
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # read when `ray.train` is imported; version 1 has other settings

@@ -139,22 +139,22 @@ def tune(
     """
     from tune_ego.storage import join_name
 
-    what = (space, data, join_name(storage, name), parse_changes(changes), seed, concurrent, address)
+    request = (space, data, join_name(storage, name), parse_changes(changes), seed, concurrent, address)
     if (probe and not dry_run) or (price is not None and not probe):
         raise UserError("--probe belongs to --dry-run, and --price to --probe")
     if dry_run:
         from tune_ego.search.dry_run import show_plan
 
-        show_plan(*what, probe=probe, price=price, node_types=node_type or ())
+        show_plan(*request, probe=probe, price=price, node_types=node_type or ())
     else:
         from tune_ego.search.tune import start_search
 
-        start_search(*what, track=track, node_types=node_type or ())
+        start_search(*request, track=track, node_types=node_type or ())
 
 
 @app.command()
 def resume(
-    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    search: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
     data: Annotated[
         Optional[str], typer.Option("--data", help="New folder or URI of the search's shards, if they were moved.")
     ] = None,
@@ -175,64 +175,66 @@ def resume(
 ) -> None:
     """Resume a search that was killed or interrupted, or extend it.
 
-    Reads and writes the experiment: unfinished and failed trials resume from their last checkpoints, others stay as
+    Reads and writes the search's files: unfinished and failed trials resume from their last checkpoints, others stay as
     they are. Costs the rest of the search.
     """
     from tune_ego.search.tune import resume_search
 
     changes = {"samples": samples, "iterations": iterations, "concurrent": concurrent}
-    resume_search(experiment, address, data=data, node_types=node_type or (), **changes)
+    resume_search(search, address, data=data, node_types=node_type or (), **changes)
 
 
 @app.command()
 def status(
-    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run, or a trial's folder.")],
+    search: Annotated[str, typer.Argument(help="STORAGE/NAME of a search or run, or a trial's folder.")],
 ) -> None:
     """Show the state of a search with its trials, best first, or of a run or trial with the last lines of its log.
 
     Reads files, writes nothing, takes a second.
     """
     from tune_ego import storage
-    from tune_ego.config import load_config
+    from tune_ego.config_io import load_config
     from tune_ego.console import print_table, say
     from tune_ego.results.experiment import CONFIG_FILE
     from tune_ego.results.progress import facts, run_facts, run_state, search_state, status_table
-    from tune_ego.results.reading import read_experiment
+    from tune_ego.results.reading import read_experiment, say_damaged
     from tune_ego.results.tables import configuration_table
     from tune_ego.runs.run_log import last_log_lines
 
-    experiment = storage.absolute(experiment)
-    if storage.exists(config := storage.join(experiment, CONFIG_FILE)):
-        print_table("", ["", ""], run_facts(load_config(config), experiment, run_state(experiment)))
-        for line in last_log_lines(experiment, _LOG_LINES):
+    root = storage.absolute(search)
+    if storage.exists(config := storage.join(root, CONFIG_FILE)):
+        print_table("", ["", ""], run_facts(load_config(config), root, run_state(root)))
+        for line in last_log_lines(root, _LOG_LINES):
             say(line)
         return
-    search = read_experiment(experiment)
-    print_table("", ["", ""], [("search", search_state(search, search.alive)), *facts(search)])
-    print_table(f"{len(search.trials)} of {search.spec['trials']} trials of {search.root}", *status_table(search))
-    if search.space.repeats > 1:
-        print_table("Configurations, over their repeats", *configuration_table(search))
-    for trial in search.trials:
+    experiment = read_experiment(root)
+    print_table("", ["", ""], [("search", search_state(experiment, experiment.alive)), *facts(experiment)])
+    print_table(
+        f"{len(experiment.trials)} of {experiment.spec['trials']} trials of {experiment.root}",
+        *status_table(experiment),
+    )
+    if experiment.space.repeats > 1:
+        print_table("Configurations, over their repeats", *configuration_table(experiment))
+    for trial in experiment.trials:
         for message in (trial.reason, trial.warning):
             if message:
                 say(f"{trial.id}: {message}")
-    for name, damage in search.damaged.items():
-        say(f"{name}: damaged, and left out: {damage}")
+    say_damaged(experiment)
 
 
 @app.command()
 def export(
-    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    search: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
     out: Annotated[str, typer.Option("--out", help="YAML file to write.")] = "best.yaml",
 ) -> None:
     """Write the complete best configuration of a search and its provenance, for a final run of 3,000 iterations.
 
-    Reads the experiment's files and writes one YAML file. Takes a second.
+    Reads the search's files and writes one YAML file. Takes a second.
     """
     from tune_ego.console import percent, say
     from tune_ego.search.export import export_best
 
-    best = export_best(experiment, out)
+    best = export_best(search, out)
     repeats = f", mean of {len(best.accuracies)} repeats" if len(best.trials) > 1 else ""
     say(f"{out}: trial {best.id}, validation mean class accuracy {percent(best.accuracy)}{repeats}")
 
@@ -261,7 +263,7 @@ def train(
     Reads a configuration and shards. Writes STORAGE/NAME: config.yaml, metrics.jsonl, checkpoints, final/model.pt and
     evaluation.json. Cost: on an H200 3,000 iterations of 12 two-stream samples at 165 clips/s: 4 minutes.
     """
-    from tune_ego.config import load_config, override_config
+    from tune_ego.config_io import load_config, override_config
     from tune_ego.console import say
     from tune_ego.runs.final import train_final
     from tune_ego.runs.launch import describe_micro_batches

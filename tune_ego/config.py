@@ -7,22 +7,18 @@ Keys are written with dots: `--set optimizer.lr=1e-3`, `optimizer.lr:` in a sear
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from tune_ego.console import say_once
-from tune_ego.errors import UserError
-from tune_ego.yaml_files import read_yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 WINDOW_FRAMES = 16
 """Frames of a window (Lu)."""
+MAP_SLICES = 2
+"""Time steps of the attention map of a window: I3D reduces 16 frames to 2 there."""
+LU_MAP_SIDE = 7
+"""Rows and columns of the attention map for a crop of 224 pixels (Lu)."""
 
-Stream = Literal["rgb", "flow"]
+StreamName = Literal["rgb", "flow"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Strict types would refuse the lists that YAML gives where a field is a tuple.
@@ -31,13 +27,17 @@ Workers = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1
 Milestones = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)]
 
 
-class _Node(BaseModel):
+class ConfigNode(BaseModel):
+    """Base class of a configuration's parts: immutable, strict about types, without unknown keys."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class DataConfig(_Node):
+class DataConfig(ConfigNode):
+    """Clips, windows and the place where images are decoded."""
+
     split: Literal[1, 2, 3] = 1
     """Official EGTEA split."""
     validation: Literal["stratified", "by_session"] = "stratified"
@@ -57,7 +57,9 @@ class DataConfig(_Node):
     """Largest size of the cache, GB; the least recently used shards are removed. All of EGTEA is about 20 GB."""
 
 
-class ModelConfig(_Node):
+class ModelConfig(ConfigNode):
+    """Architecture of each stream: I3D with the attention module STAM."""
+
     stam_depth: int = Field(1, ge=0, le=8)
     """Blocks in the attention module: 0 is no attention (Lu's "-o"), 1 is Lu's "-a", 3 the paper's experiment 3."""
     stam_block: Literal["inception", "attention"] = "inception"
@@ -81,7 +83,9 @@ class ModelConfig(_Node):
     """Weight of a new batch in BatchNorm's running statistics (I3D); runs of a few hundred iterations need 0.1."""
 
 
-class SGDConfig(_Node):
+class SGDConfig(ConfigNode):
+    """SGD with momentum (Lu)."""
+
     name: Literal["sgd"] = "sgd"
     lr: Positive = 0.1
     """Learning rate (Lu)."""
@@ -89,7 +93,9 @@ class SGDConfig(_Node):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-7
 
 
-class RangerConfig(_Node):
+class RangerConfig(ConfigNode):
+    """Ranger: RAdam with LookAhead (the paper)."""
+
     name: Literal["ranger"] = "ranger"
     lr: Positive = 1e-3
     """Learning rate (the paper)."""
@@ -102,13 +108,15 @@ class RangerConfig(_Node):
     """Step of the slow weights towards the fast weights, as a fraction of their distance."""
 
 
-class _ScheduleNode(_Node):
+class _ScheduleNode(ConfigNode):
     warmup: int = Field(0, ge=0)
     """Iterations over which the learning rate first rises linearly to `optimizer.lr`. Validations in this time do not
     count for `plateau`."""
 
 
 class PlateauConfig(_ScheduleNode):
+    """Reduce the learning rate when the validation mean class accuracy stops rising (the paper)."""
+
     name: Literal["plateau"] = "plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     patience: int = Field(5, ge=0)
@@ -116,6 +124,8 @@ class PlateauConfig(_ScheduleNode):
 
 
 class MultiStepConfig(_ScheduleNode):
+    """Reduce the learning rate at given iterations (Lu's code)."""
+
     name: Literal["multistep"] = "multistep"
     milestones: Milestones = (300, 1000)
     """Iterations after which the learning rate is multiplied by `gamma` (Lu's code)."""
@@ -123,6 +133,8 @@ class MultiStepConfig(_ScheduleNode):
 
 
 class CosineConfig(_ScheduleNode):
+    """Reduce the learning rate along half a cosine."""
+
     name: Literal["cosine"] = "cosine"
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
@@ -132,17 +144,24 @@ class CosineConfig(_ScheduleNode):
 
 
 class ConstantConfig(_ScheduleNode):
+    """Keep the learning rate."""
+
     name: Literal["constant"] = "constant"
 
 
-class LossConfig(_Node):
+class LossConfig(ConfigNode):
+    """Loss of a stream: cross-entropy plus the weighted gaze loss (Lu, equation 3)."""
+
     gaze_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the gaze loss in the total loss (Lu); with 0 gaze is not used (Lu's "-v")."""
-    gaze_sigma: Positive = 3 / 7
-    """Standard deviation of the gaze target, as a fraction of the attention map's side (Lu: 3 cells of 7)."""
+    gaze_sigma: Annotated[float, Field(gt=0, lt=1)] = 3 / LU_MAP_SIDE
+    """Standard deviation of the gaze target, as a fraction of the attention map's side (Lu: 3 cells of 7). With 1 the
+    target would be almost flat."""
 
 
-class TrainConfig(_Node):
+class TrainConfig(ConfigNode):
+    """Length, batches, precision and validation of a run."""
+
     iterations: int = Field(3000, ge=1)
     """Optimizer steps of the run (the paper)."""
     batch_size: int = Field(12, ge=1)
@@ -172,7 +191,9 @@ class TrainConfig(_Node):
     """Iterations between lines of metrics.jsonl."""
 
 
-class ComputeConfig(_Node):
+class ComputeConfig(ConfigNode):
+    """Resources of a run on the Ray cluster."""
+
     workers: Union[Annotated[int, Field(ge=1)], Workers] = 1
     """Training processes (DDP). [least, most]: elastic, as many as the cluster has room for at the time; the batch and
     its micro-batches stay those of `most`. Elastic workers are for final runs only."""
@@ -188,24 +209,32 @@ class ComputeConfig(_Node):
 
     @property
     def least_workers(self) -> int:
+        """Number of workers that the run needs to start."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most_workers(self) -> int:
+        """Number of workers that the batch is divided for."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
-class InitConfig(_Node):
+class InitConfig(ConfigNode):
+    """Starting weights of each stream."""
+
     rgb: str | None = None
     """Initial weights of the RGB stream: a published weights file, or a run, a checkpoint or a `model.pt`."""
     flow: str | None = None
 
 
-Optimizer = Annotated[Union[SGDConfig, RangerConfig], Field(discriminator="name")]
-Schedule = Annotated[Union[PlateauConfig, MultiStepConfig, CosineConfig, ConstantConfig], Field(discriminator="name")]
+OptimizerConfig = Annotated[Union[SGDConfig, RangerConfig], Field(discriminator="name")]
+ScheduleConfig = Annotated[
+    Union[PlateauConfig, MultiStepConfig, CosineConfig, ConstantConfig], Field(discriminator="name")
+]
 
 
-class Config(_Node):
+class Config(ConfigNode):
+    """All settings of a run."""
+
     label: str = ""
     """Name of this configuration in tables."""
     seed: int = Field(0, ge=0)
@@ -214,16 +243,23 @@ class Config(_Node):
     """Weight of RGB's softmax scores in the fused scores; flow has the rest (Lu: their mean)."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    optimizer: Optimizer = RangerConfig()
-    schedule: Schedule = PlateauConfig()
+    optimizer: OptimizerConfig = RangerConfig()
+    schedule: ScheduleConfig = PlateauConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     compute: ComputeConfig = ComputeConfig()
     init_from: InitConfig = InitConfig()
 
     @property
-    def stream_names(self) -> tuple[Stream, ...]:
-        return ("rgb", "flow") if self.streams == "both" else (self.streams,)
+    def stream_names(self) -> tuple[StreamName, ...]:
+        """Names of the streams that are trained, RGB first."""
+        match self.streams:
+            case "both":
+                return ("rgb", "flow")
+            case "rgb" | "flow":
+                return (self.streams,)
+            case unknown:
+                raise ValueError(f"no streams {unknown!r}")
 
     @property
     def passes(self) -> int:
@@ -278,121 +314,3 @@ class Config(_Node):
                 f"{self.train.iterations}"
             )
         return self
-
-
-def load_config(path: str | Path) -> Config:
-    """Read a configuration from a YAML file (`config.yaml` of a run, or the file that `export` wrote).
-
-    Raises `UserError` that names the file, the key and what is allowed.
-    """
-    tree = read_yaml(path)
-    tree.pop("provenance", None)  # the origin of an exported configuration: information for people only
-    return build_config(tree, str(path))
-
-
-def dump_config(config: Config) -> str:
-    """Return every key of the configuration as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def build_config(tree: Mapping[str, Any], source: str) -> Config:
-    """Validate a nested mapping. Raises `UserError` that begins with `source`."""
-    tree = dict(tree)
-    loss = tree.get("loss")
-    sigma = loss.get("gaze_sigma") if isinstance(loss, dict) else None
-    if isinstance(sigma, (int, float)) and 1 < sigma < math.inf:  # as a fraction it would be a flat target
-        tree["loss"] = {**loss, "gaze_sigma": sigma / _CELLS}  # type: ignore[dict-item]
-        say_once(
-            f"{source}: loss.gaze_sigma {sigma:g} is in cells of a 7 x 7 map, as in version 0.1: {sigma / _CELLS:.3g}"
-        )
-    for part in ("optimizer", "schedule"):  # settings without a name belong to the default optimizer or schedule
-        if isinstance(tree.get(part), dict):
-            tree[part] = {"name": _default_name(part), **tree[part]}
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from error
-
-
-_CELLS = 7
-
-
-def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a nested mapping with dotted keys set.
-
-    A change of `optimizer.name` or `schedule.name` resets that part: settings of SGD are not settings of Ranger.
-    """
-    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for key in sorted(
-        changes, key=lambda key: not key.endswith(".name")
-    ):  # names first: a change of name clears its part
-        part, _, leaf = key.rpartition(".")
-        if not part:
-            result[leaf] = changes[key]
-            continue
-        node = result.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"{part}: expected keys and values, found {node!r}")
-        if leaf == "name" and node.get("name", _default_name(part)) != changes[key]:
-            node.clear()
-        node[leaf] = changes[key]
-    return result
-
-
-def override_config(config: Config, changes: Mapping[str, Any], source: str) -> Config:
-    """Return a configuration with dotted keys changed. Raises `UserError` that begins with `source`."""
-    for key in changes:
-        check_key(key, source)
-    return build_config(override(config.model_dump(), changes), source)
-
-
-def _default_name(part: str) -> str | None:
-    default = Config.model_fields[part].default if part in Config.model_fields else None
-    return getattr(default, "name", None)
-
-
-def config_keys() -> list[str]:
-    """Return every dotted key that a configuration can have."""
-    keys: dict[str, None] = {}
-    for name, field in Config.model_fields.items():
-        for node in _nodes(field.annotation):
-            keys.update({f"{name}.{leaf}": None for leaf in node.model_fields})
-        if not _nodes(field.annotation):
-            keys[name] = None
-    return list(keys)
-
-
-def check_key(key: str, source: str) -> None:
-    keys = config_keys()
-    if key not in keys:
-        part = str(key).rpartition(".")[0]
-        near = [name for name in keys if name.rpartition(".")[0] == part] or keys
-        raise UserError(f"{source}: unknown key {key!r}; allowed: {', '.join(near)}")
-
-
-def _nodes(annotation: Any) -> list[type[_Node]]:
-    if isinstance(annotation, type) and issubclass(annotation, _Node):
-        return [annotation]
-    if get_origin(annotation) is None:
-        return []
-    return [node for argument in get_args(annotation) for node in _nodes(argument)]
-
-
-def _explain(error: ValidationError) -> str:
-    """Return the first complaint of pydantic as `key: message, found value`."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    if len(place) > 2 and place[0] in ("optimizer", "schedule"):
-        del place[1]  # pydantic puts the chosen variant's name between
-    key = ".".join(place)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        part = key.rpartition(".")[0]
-        allowed = [name for name in config_keys() if name.rpartition(".")[0] == part]
-        if key in allowed:
-            return f"key {key!r} does not belong to the {part} that {part}.name chooses{more}"
-        return f"unknown key {key!r}; allowed: {', '.join(allowed)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return message + more
-    return f"{key}: {message}, found {first['input']!r}{more}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tune_ego import storage
 from tune_ego.cluster import ray_session
-from tune_ego.config import load_config, override_config
+from tune_ego.config_io import load_config, override_config
 from tune_ego.console import heading, percent, print_table
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.synthetic import synthesize

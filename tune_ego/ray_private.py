@@ -45,7 +45,7 @@ def trainer_class(group_prefix: str, workers: int) -> Any:
             name = group_prefix + uuid.uuid4().hex
             worker_group.placement_group = functools.partial(placement_group, name=name)
 
-    class Trainer(Base):  # type: ignore[misc]
+    class TrainerWithNamedGroups(Base):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             replaced = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
             kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in replaced]
@@ -54,7 +54,7 @@ def trainer_class(group_prefix: str, workers: int) -> Any:
         def _register_sigint_handler(self, controller: Any) -> None:
             """Install no handler."""
 
-    return Trainer
+    return TrainerWithNamedGroups
 
 
 def preemption_info() -> Any:

@@ -23,16 +23,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import Config, build_config, check_key, load_config, override, override_config
-from tune_ego.errors import UserError
-from tune_ego.space_schema import Domain, Entry, SchedulerEntry, SpaceFile, validated
-from tune_ego.yaml_files import parse_yaml
+from tune_ego.config import Config
+from tune_ego.config_io import build_config, load_config, override, override_config
+from tune_ego.space_schema import Domain
 
 _CHECKED_COMBINATIONS = 2000
 _DRAW_KEY = 0x5EA2C4
@@ -154,10 +152,10 @@ class SearchSpace:
         indices: dict[str, int] = {}
         for key, branches in self.branches.items():
             for index, branch in enumerate(branches):
-                if all(_as_tuple(self._value(name, chosen)) in allowed for name, allowed in branch.when.items()):
+                if all(as_tuple(self._value(name, chosen)) in allowed for name, allowed in branch.when.items()):
                     domain = branch.domain
                     value = domain.values[0] if domain.form == "value" else choose_value(f"{key}@{index}", domain)
-                    chosen[key] = _as_tuple(value)
+                    chosen[key] = as_tuple(value)
                     indices[key] = index
                     break
         return chosen, indices
@@ -165,18 +163,53 @@ class SearchSpace:
     def draws(self) -> Iterator[dict[str, Any]]:
         """Yield draws that cover the space: all combinations, or 2,000 of them, evenly spread.
 
-        A range contributes its two ends.
+        A range contributes its two ends, and the values that conditions distinguish.
         """
-        sampled = list(self.sampled())
-        options = [(d.values[0], d.values[1] - 1) if d.form == "randint" else d.values for _, d in sampled]
-        names = [name for name, _ in sampled]
-        if math.prod(map(len, options)) <= _CHECKED_COMBINATIONS:
-            yield from (dict(zip(names, draw)) for draw in itertools.product(*options))
+        options = {name: self._distinct_values(name, domain) for name, domain in self.sampled()}
+        if math.prod(map(len, options.values())) <= _CHECKED_COMBINATIONS:
+            yield from _combinations(options)
             return
         random = np.random.default_rng(0)
         orders = [random.permutation(_CHECKED_COMBINATIONS) for _ in options]
         for n in range(_CHECKED_COMBINATIONS):
-            yield {name: values[order[n] % len(values)] for name, values, order in zip(names, options, orders)}
+            yield {name: values[order[n] % len(values)] for (name, values), order in zip(options.items(), orders)}
+
+    def conditional_draws(self) -> Iterator[dict[str, Any]]:
+        """Yield a draw for each combination of the values on which conditions depend; other values are the same."""
+        options = {name: self._distinct_values(name, domain) for name, domain in self.sampled()}
+        conditions = self._named_in_conditions
+        yield from _combinations(
+            {name: values if _key(name) in conditions else values[:1] for name, values in options.items()}
+        )
+
+    @cached_property
+    def _named_in_conditions(self) -> dict[str, list[Any]]:
+        """Key -> the values of it that conditions name."""
+        named: dict[str, list[Any]] = {}
+        for branch in itertools.chain.from_iterable(self.branches.values()):
+            for key, values in branch.when.items():
+                named.setdefault(key, []).extend(values)
+        return named
+
+    def _distinct_values(self, name: str, domain: Domain) -> list[Any]:
+        """Return the values of a domain that may lead to different branches: all, or for a range some of each kind."""
+        named = self._named_in_conditions.get(_key(name))
+        match domain.form:
+            case "choice" | "grid":
+                return list(domain.values)
+            case "randint":
+                low, high = domain.values
+                values = {low, high - 1}
+                if named is not None:
+                    inside = {value for value in named if isinstance(value, int) and low <= value < high}
+                    unnamed = (value for value in range(low, high) if value not in inside)
+                    values |= inside | set(itertools.islice(unnamed, 1))
+                return sorted(values)
+            case "uniform" | "loguniform":
+                low, high = domain.values
+                return [low, high] if named is None else [low, (low + high) / 2, high]
+            case unknown:
+                raise ValueError(f"no values of the form {unknown!r}")
 
     def _value(self, key: str, chosen: dict[str, Any]) -> Any:
         if key in chosen:
@@ -217,158 +250,16 @@ class SearchSpace:
         return self.configurations * self.repeats
 
 
-def find_space(name: str) -> str:
-    """Return the path of a search space: a file, or the name of a shipped one (with or without `.yaml`)."""
-    if storage.is_file(name):
-        return name
-    package = Path(__file__).parent
-    folders = [package / "search_spaces", package.parent / "search_spaces"]  # in a wheel; in a checkout
-    shipped = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
-    path = shipped.get(name.removesuffix(".yaml"))
-    if path is None:
-        raise UserError(f"{name}: no such file, nor a shipped search space ({', '.join(sorted(shipped))})")
-    return str(path)
-
-
-def load_space(name: str, changes: dict[str, Any] | None = None) -> SearchSpace:
-    """Read and check a search space; `changes` (dotted key -> value) replace values of its base.
-
-    Raises `UserError` that names the file, the key and what is allowed.
-    """
-    path = find_space(name)
-    try:
-        text = storage.read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    return parse_space(text, path, changes)
-
-
-def parse_space(text: str, source: str, changes: dict[str, Any] | None = None, *, check: bool = True) -> SearchSpace:
-    """Read a search space from YAML text; `source` is its name in errors, `changes` as in `load_space`.
-
-    With `check` every configuration that the space can give is built, to see that it is valid.
-    """
-    content = parse_yaml(text, source)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{source}: expected the keys {', '.join(SpaceFile.model_fields)}")
-    empty = [key for key in ("base", "space", "scheduler") if key in content and content[key] is None]
-    file = validated(SpaceFile, {key: value for key, value in content.items() if key not in empty}, source)
-    base = _changed_base(file, source, changes or {})
-    branches = _read_branches(file, source)
-    config = build_config(base, f"{source}: base")
-    if not isinstance(config.compute.workers, int):
-        raise UserError(f"{source}: compute.workers: the trials of a search have a fixed number of workers")
-    space = SearchSpace(
-        source=source,
-        text=text,
-        base=base,
-        branches=branches,
-        samples=file.samples,
-        repeats=file.repeats,
-        searcher=file.searcher,
-        scheduler=_scheduler_settings(file.scheduler, source, config),
-    )
-    if check:
-        _check_configurations(space)
-    return space
-
-
-def _changed_base(file: SpaceFile, source: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the base with the changes of the command line. Raises `UserError` for a change of a searched key."""
-    for key in changes:
-        check_key(key, "--set")
-        if key in file.space:
-            raise UserError(f"--set {key}: {source} searches this key; change it there")
-    return override(file.base, changes)
-
-
-def _read_branches(file: SpaceFile, source: str) -> dict[str, list[Branch]]:
-    branches: dict[str, list[Branch]] = {}
-    for key, entry in file.space.items():
-        check_key(key, source)
-        if key in ("train.iterations", "data.decode") or key.startswith("compute."):
-            raise UserError(f"{source}: {key} is the same for all trials of a search; set it in base")
-        if key == "seed" and file.repeats > 1:
-            raise UserError(f"{source}: space.seed: repeats are over seeds; leave one of the two out")
-        not_yet_drawn = [name for name in file.space if name not in branches]
-        branches[key] = _branches(entry, f"{source}: space.{key}", not_yet_drawn)
-        if file.searcher == "tpe" and any(branch.domain.form == "grid" for branch in branches[key]):
-            raise UserError(f"{source}: space.{key}: a grid has no place in a search by tpe; use choice")
-    return branches
-
-
-def _scheduler_settings(entry: SchedulerEntry, source: str, config: Config) -> SchedulerSettings:
-    """Return the settings with the default of `grace` filled in."""
-    grace = config.train.validate_every if entry.grace is None else entry.grace
-    if entry.name == "asha" and grace > config.train.iterations:
-        raise UserError(f"{source}: scheduler.grace {grace} is over base.train.iterations {config.train.iterations}")
-    return SchedulerSettings(entry.name, grace, entry.reduction, entry.least_trials, entry.keep_stopped)
-
-
-def _branches(entry: Any, place: str, not_yet_drawn: list[str]) -> list[Branch]:
-    """Return the branches of one key; `not_yet_drawn` are keys whose value a condition cannot depend on."""
-    if not (isinstance(entry, list) and any(isinstance(item, dict) for item in entry)):
-        if not isinstance(entry, dict):
-            entry = {"value": entry}
-        elif "when" in entry or "value" in entry:
-            raise UserError(f"{place}: 'when' and 'value' belong into a list of branches")
-        return [Branch({}, validated(Entry, entry, place).domain)]
-    branches = []
-    for number, item in enumerate(entry, start=1):
-        branch = validated(Entry, item, f"{place}: branch {number}")
-        for name in branch.when:
-            check_key(name, place)
-            if name in not_yet_drawn:
-                raise UserError(f"{place}: 'when' needs {name}, which must stand above it in the space")
-        if branch.when and branch.domain.form == "grid":
-            raise UserError(
-                f"{place}: branch {number}: a grid has no 'when' (it would repeat other trials); use choice"
-            )
-        when = {
-            name: tuple(map(_as_tuple, allowed)) if isinstance(allowed, list) else (allowed,)
-            for name, allowed in branch.when.items()
-        }
-        branches.append(Branch(when, branch.domain))
-    return branches
-
-
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """Return a list as a tuple, the form in which configurations hold lists; any other value as it is."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_configurations(space: SearchSpace) -> None:
-    """Build the configurations of the space.
-
-    Raises `UserError` for a branch that never holds, whose condition is mistyped, and for a key without a branch for
-    some of the drawn values.
-    """
-    reached: set[tuple[str, int]] = set()
-    for sampled in space.draws():
-        branch_indices = space.branch_of(sampled)
-        reached |= branch_indices.items()
-        config = space.config(sampled)
-        for key in space.branches.keys() - branch_indices.keys():
-            _check_not_applicable(key, config, space)
-    for key, branches in space.branches.items():
-        for index, branch in enumerate(branches):
-            if branch.when and (key, index) not in reached:
-                raise UserError(f"{space.source}: space.{key}: branch {index + 1} is never taken (when: {branch.when})")
+def _key(name: str) -> str:
+    """Return the key of a name `key@branch`."""
+    return name.rpartition("@")[0]
 
 
-def _check_not_applicable(key: str, config: Config, space: SearchSpace) -> None:
-    """Raise `UserError` if no branch of a key holds in a configuration that has the key: its default would be used."""
-    part, _, leaf = key.rpartition(".")
-    node = getattr(config, part) if part else config
-    if leaf in type(node).model_fields:
-        conditions = {name for branch in space.branches[key] for name in branch.when}
-        drawn = ", ".join(f"{name}: {_value_of(config, name)}" for name in sorted(conditions))
-        raise UserError(
-            f"{space.source}: space.{key}: no branch for {drawn}; add a branch, or one without 'when' at the end, "
-            f"for example {{value: {getattr(node, leaf)}}}"
-        )
-
-
-def _value_of(config: Config, key: str) -> Any:
-    part, _, leaf = key.rpartition(".")
-    return getattr(getattr(config, part) if part else config, leaf, None)
+def _combinations(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the options."""
+    return (dict(zip(options, values)) for values in itertools.product(*options.values()))

@@ -154,10 +154,10 @@ def validated(model: type[Model], content: Any, place: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{place}: {_explain(error, model)}") from error
+        raise UserError(f"{place}: {_describe_invalid(error, model)}") from error
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def _describe_invalid(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first complaint of pydantic as `key: what is wrong, found ...`."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))

@@ -23,7 +23,7 @@ from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
 from tune_ego.feed.reader import WindowReader
 from tune_ego.feed.sampling import Window
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 
 def test_in_turn_warms_up_and_alternates() -> None:

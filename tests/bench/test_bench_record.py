@@ -20,7 +20,7 @@ from tune_ego.bench.search import Curve, run_asha, run_fifo
 from tune_ego.bench.step import Measurement, Variant, largest_difference, random_batch, variant_config
 from tune_ego.console import percent
 from tune_ego.errors import UserError
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 
 @pytest.mark.parametrize("warm_ups", [(1, 2), (100, 100)])

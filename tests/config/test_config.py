@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from tune_ego.config import Config, build_config, config_keys, dump_config, load_config, override, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import build_config, config_keys, dump_config, load_config, override, override_config
 from tune_ego.errors import UserError
 from tune_ego.training.optim import Ranger
 from tune_ego.yaml_files import parse_yaml
@@ -226,7 +227,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("schedule.patience", [0], [-1]),
     ("schedule.warmup", [0, 2999], [-1, 3000]),
     ("loss.gaze_weight", [0.0, 5.0], [-0.001]),
-    ("loss.gaze_sigma", [0.001, 1.0], [0.0, -1.0]),
+    ("loss.gaze_sigma", [0.001, 0.999], [0.0, -1.0]),
     ("train.iterations", [1], [0]),
     ("train.batch_size", [1], [0]),
     ("train.accumulate", [1, 12], [0, 5, 24]),
@@ -376,19 +377,17 @@ def test_an_unknown_override_names_its_neighbours() -> None:
         override_config(Config(), {"nosuch.key": 1}, "t")
 
 
-def test_a_gaze_sigma_in_cells_is_converted_once_with_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Files of version 0.1 have cells of a 7 x 7 map; a fraction over 1 would be a flat target."""
+def test_a_gaze_sigma_in_cells_is_converted_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of version 0.1 have cells of a 7 x 7 map; a fraction of 1 or more would be a flat target."""
     file = tmp_path / "config.yaml"
-    file.write_text("loss: {gaze_sigma: 3.0}\n")
-    assert load_config(file).loss.gaze_sigma == Config().loss.gaze_sigma == 3 / 7
-    assert load_config(file).loss.gaze_sigma == 3 / 7
-    words = f"{file}: loss.gaze_sigma 3 is in cells of a 7 x 7 map, as in version 0.1: 0.429"
-    assert capsys.readouterr().out.splitlines() == [words]
-    for sigma in (0.2, 1.0):
-        file.write_text(f"loss: {{gaze_sigma: {sigma}}}\n")
-        assert load_config(file).loss.gaze_sigma == sigma
+    for cells in (3.0, 1, 1.5):
+        file.write_text(f"loss: {{gaze_sigma: {cells}}}\n")
+        assert load_config(file).loss.gaze_sigma == cells / 7
+    line = "loss.gaze_sigma of 1 or more is in cells of a 7 x 7 map, as in version 0.1: it is divided by 7"
+    assert capsys.readouterr().out.splitlines() == [f"{file}: {line}"]
+    for fraction in (0.2, 0.999):
+        file.write_text(f"loss: {{gaze_sigma: {fraction}}}\n")
+        assert load_config(file).loss.gaze_sigma == fraction
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"loss\.gaze_sigma"):
         build_config({"loss": {"gaze_sigma": math.inf}}, "x")

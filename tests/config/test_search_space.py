@@ -10,7 +10,8 @@ import pytest
 
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace, find_space, load_space, parse_space
+from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace
+from tune_ego.space_io import find_space, load_space, parse_space
 from tune_ego.space_schema import Domain
 
 SHIPPED = {
@@ -338,6 +339,56 @@ space:
         "end, for example {value: 0.001}"
     )
     assert parse_space(text + "    - {value: 0.002}\n", "s.yaml").searched_keys == ["optimizer.name", "optimizer.lr"]
+
+
+@pytest.mark.parametrize(
+    ("domain", "conditions", "missing"),
+    [
+        ("randint: [1, 5]", [1, [3, 4]], 2),
+        ("randint: [1, 5]", [[1, 2], 4], 3),
+        ("randint: [0, 9]", [0, [1, 2, 3, 4, 5, 6], 8], 7),
+        ("choice: [1, 2, 3]", [1, 3], 2),
+    ],
+)
+def test_every_value_that_can_be_drawn_needs_a_branch(domain: str, conditions: list[Any], missing: int) -> None:
+    branches = "".join(f"    - {{when: {{model.stam_depth: {value}}}, value: 0.1}}\n" for value in conditions)
+    text = f"space:\n  model.stam_depth: {{{domain}}}\n  model.dropout:\n{branches}"
+    with pytest.raises(UserError, match=f"no branch for model.stam_depth: {missing};"):
+        parse_space(text, "s.yaml")
+    added = f"{text}    - {{when: {{model.stam_depth: {missing}}}, value: 0.2}}\n"
+    assert parse_space(added, "s.yaml").searched_keys == ["model.stam_depth", "model.dropout"]
+
+
+def test_a_condition_on_a_range_of_numbers_covers_no_number_between() -> None:
+    text = """
+space:
+  loss.gaze_weight: {uniform: [0.0, 0.5]}
+  model.dropout:
+    - {when: {loss.gaze_weight: [0.0, 0.5]}, value: 0.1}
+"""
+    with pytest.raises(UserError, match=r"no branch for loss\.gaze_weight: 0\.25"):
+        parse_space(text, "s.yaml")
+
+
+def test_a_range_of_gaze_sigma_is_in_fractions_or_in_cells() -> None:
+    for text in ("uniform: [0.5, 3]", "choice: [0.4, 2]"):
+        with pytest.raises(UserError, match=r"space\.loss\.gaze_sigma: .* below 1 .* from 1 on"):
+            parse_space(f"space: {{loss.gaze_sigma: {{{text}}}}}", "s.yaml")
+    space = parse_space("space: {loss.gaze_sigma: {choice: [1, 3.5]}}", "s.yaml")
+    assert {space.config(draw).loss.gaze_sigma for draw in space.draws()} == {1 / 7, 0.5}
+
+
+def test_a_gap_in_one_of_very_many_combinations_is_noticed() -> None:
+    """17^3 x 8 combinations; one of 64 pairs of the values on which the key depends has no branch."""
+    pairs = [(fold, depth) for fold in range(8) for depth in range(1, 9) if (fold, depth) != (5, 7)]
+    branches = "".join(f"    - {{when: {{data.fold: {f}, model.stam_depth: {d}}}, value: 0.1}}\n" for f, d in pairs)
+    wide = "".join(
+        f"  {key}: {{choice: {[round(start + 0.01 * n, 2) for n in range(17)]}}}\n"
+        for key, start in (("loss.gaze_weight", 0.1), ("fusion_weight", 0.2), ("loss.gaze_sigma", 0.3))
+    )
+    text = f"space:\n{wide}  data.fold: {{randint: [0, 8]}}\n  model.stam_depth: {{randint: [1, 9]}}\n"
+    with pytest.raises(UserError, match=r"no branch for data\.fold: 5, model\.stam_depth: 7"):
+        parse_space(f"{text}  model.dropout:\n{branches}", "s.yaml")
 
 
 def test_a_key_that_the_chosen_optimizer_does_not_have_needs_no_branch() -> None:

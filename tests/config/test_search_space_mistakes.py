@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tune_ego.errors import UserError
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 FORMS = "choice, grid, uniform, loguniform, randint"
 
@@ -190,7 +190,7 @@ def test_mistakes_name_file_key_and_what_is_allowed(text: str, message: str) -> 
         "base: {train: {iterations: 10}}\nscheduler: {grace: 10}",
         "base: {train: {iterations: 10}}\nscheduler: {name: median, grace: 11}",
         "space: {seed: {grid: [1, 2]}}",
-        "space: {loss.gaze_sigma: {uniform: [1, 1.0e+300]}}",
+        "space: {optimizer.eps: {uniform: [1, 1.0e+300]}}",
         "space: {optimizer.lr: {loguniform: [1e-300, 1]}}",
         "searcher: tpe\nspace: {seed: {choice: [1, 2]}}\nscheduler: {reduction: 2}",
     ],

@@ -17,7 +17,7 @@ from tests.assemble_egtea import assemble
 from tests.conftest import tiny_config
 from tests.dataset.test_gaze import literal
 from tests.search.test_search import write_space
-from tune_ego.config import load_config, override_config
+from tune_ego.config_io import load_config, override_config
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.evaluation.evaluate import evaluate

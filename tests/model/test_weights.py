@@ -23,7 +23,7 @@ from tune_ego.model.weights import load_tensors
 from tune_ego.training.checkpoint import (
     DamagedCheckpoint,
     Origin,
-    pack,
+    checkpoint_content,
     write_checkpoint,
 )
 
@@ -74,7 +74,7 @@ def test_weights_lie_at_the_top_or_under_model_or_state_dict(tmp_path: Path, key
 def test_a_stream_takes_its_own_part_of_a_checkpoint_of_two(tmp_path: Path, modality: str) -> None:
     config = tiny_config()
     model = TwoStream(("rgb", "flow"), 2, config.model)
-    content = pack(config, Origin(["a", "b"], (48, 36), "tvl1"), 7, {}, model=model.state_dict())
+    content = checkpoint_content(config, Origin(["a", "b"], (48, 36), "tvl1"), 7, {}, model=model.state_dict())
     torch.save(content, tmp_path / "both.pt")
     stream = build_stream(modality, 2, config.model)
     report = load_weights(stream, tmp_path / "both.pt")
@@ -351,7 +351,9 @@ def test_files_of_another_make_are_refused(tmp_path: Path, wrap: Callable[[Any],
 def test_a_checkpoint_is_held_against_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(streams="rgb")
     model = TwoStream(("rgb",), 2, config.model)
-    write_checkpoint(str(tmp_path), pack(config, Origin(["a", "b"], (48, 36), "dis"), 7, {}, model=model.state_dict()))
+    write_checkpoint(
+        str(tmp_path), checkpoint_content(config, Origin(["a", "b"], (48, 36), "dis"), 7, {}, model=model.state_dict())
+    )
     file = tmp_path / "iteration-000007/checkpoint.pt"
     stream = build_stream("rgb", 2, config.model)
     load_weights(stream, file)

@@ -14,7 +14,8 @@ from tests.report.test_report import check_page, without_charts
 from tests.six_trials import write_six_trials
 from tests.stub_experiment import write_evaluation, write_experiment
 from tune_ego import storage
-from tune_ego.config import Config, dump_config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import dump_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.report.accuracy import evaluation_numbers, read_evaluation
 from tune_ego.report.page import SECTIONS

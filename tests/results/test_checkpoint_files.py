@@ -30,7 +30,7 @@ from tune_ego.results.checkpoint_files import (
     remove_checkpoints,
     run_of,
 )
-from tune_ego.training.checkpoint import Origin, pack, write_checkpoint
+from tune_ego.training.checkpoint import Origin, checkpoint_content, write_checkpoint
 
 CONFIG = tiny_config()
 
@@ -269,7 +269,7 @@ def test_the_run_of_a_file(file: str, run: str, final: bool) -> None:
 def test_final_weights_have_the_flow_method_of_their_run(tmp_path: Path) -> None:
     model = TwoStream(("rgb", "flow"), 2, CONFIG.model)
     origin = Origin(["a", "b"], (48, 36), "farneback")
-    write_checkpoint(str(tmp_path), pack(CONFIG, origin, 6, {}, model=model.state_dict()))
+    write_checkpoint(str(tmp_path), checkpoint_content(CONFIG, origin, 6, {}, model=model.state_dict()))
     final = tmp_path / "final" / "model.pt"
     final.parent.mkdir()
     torch.save(model.state_dict(), final)

@@ -11,7 +11,8 @@ import pytest
 from tests.drivers import write_driver
 from tests.specs import search_spec
 from tune_ego import storage
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.errors import UserError
 from tune_ego.results.decisions import Decision, read_decisions, write_decisions
 from tune_ego.results.experiment import (

@@ -17,7 +17,7 @@ from tests.specs import search_spec
 from tests.stub_experiment import write_experiment
 from tests.test_cli import call
 from tune_ego import storage
-from tune_ego.config import dump_config
+from tune_ego.config_io import dump_config
 from tune_ego.results import experiment, progress, trial_records
 from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Trial
 from tune_ego.results.progress import (
@@ -38,7 +38,7 @@ from tune_ego.results.progress import (
 )
 from tune_ego.results.reading import read_experiment
 from tune_ego.results.trial_records import TrialRecords
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 
 def drive(root: Path) -> None:

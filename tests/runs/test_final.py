@@ -14,7 +14,8 @@ import torch
 from tests.conftest import tiny_config
 from tests.search.test_search import assert_nothing_is_left
 from tune_ego import __version__, storage
-from tune_ego.config import Config, dump_config
+from tune_ego.config import Config
+from tune_ego.config_io import dump_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.evaluation.evaluate import evaluate

@@ -11,7 +11,7 @@ from ray.train import ControllerError
 
 from tests.conftest import tiny_config
 from tune_ego import ray_private
-from tune_ego.config import load_config, override_config
+from tune_ego.config_io import load_config, override_config
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.model import build_stream
 from tune_ego.results import experiment

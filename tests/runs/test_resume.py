@@ -19,7 +19,8 @@ import torch
 from tests.conftest import COMMAND, tiny_config
 from tests.search.test_search import wait_for, wait_for_end, write_space
 from tune_ego.bench.resume import bench_resume, descendants
-from tune_ego.config import Config, dump_config
+from tune_ego.config import Config
+from tune_ego.config_io import dump_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items

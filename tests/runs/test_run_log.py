@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from tune_ego import cli, storage
-from tune_ego.config import dump_config
+from tune_ego.config_io import dump_config
 from tune_ego.console import say
 from tune_ego.errors import StorageError
 from tune_ego.runs import run_log

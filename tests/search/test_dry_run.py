@@ -14,7 +14,7 @@ from tune_ego.errors import UserError
 from tune_ego.results import experiment
 from tune_ego.search import dry_run as plan_module
 from tune_ego.search.dry_run import Probe, _cost, _measure, _plan, _show, show_plan
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 SPACE = """
 base:

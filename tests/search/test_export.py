@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config, load_config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import load_config, override_config
 from tune_ego.results.experiment import METRIC, write_metrics
 from tune_ego.results.trial_records import TrialRecords, run_folder
 from tune_ego.search.export import export_best

@@ -11,7 +11,7 @@ import pytest
 from tune_ego.results.decisions import Decision, read_decisions
 from tune_ego.results.experiment import METRIC
 from tune_ego.search.scheduler import RecordedScheduler
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 Report = tuple[str, int, float, str]
 """Trial, iteration, accuracy and the action that the rule demands."""

@@ -23,7 +23,8 @@ from ray.util.placement_group import placement_group_table
 from tests.conftest import COMMAND, TINY, tiny_config
 from tests.searches import KnownSearch
 from tune_ego.bench.resume import descendants
-from tune_ego.config import Config, load_config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import load_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluation.evaluate import evaluate

@@ -22,7 +22,8 @@ from tune_ego.results import experiment
 from tune_ego.results.experiment import METRIC, Trial
 from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search.searcher import TrialSource, draw_by_tpe, import_optuna, parameters
-from tune_ego.search_space import SearchSpace, parse_space
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import parse_space
 
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "optimizer.name@0": CategoricalDistribution((0, 1)),

@@ -15,7 +15,7 @@ from ray import tune as ray_tune
 from tests.conftest import tiny_config
 from tests.specs import search_spec
 from tune_ego import __version__, storage
-from tune_ego.config import dump_config, override_config
+from tune_ego.config_io import dump_config, override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import Interrupted, UserError
 from tune_ego.results.checkpoint_files import checkpoint_uri, checksum
@@ -33,7 +33,7 @@ from tune_ego.results.trial_records import TrialRecords, run_folder
 from tune_ego.runs.job import Job
 from tune_ego.runs.placement import Nodes
 from tune_ego.search import tune
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 SPACE = """
 base: {train: {iterations: 30, validate_every: 10}, streams: rgb}

@@ -15,7 +15,7 @@ from tune_ego.results.decisions import Decision, write_decisions
 from tune_ego.results.experiment import METRIC, Failure, write_failure, write_metrics
 from tune_ego.results.trial_records import TrialRecords, read_records, run_folder
 from tune_ego.search.watcher import Watcher
-from tune_ego.search_space import parse_space
+from tune_ego.space_io import parse_space
 
 BUDGET = 30
 STATES = ("pending", "running", "interrupted", "finished", "stopped", "failed")

@@ -18,10 +18,10 @@ from tune_ego.results.checkpoint_files import checkpoint_iterations
 from tune_ego.training.checkpoint import (
     Origin,
     check_content,
+    checkpoint_content,
     last_checkpoint,
     load_model_state,
     mean_weights,
-    pack,
     read_checkpoint,
     rebuild,
     snapshot,
@@ -35,12 +35,12 @@ ORIGIN = Origin(["Cut onion", "Open fridge"], (320, 240), "farneback")
 
 
 def content(iteration: int, best: int | None = None, **weights: torch.Tensor) -> dict[str, Any]:
-    return pack(CONFIG, ORIGIN, iteration, {} if best is None else {"iteration": best}, model=weights)
+    return checkpoint_content(CONFIG, ORIGIN, iteration, {} if best is None else {"iteration": best}, model=weights)
 
 
 def test_a_checkpoint_says_what_it_is_of() -> None:
     losses = [torch.ones(1, 3)]
-    packed = pack(CONFIG, ORIGIN, 40, {"iteration": 20}, model={}, losses=losses)
+    packed = checkpoint_content(CONFIG, ORIGIN, 40, {"iteration": 20}, model={}, losses=losses)
     assert packed == {
         "format": 3,
         "version": __version__,
@@ -201,7 +201,7 @@ def test_a_checkpoint_rebuilds_its_model_and_refuses_another(tmp_path: Path) -> 
     config = tiny_config()
     origin = Origin(["a", "b"], (48, 36), "dis")
     model = TwoStream(config.stream_names, 2, config.model)
-    content = pack(config, origin, 7, {}, model=model.state_dict())
+    content = checkpoint_content(config, origin, 7, {}, model=model.state_dict())
     (tmp_path / "checkpoint.pt").write_bytes(to_bytes(content))
     loaded = read_checkpoint(str(tmp_path))
     again_config, again_origin, again = rebuild(loaded, "c")

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests import literal
 from tests.conftest import tiny_config
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.training.optim import Ranger, Schedule, StreamOptimizer, build_optimizer, schedule_factor
 
 

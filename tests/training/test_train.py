@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from tests.conftest import TINY, tiny_config
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
 from tune_ego.results.experiment import METRIC, TIMES
-from tune_ego.search_space import load_space
+from tune_ego.space_io import load_space
 from tune_ego.training.checkpoint import Origin, read_checkpoint, to_bytes
 from tune_ego.training.hardware import autocast_dtype
 from tune_ego.training.loop import train

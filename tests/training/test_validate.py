@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.feed.batches import ClipBatch
 from tune_ego.model import StreamOutput
 from tune_ego.results.experiment import METRIC

@@ -18,7 +18,8 @@ from tune_ego import storage
 from tune_ego.bench.record import Benchmark, cores, time_in_turn
 from tune_ego.bench.step import run_in_process
 from tune_ego.cluster import ray_session
-from tune_ego.config import WINDOW_FRAMES, Config, override_config
+from tune_ego.config import WINDOW_FRAMES, Config
+from tune_ego.config_io import override_config
 from tune_ego.console import console
 from tune_ego.dataset import flow
 from tune_ego.dataset.gaze import no_gaze

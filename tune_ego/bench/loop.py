@@ -24,7 +24,8 @@ from tune_ego.bench.record import Benchmark, time_in_turn
 from tune_ego.bench.resume import descendants
 from tune_ego.bench.step import STEPS_PER_REPEAT, Variant, measure, run_in_process, set_up
 from tune_ego.cluster import is_local, ray_session
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.console import console, say
 from tune_ego.dataset.prepare import Settings, prepare
 from tune_ego.dataset.shards import open_shards
@@ -35,7 +36,7 @@ from tune_ego.results import experiment, trial_records
 from tune_ego.results.experiment import METRIC
 from tune_ego.runs.final import train_final
 from tune_ego.search.tune import start_search
-from tune_ego.search_space import load_space
+from tune_ego.space_io import load_space
 
 _IMAGE_SIZE = (96, 72)
 """Width and height of the demo's images, pixels."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from tune_ego.bench.record import Benchmark
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.trial_records import trial_name
-from tune_ego.search_space import SearchSpace, parse_space
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import parse_space
 
 _STUB_SPACE = """
 base: {train: {iterations: 3000, validate_every: 100}}

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tune_ego.bench.plain import make_plain
 from tune_ego.bench.record import Benchmark, Figure, cores
-from tune_ego.config import WINDOW_FRAMES, Config, ModelConfig, build_config
+from tune_ego.config import WINDOW_FRAMES, Config, ModelConfig
+from tune_ego.config_io import build_config
 from tune_ego.console import say
 from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.freed_memory import keep_freed_memory

@@ -158,17 +158,17 @@ class _NonFiniteOutputs:
 
     def add(self, outputs: Mapping[str, StreamOutput], clip_B: Tensor) -> None:
         for name, output in outputs.items():
-            for what, values in (("scores", output.logits_BK), ("attention", output.attention_BTHW)):
+            for kind, values in (("scores", output.logits_BK), ("attention", output.attention_BTHW)):
                 if values is not None:
                     finite_B = values.isfinite().flatten(1).all(dim=1)
                     first = torch.where(finite_B, self._none, clip_B).min()
-                    self._first[name, what] = torch.minimum(self._first.get((name, what), self._none), first)
+                    self._first[name, kind] = torch.minimum(self._first.get((name, kind), self._none), first)
 
     def check(self) -> None:
-        for (name, what), first in self._first.items():
+        for (name, kind), first in self._first.items():
             if first < self._none:
                 clip = self._clips[int(first)].name
-                raise UserError(f"the {name} stream's {what} are not finite, first in {clip}: its training diverged")
+                raise UserError(f"the {name} stream's {kind} are not finite, first in {clip}: its training diverged")
 
 
 def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:

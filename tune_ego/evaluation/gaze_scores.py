@@ -123,8 +123,8 @@ def overlaps(map_SP: Tensor, point_SF2: Tensor, thresholds: Tensor) -> tuple[Ten
         )
         return weights.flip(2).cumsum(2).flip(2)[..., 1:]
 
-    hits_SFK, found_S1K = over(gaze_SFP), over(torch.ones_like(scaled_SP)[:, None])
-    return hits_SFK / found_S1K.clamp(min=1), hits_SFK / gaze_SFP.sum(dim=2, keepdim=True).clamp(min=1)
+    hits_SFK, cells_S1K = over(gaze_SFP), over(torch.ones_like(scaled_SP)[:, None])
+    return hits_SFK / cells_S1K.clamp(min=1), hits_SFK / gaze_SFP.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 class GazeScores:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES
+from tune_ego.config import MAP_SLICES, WINDOW_FRAMES
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset import flow
 from tune_ego.dataset.annotations import FOLDS, SPLITS
@@ -135,14 +135,16 @@ def _gaze_targets(table: Any, frames: int) -> list[np.ndarray | None]:
 
     from tune_ego.training.losses import gaze_target
 
-    half = WINDOW_FRAMES // 2
+    half = WINDOW_FRAMES // MAP_SLICES
     slices = -(-frames // half)
     points = np.full((slices * half, 2), np.nan, np.float32)
     valid = np.zeros(slices * half, bool)
     points[:frames] = np.stack([table[name].to_numpy(zero_copy_only=False) for name in ("gaze_x", "gaze_y")], axis=-1)
     valid[:frames] = table["gaze_valid"].to_numpy(zero_copy_only=False)
-    target, known = gaze_target(torch.from_numpy(points)[None], torch.from_numpy(valid)[None], (slices, _CELLS, _CELLS))
-    return [part.numpy() if there else None for part, there in zip(target[0], known[0])]
+    target, has_gaze = gaze_target(
+        torch.from_numpy(points)[None], torch.from_numpy(valid)[None], (slices, _CELLS, _CELLS)
+    )
+    return [part.numpy() if there else None for part, there in zip(target[0], has_gaze[0])]
 
 
 def _column(row: dict[str, Any], target: np.ndarray | None, frame: int) -> np.ndarray:

@@ -74,10 +74,10 @@ def load_tensors(uri: str | Path) -> Any:
         data = read_verified(str(uri))
     except OSError as error:
         raise UserError(f"{uri}: cannot be read ({error})") from error
-    return unpack(data, str(uri))
+    return load_safely(data, str(uri))
 
 
-def unpack(data: bytes, source: str) -> Any:
+def load_safely(data: bytes, source: str) -> Any:
     """Read a file's content as `load_tensors` reads a file."""
     fault = _archive_fault(data) if data.startswith(_ZIP) else ""
     if not fault:
@@ -137,7 +137,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     loaded = _load(stream, tensors, str(path))
     if stream.modality == "flow" and is_final(str(path)):  # no record of the flow method but in checkpoints
         last = read_last_whole_checkpoint(run_of(str(path)))
-        flow_method = unpack(last[1], str(path)).get("flow_method") if last else None
+        flow_method = load_safely(last[1], str(path)).get("flow_method") if last else None
     return loaded._replace(flow_method=flow_method)
 
 
@@ -237,8 +237,8 @@ def _has_other_classes(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> 
     return weight.shape == (len(bias), *state[_CLASSIFIER[0]].shape[1:])
 
 
-def _first(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} (first {_shown(names[0])})" if names else ""
+def _first(kind: str, names: list[str]) -> str:
+    return f"{len(names)} {kind} (first {_shown(names[0])})" if names else ""
 
 
 def _other_blocks(stream: Stream, unknown: list[str]) -> str:

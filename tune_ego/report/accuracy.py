@@ -7,7 +7,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tune_ego import storage
-from tune_ego.config import Config, config_keys, load_config
+from tune_ego.config import Config
+from tune_ego.config_io import config_keys, load_config
 from tune_ego.errors import UserError
 from tune_ego.report.numbers import raw_value
 from tune_ego.results import experiment
@@ -31,7 +32,7 @@ class _Class(_EvaluationPart):
     clips: _Count
 
 
-class _Stream(_EvaluationPart):
+class _StreamResult(_EvaluationPart):
     micro_accuracy: float
     mean_class_accuracy: float
     verb_accuracy: float
@@ -61,9 +62,9 @@ class _Evaluation(_EvaluationPart):
     iteration: int
     checkpoint: str = ""
     fusion_weight: float | None = None
-    rgb: _Stream | None = None
-    flow: _Stream | None = None
-    fused: _Stream | None = None
+    rgb: _StreamResult | None = None
+    flow: _StreamResult | None = None
+    fused: _StreamResult | None = None
     classes: list[_Class]
     attention: dict[str, _Attention | None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -262,13 +263,21 @@ def _draw_axis(axis: Axes, place: int, form: str, texts: list[str], numbers: lis
         _draw_ticks(axis, place, list(step.values()), [shorten(name, 16) for name in names])
         jitter = np.random.default_rng(place).uniform(-0.02, 0.02, len(texts))
         return [step[text] + float(off) if text in step else _FOOT for text, off in zip(texts, jitter)]
-    scale = np.log10 if form == "loguniform" and min(present) > 0 else np.asarray
-    low, high = float(scale(min(present))), float(scale(max(present)))
+    match form:
+        case "loguniform":
+            logarithmic = min(present) > 0
+        case "uniform" | "randint":
+            logarithmic = False
+        case unknown:
+            raise ValueError(f"no axis for values of the form {unknown!r}")
+    positions = [None if number is None else math.log10(number) if logarithmic else number for number in numbers]
+    ends = [position for position in positions if position is not None]
+    low, high = min(ends), max(ends)
     parts = (0, 0.5, 1)
-    ends = [low + part * (high - low) for part in parts]
-    _draw_ticks(axis, place, list(parts), [f"{10**v if scale is np.log10 else v:.2g}" for v in ends])
+    ticks = [low + part * (high - low) for part in parts]
+    _draw_ticks(axis, place, list(parts), [f"{10**tick if logarithmic else tick:.2g}" for tick in ticks])
     width = (high - low) or 1
-    return [_FOOT if number is None else (float(scale(number)) - low) / width for number in numbers]
+    return [_FOOT if position is None else (position - low) / width for position in positions]
 
 
 def _draw_ticks(axis: Axes, place: int, heights: list[float], texts: list[str]) -> None:

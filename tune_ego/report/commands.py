@@ -10,7 +10,7 @@ from tune_ego.errors import UserError
 
 
 def report(
-    experiment: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
+    search: Annotated[str, typer.Argument(help="STORAGE/NAME of a search.")],
     other: Annotated[Optional[str], typer.Argument(help="STORAGE/NAME of a second search, to compare.")] = None,
     out: Annotated[
         str,
@@ -40,13 +40,13 @@ def report(
     from tune_ego.report.write import write_comparison, write_report
 
     if other is None:
-        write_report(experiment, out, evaluation, checkpoint, data)
+        write_report(search, out, evaluation, checkpoint, data)
     elif evaluation or checkpoint or data:
         raise UserError(
             "report A B compares two searches: --evaluation, --checkpoint and --data are for a report of one"
         )
     else:
-        write_comparison((experiment, other), out)
+        write_comparison((search, other), out)
 
 
 def visualize(

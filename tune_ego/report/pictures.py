@@ -44,12 +44,12 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
     size, crop = opened.shards.image_size, opened.config.data.crop
     windows = [centre_window(n, spread_starts(clip.frames, 1)[0], size, crop) for n, clip in enumerate(clips)]
     cases: list[tuple[dict[str, Any], ScoredWindow]] = []
-    for look in score_windows(opened, clips, windows):
-        cases.append((_describe_case(look, clips[look.window.clip], opened.shards.actions), look))
+    for scored in score_windows(opened, clips, windows):
+        cases.append((_describe_case(scored, clips[scored.window.clip], opened.shards.actions), scored))
     right = sorted((entry for entry in cases if entry[0]["right"]), key=lambda entry: -entry[0]["label_score"])
     wrong = sorted((entry for entry in cases if not entry[0]["right"]), key=lambda entry: entry[0]["label_score"])
-    chosen = [({**case, "group": "best"}, look) for case, look in right[:_CASES_PER_GROUP]]
-    chosen += [({**case, "group": "worst"}, look) for case, look in wrong[:_CASES_PER_GROUP]]
+    chosen = [({**case, "group": "best"}, scored) for case, scored in right[:_CASES_PER_GROUP]]
+    chosen += [({**case, "group": "worst"}, scored) for case, scored in wrong[:_CASES_PER_GROUP]]
     numbers = {
         "why": "",
         "checkpoint": opened.source,
@@ -60,21 +60,21 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
         "fused": main_score(cases[0][1]),
         "cases": [case for case, _ in chosen],
     }
-    return numbers, [_picture(look, case["frame"] - look.window.start) for case, look in chosen]
+    return numbers, [_picture(scored, case["frame"] - scored.window.start) for case, scored in chosen]
 
 
-def _describe_case(look: ScoredWindow, clip: Clip, actions: list[str]) -> dict[str, Any]:
+def _describe_case(scored: ScoredWindow, clip: Clip, actions: list[str]) -> dict[str, Any]:
     """Return the numbers of one case: its clip, the frame to draw, its gaze point, and the scores."""
-    scores = look.scores[main_score(look)]
+    scores = scored.scores[main_score(scored)]
     predicted = int(scores.argmax())
     middle = WINDOW_FRAMES // 2
     # The frame with gaze that is nearest to the middle of the window, else the middle frame.
     order = sorted(range(min(WINDOW_FRAMES, clip.frames)), key=lambda frame: abs(frame - middle))
-    frame = next((frame for frame in order if look.gaze(frame)), order[0])
-    point = look.gaze(frame)
+    frame = next((frame for frame in order if scored.gaze(frame)), order[0])
+    point = scored.gaze(frame)
     return {
         "clip": clip.name,
-        "frame": look.window.start + frame,
+        "frame": scored.window.start + frame,
         "gaze": None if point is None else list(point),
         "label": actions[clip.label],
         "label_score": float(scores[clip.label]),
@@ -84,9 +84,9 @@ def _describe_case(look: ScoredWindow, clip: Clip, actions: list[str]) -> dict[s
     }
 
 
-def _picture(look: ScoredWindow, frame: int) -> str:
+def _picture(scored: ScoredWindow, frame: int) -> str:
     """Draw frame and attention maps side by side; return a JPEG as data URI."""
-    parts = list(panels(look, frame, _PICTURE_SIDE).values())
+    parts = list(panels(scored, frame, _PICTURE_SIDE).values())
     gap = np.full((_PICTURE_SIDE, 4, 3), 128, np.uint8)
     gapped = [column for part in parts for column in (gap, part)][1:]
     image = np.concatenate(gapped, axis=1)  # [224, width, RGB], uint8

@@ -18,7 +18,8 @@ from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import trial_records
 from tune_ego.results.decisions import Decision
-from tune_ego.search_space import SearchSpace, parse_space
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import parse_space
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -34,13 +34,19 @@ _TRIALS_SHOWN = 12
 
 def share_of_iterations(space: SearchSpace, budget: int) -> float | None:
     """Return the expected share of iterations if one trial in `reduction` continues at each rung; None: unknown."""
-    if space.scheduler.name == "median":
-        return None
-    spent, reaching, before = 0.0, 1.0, 0
-    for rung in space.scheduler.rungs(budget):
-        spent += reaching * (rung - before)
-        before, reaching = rung, reaching / space.scheduler.reduction
-    return (spent + reaching * (budget - before)) / budget
+    match space.scheduler.name:
+        case "fifo":
+            return 1.0
+        case "median":
+            return None
+        case "asha":
+            spent, reaching, before = 0.0, 1.0, 0
+            for rung in space.scheduler.rungs(budget):
+                spent += reaching * (rung - before)
+                before, reaching = rung, reaching / space.scheduler.reduction
+            return (spent + reaching * (budget - before)) / budget
+        case unknown:
+            raise ValueError(f"no expected share for scheduler {unknown!r}")
 
 
 class Speed(NamedTuple):
@@ -248,8 +254,8 @@ def run_view(config: Config, run: str) -> RenderableType:
 
 def _grid(rows: list[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2))
-    for what, value in rows:
-        grid.add_row(what, value.replace("[", "\\["))
+    for name, value in rows:
+        grid.add_row(name, value.replace("[", "\\["))
     return grid
 
 
@@ -305,4 +311,4 @@ def run_shown(config: Config, run: str) -> Iterator[None]:
 
 def _line(rows: list[tuple[str, str]]) -> str:
     """Return all but the last line, the place of the results, as one line of text."""
-    return "  " + "; ".join(f"{what} {value}" for what, value in rows[:-1])
+    return "  " + "; ".join(f"{name} {value}" for name, value in rows[:-1])

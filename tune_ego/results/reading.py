@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tune_ego import __version__, storage
+from tune_ego.console import say
 from tune_ego.errors import UserError
 from tune_ego.results import driver, experiment, trial_records
 from tune_ego.results.decisions import trial_decisions
@@ -40,6 +41,12 @@ class _Spec(BaseModel):
     concurrent: Optional[_Count] = None
     track: list[str] = []
     node_types: list[str] = []
+
+
+def say_damaged(search: Experiment) -> None:
+    """Print a line for each damaged trial, which is left out."""
+    for name, damage in search.damaged.items():
+        say(f"{name}: damaged, and left out: {damage}")
 
 
 def read_experiment(root: str, ended_trials: Mapping[str, Trial] = MappingProxyType({})) -> Experiment:

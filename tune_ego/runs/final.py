@@ -9,7 +9,8 @@ from typing import Any
 
 from tune_ego import storage
 from tune_ego.cluster import ray_session
-from tune_ego.config import Config, load_config
+from tune_ego.config import Config
+from tune_ego.config_io import load_config
 from tune_ego.console import console, percent, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.driver_signals import end_interrupted

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tune_ego import ray_private, storage
-from tune_ego.config import Config, dump_config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import dump_config, override_config
 from tune_ego.console import say
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import Interrupted, UserError

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from tune_ego import storage
 from tune_ego.cluster import ray_session
-from tune_ego.config import Config, override_config
+from tune_ego.config import Config
+from tune_ego.config_io import override_config
 from tune_ego.console import print_table, say
 from tune_ego.errors import UserError
 from tune_ego.results import driver, experiment
@@ -56,7 +57,7 @@ def show_plan(
     check_runs(space, data)
     with ray_session(address):
         nodes = cluster_nodes(address, node_types)
-        config = space.config(space.draw(seed, 0) if space.searcher == "random" else next(space.draws()))
+        config = space.config(_any_draw(space, seed))
         gpus = gpus_per_worker(config, nodes)
         plan = _plan(space, config, gpus, runs_at_a_time(config, gpus, nodes, space.trials, concurrent))
         measured = _measure(config, data, f"{root}-probe", gpus) if probe else None
@@ -64,6 +65,17 @@ def show_plan(
         plan |= _cost(plan, config, measured, price)
     _show(plan, space, nodes.live)
     return plan
+
+
+def _any_draw(space: SearchSpace, seed: int) -> dict[str, Any]:
+    """Return a draw of the search: its first, or for a searcher that learns any valid one."""
+    match space.searcher:
+        case "random":
+            return space.draw(seed, 0)
+        case "tpe":
+            return next(space.draws())
+        case unknown:
+            raise ValueError(f"no searcher {unknown!r}")
 
 
 def _plan(space: SearchSpace, config: Config, gpus: float, at_a_time: int) -> dict[str, Any]:

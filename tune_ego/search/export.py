@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config, CosineConfig, override_config
-from tune_ego.console import say
+from tune_ego.config import Config, CosineConfig
+from tune_ego.config_io import override_config
 from tune_ego.results.experiment import METRIC, Configuration, Experiment
-from tune_ego.results.reading import read_experiment
+from tune_ego.results.reading import read_experiment, say_damaged
 
 FINAL_ITERATIONS = 3000
 """Iterations of a final run (the paper), unless `train` gets another number."""
@@ -24,8 +24,7 @@ def export_best(root: str, out: str) -> Configuration:
     """
     search = read_experiment(root)
     best = search.best
-    for name, damage in search.damaged.items():
-        say(f"{name}: damaged, and left out: {damage}")
+    say_damaged(search)
     content: dict[str, Any] = _final(best.config).model_dump(mode="json")
     content["provenance"] = _provenance(search, best)
     header = (

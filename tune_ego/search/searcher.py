@@ -19,6 +19,7 @@ from tune_ego.results import experiment, reading, trial_records
 from tune_ego.results.experiment import Configuration, Trial
 from tune_ego.results.trial_records import TrialRecords
 from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import check_branches
 from tune_ego.space_schema import Domain
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class TrialSource(Searcher):  # type: ignore[misc]
             for repeat, name in enumerate(self._names(number))
             if name not in self._records
         ]
+        if draws:
+            check_branches(self._space, sampled)
         self._records.add(draws)
         return draws
 

@@ -33,7 +33,8 @@ from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, trial_resour
 from tune_ego.search.scheduler import STOP, RecordedScheduler
 from tune_ego.search.searcher import TrialSource, import_optuna
 from tune_ego.search.watcher import Watcher
-from tune_ego.search_space import SearchSpace, load_space
+from tune_ego.search_space import SearchSpace
+from tune_ego.space_io import load_space
 
 
 def start_search(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config, build_config
+from tune_ego.config import Config
+from tune_ego.config_io import build_config
 from tune_ego.errors import UserError
 from tune_ego.model import TwoStream
-from tune_ego.model.weights import load_tensors, unpack, unusable
+from tune_ego.model.weights import load_safely, load_tensors, unusable
 from tune_ego.results.checkpoint_files import (
     CHECKPOINT_FILE,
     CHECKSUM_FILE,
@@ -55,7 +56,9 @@ def check_same_origin(theirs: Origin, ours: Origin, config: Config, source: str,
         raise UserError(f"{source}: trained on {theirs.flow} flow, {place} has {ours.flow}")
 
 
-def pack(config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: Any) -> dict[str, Any]:
+def checkpoint_content(
+    config: Config, origin: Origin, iteration: int, best: dict[str, Any], **states: Any
+) -> dict[str, Any]:
     """Return the content of a checkpoint: plain containers and tensors, so that `weights_only=True` loads it.
 
     It holds no random states: each iteration seeds its own from (seed, iteration, pass).
@@ -144,7 +147,7 @@ def read_checkpoint(uri: str) -> dict[str, Any]:
 
 
 def _content(data: bytes, uri: str) -> dict[str, Any]:
-    content = unpack(data, uri)
+    content = load_safely(data, uri)
     check_content(content, uri)
     return dict(content)
 
@@ -165,7 +168,7 @@ _NAMED = ("optimizer", "schedule")
 
 
 def check_content(content: Any, source: str, resumed: Config | None = None) -> None:
-    """Raise `UserError` where a checkpoint lacks a key that `pack` writes, or a value has another type.
+    """Raise `UserError` where a checkpoint lacks a key that `checkpoint_content` writes, or a value has another type.
 
     `resumed` is the configuration of a run that resumes from the checkpoint. It must have the optimizer and schedule
     whose states the checkpoint holds.

@@ -1,6 +1,7 @@
 """The gaze target and the losses (Lu, Liao, Li, ICCV Workshops 2019).
 
-B batch, T time (frames of the window, or T' slices of the map), H, W the map's rows and columns, K classes.
+B batch, T time (frames of the window, or T' slices of the map, of F frames each), H, W the map's rows and columns,
+K classes.
 """
 
 from __future__ import annotations
@@ -11,30 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_ego.config import LU_MAP_SIDE, MAP_SLICES
 from tune_ego.model.two_stream import StreamOutput
 
 
 def gaze_target(
-    gaze_BT2: Tensor, valid_BT: Tensor, map_size: tuple[int, int, int] = (2, 7, 7), sigma: float = 3 / 7
+    gaze_BT2: Tensor,
+    valid_BT: Tensor,
+    map_size: tuple[int, int, int] = (MAP_SLICES, LU_MAP_SIDE, LU_MAP_SIDE),
+    sigma: float = 3 / LU_MAP_SIDE,
 ) -> tuple[Tensor, Tensor]:
     """Return a Gaussian map around the mean gaze point of each slice of the window (Lu, equation 2).
 
-    `gaze_BT2` holds x, y in [0, 1] of the crop, or outside it. `valid_BT` marks the frames with gaze; frames whose gaze
-    is not finite count as frames without. `sigma` is a fraction of the map's height. Returns the target, [B, T', H, W]
-    in (0, 1], and a mask of the slices that have one, [B, T'].
+    Args:
+        gaze_BT2: Gaze points x, y, float [B, T, 2]; [0, 1] is the crop, and points may lie outside it.
+        valid_BT: Frames with gaze, bool [B, T]. Frames whose gaze is not finite count as frames without.
+        map_size: T', H, W of the attention map; T' divides T.
+        sigma: Standard deviation, as a fraction of the map's height.
+
+    Returns:
+        The target, float [B, T', H, W] in (0, 1], and the slices that have one, bool [B, T'].
     """
     slices, height, width = map_size
     batch, frames = valid_BT.shape
     valid_BT = _usable(gaze_BT2, valid_BT, slices)
-    valid = valid_BT.reshape(batch, slices, frames // slices)
-    point = torch.where(valid_BT[..., None], gaze_BT2, 0.0).reshape(batch, slices, frames // slices, 2)
-    count = valid.sum(dim=2)
-    mean = point.sum(dim=2) / count.clamp(min=1)[..., None]
-    column = torch.arange(width, device=mean.device, dtype=mean.dtype)
-    row = torch.arange(height, device=mean.device, dtype=mean.dtype)
-    across = (column - mean[..., 0:1] * width).square()
-    down = (row - mean[..., 1:2] * height).square()
-    return torch.exp(-(down[..., :, None] + across[..., None, :]) / (2 * (sigma * height) ** 2)), count > 0
+
+    # Mean gaze point of each slice, in cells.
+    valid_BTF = valid_BT.reshape(batch, slices, frames // slices)
+    point_BTF2 = torch.where(valid_BT[..., None], gaze_BT2, 0.0).reshape(batch, slices, frames // slices, 2)
+    count_BT = valid_BTF.sum(dim=2)
+    mean_BT2 = point_BTF2.sum(dim=2) / count_BT.clamp(min=1)[..., None]
+    x_BT1, y_BT1 = mean_BT2[..., 0:1] * width, mean_BT2[..., 1:2] * height
+
+    # Squared distances of columns and rows from it.
+    column_W = torch.arange(width, device=mean_BT2.device, dtype=mean_BT2.dtype)
+    row_H = torch.arange(height, device=mean_BT2.device, dtype=mean_BT2.dtype)
+    across_BTW = (column_W - x_BT1).square()
+    down_BTH = (row_H - y_BT1).square()
+    distance_BTHW = down_BTH[..., :, None] + across_BTW[..., None, :]
+
+    return torch.exp(-distance_BTHW / (2 * (sigma * height) ** 2)), count_BT > 0
 
 
 def _usable(gaze_BT2: Tensor, valid_BT: Tensor, slices: int) -> Tensor:
@@ -47,7 +64,7 @@ def _usable(gaze_BT2: Tensor, valid_BT: Tensor, slices: int) -> Tensor:
     return valid_BT & gaze_BT2.isfinite().all(dim=2)
 
 
-def slices_with_gaze(gaze_BT2: Tensor, valid_BT: Tensor, slices: int = 2) -> Tensor:
+def slices_with_gaze(gaze_BT2: Tensor, valid_BT: Tensor, slices: int = MAP_SLICES) -> Tensor:
     """Return which slices of the windows have gaze, bool [B, T']."""
     return _usable(gaze_BT2, valid_BT, slices).unflatten(1, (slices, -1)).any(dim=2)
 

@@ -16,9 +16,9 @@ from tune_ego.config import (
     MultiStepConfig,
     PlateauConfig,
     RangerConfig,
+    ScheduleConfig,
     SGDConfig,
 )
-from tune_ego.config import Schedule as ScheduleConfig
 
 
 class Ranger(torch.optim.RAdam):

@@ -19,7 +19,7 @@ from tune_ego.feed.feed_plan import FeedPlan, worker_passes
 from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
-from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, load_model_state, pack
+from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, checkpoint_content, load_model_state
 from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_batch_norms
 from tune_ego.training.losses import slices_with_gaze, stream_losses
 from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
@@ -138,7 +138,7 @@ class Trainer:
     def checkpoint(self) -> dict[str, Any]:
         assert not self._statuses  # `flush_status` comes first
         self._share_statistics()
-        return pack(
+        return checkpoint_content(
             *(self.config, self.origin, self.iteration, self.best),
             losses=self.reduce_losses(),
             model=self.model.state_dict(),
