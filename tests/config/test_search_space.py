@@ -379,16 +379,16 @@ def test_a_range_of_gaze_sigma_is_in_fractions_or_in_cells() -> None:
 
 
 def test_a_gap_in_one_of_very_many_combinations_is_noticed() -> None:
-    """17^3 x 8 combinations; one of 64 pairs of the values on which the key depends has no branch."""
-    pairs = [(fold, depth) for fold in range(8) for depth in range(1, 9) if (fold, depth) != (5, 7)]
-    branches = "".join(f"    - {{when: {{data.fold: {f}, model.stam_depth: {d}}}, value: 0.1}}\n" for f, d in pairs)
-    wide = "".join(
-        f"  {key}: {{choice: {[round(start + 0.01 * n, 2) for n in range(17)]}}}\n"
-        for key, start in (("loss.gaze_weight", 0.1), ("fusion_weight", 0.2), ("loss.gaze_sigma", 0.3))
-    )
-    text = f"space:\n{wide}  data.fold: {{randint: [0, 8]}}\n  model.stam_depth: {{randint: [1, 9]}}\n"
-    with pytest.raises(UserError, match=r"no branch for data\.fold: 5, model\.stam_depth: 7"):
-        parse_space(f"{text}  model.dropout:\n{branches}", "s.yaml")
+    """17^2 x 10 x 8 x 50 combinations; one of the 4,000 on which the key depends has no branch."""
+    ranges = {"data.fold": range(10), "model.stam_depth": range(1, 9), "train.validation_windows": range(1, 51)}
+    gap = {"data.fold": 5, "model.stam_depth": 7, "train.validation_windows": 33}
+    text = "space:\n  loss.gaze_weight: {randint: [0, 17]}\n  optimizer.weight_decay: {randint: [0, 17]}\n"
+    text += "".join(f"  {key}: {{randint: [{values.start}, {values.stop}]}}\n" for key, values in ranges.items())
+    text += "  model.dropout:\n"
+    for key, values in ranges.items():
+        text += f"    - {{when: {{{key}: {[value for value in values if value != gap[key]]}}}, value: 0.1}}\n"
+    with pytest.raises(UserError, match=r"no branch for data\.fold: 5, model\.stam_depth: 7, train\.val\w+: 33"):
+        parse_space(text, "s.yaml")
 
 
 def test_a_key_that_the_chosen_optimizer_does_not_have_needs_no_branch() -> None:

@@ -51,12 +51,22 @@ def test_lost_frames_leave_a_gap_that_neighbours_fill() -> None:
     assert remark.startswith("irregular times, placed by them: 3 of 8")
 
 
+def test_frames_lost_at_the_start_are_known_by_the_named_length() -> None:
+    """Seven of twelve frames are lost. Without the name, and under another one, the first frame counts as 0."""
+    times = np.arange(7, 12) / 24
+    sources, remark = placed(times, 12)
+    assert sources == [0] * 7 + [0, 1, 2, 3, 4]
+    assert remark.startswith("the first 7 session frames are lost: 7 of 12 session frames repeat a neighbour")
+    for named in (None, 5, 11, 13):
+        assert placed(times, named) == (list(range(5)), "")
+
+
 def test_doubled_frames_between_two_session_frames_are_not_used() -> None:
     times = [0, 1 / 24, 1.4 / 24, 2 / 24, 3 / 24]
     assert placed(times, 4)[0] == [0, 1, 3, 4]
 
 
-@pytest.mark.parametrize("times", [[0, 0, 1], [0, np.nan, 1], [0, 1 / 24, 3700], [2, 1, 3]])
+@pytest.mark.parametrize("times", [[0, 0, 1], [0, np.nan, 1], [0, 1 / 24, 10.1], [2, 1, 3]])
 def test_damaged_times_are_refused(times: list[float]) -> None:
     with pytest.raises(UserError, match="its time stamps are damaged"):
         placed(times)

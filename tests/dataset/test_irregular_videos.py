@@ -21,6 +21,7 @@ from tests.dataset.test_write_task import SESSION, annotated
 from tune_ego.dataset import video
 from tune_ego.dataset.decoder_log import DecoderLog
 from tune_ego.dataset.flow import flow_method
+from tune_ego.dataset.orientation import Orientation, matrix_orientation
 from tune_ego.dataset.prepare import Settings, ShardTask, write_task
 from tune_ego.dataset.shards import Problem
 from tune_ego.dataset.video import Remark
@@ -52,11 +53,12 @@ def encoded(
     rate: int = 24,
     format: str = "mp4",
     rotation: tuple[int, bool] | None = None,
+    group: int = 12,
 ) -> bytes:
     """A video; `times` are presentation times in seconds, `rotation` is (degrees, whether mirrored)."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"qp": "4", "g": "12"})
+        stream = container.add_stream("libx264", rate=rate, options={"qp": "4", "g": str(group)})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         if times is not None:
@@ -155,6 +157,98 @@ def test_a_damaged_clip_is_kept_on_demand_with_a_remark(clip: bytes, tmp_path: P
     images, remarks = video.encode_clip(str(path), SIZE, method, 29, keep_damaged=True)
     assert len(images.rgb) == 29
     assert [remark.stage for remark in remarks] == ["damage"] and "damaged (h264: " in remarks[0].reason
+
+
+def test_a_clip_with_packets_that_cannot_be_decoded_is_kept_on_demand(clip: bytes, tmp_path: Path) -> None:
+    """The first packet of each second group of pictures is zeroed. Frames that can be decoded keep their places."""
+    packets = packets_of(clip)
+    for lost in ([12], [0], [0, 12, 28]):
+        damaged = bytearray(clip)
+        for offset, size in (packets[place] for place in lost):
+            damaged[offset : offset + size] = bytes(size)
+        path = tmp_path / "a.mp4"
+        path.write_bytes(damaged)
+        method = flow_method("dis")
+        with pytest.raises(UserError):
+            video.encode_clip(str(path), SIZE, method, 29, keep_damaged=False)
+        images, remarks = video.encode_clip(str(path), SIZE, method, 29, keep_damaged=True)
+        assert 27 <= len(images.rgb) <= 29
+        assert [remark.stage for remark in remarks] == ["damage"]
+
+
+def test_frames_keep_their_places_where_others_are_lost() -> None:
+    """Frame 5, a frame with only references to itself, is lost: the next one stands in its place."""
+    images = [grey(number) for number in range(12)]
+    data = bytearray(encoded(images, group=1))
+    offset, size = packets_of(bytes(data))[5]
+    data[offset : offset + size] = bytes(size)
+    facts = video.probe(bytes(data), 12, keep_damaged=True)
+    damage: list[str] = []
+    assert numbers(list(video.decode(bytes(data), SIZE, facts, damage))) == [0, 1, 2, 3, 4, 6, 6, 7, 8, 9, 10, 11]
+    assert damage
+    with pytest.raises(UserError):
+        list(video.decode(bytes(data), SIZE))
+
+
+@pytest.mark.parametrize("cut", [1, 6])
+def test_packets_cut_out_of_a_transport_stream_are_damage(cut: int) -> None:
+    """FFmpeg marks the packet, the decoder reports the frame, or nothing is lost. Other frames keep their places."""
+    images = [scene(number) for number in range(40)]
+    small = [cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA).astype(int) for image in images]
+    data = encoded(images, format="mpegts")
+    choose = random.Random(3)
+    for _ in range(12):
+        first = choose.randrange(len(data) // 188 // 4, len(data) // 188 - cut - 2)
+        damaged = data[: 188 * first] + data[188 * (first + cut) :]
+        with av.open(io.BytesIO(damaged)) as container:
+            marked = any(packet.is_corrupt for packet in container.demux(video=0))
+        damage: list[str] = []
+        facts = video.probe(damaged, 40, keep_damaged=True)
+        frames = list(video.decode(damaged, SIZE, facts, damage))
+        reported = any(remark.stage == "damage" for remark in facts.remarks)
+        assert reported == marked
+        if reported:
+            with pytest.raises(UserError, match="damaged"):
+                video.probe(damaged, 40)
+        differences = [np.abs(frame[..., ::-1] - image).mean() for frame, image in zip(frames, small)]
+        assert reported or damage or (len(frames) == 40 and max(differences) < 5)
+        assert sum(difference < 5 for difference in differences) > 20
+
+
+def boxes(data: bytes) -> dict[str, bytes]:
+    """The boxes of an mp4 file, or of one of its boxes, by name."""
+    found, offset = {}, 0
+    while offset < len(data):
+        size = int.from_bytes(data[offset : offset + 4], "big")
+        found[data[offset + 4 : offset + 8].decode("latin-1")] = data[offset : offset + size]
+        offset += size
+    return found
+
+
+def test_an_attached_picture_is_not_taken_for_the_video() -> None:
+    """The cover picture of an mp4 file is its first stream where its box comes first."""
+    picture = cv2.imencode(".png", np.full((48, 64, 3), 200, np.uint8))[1].tobytes()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container, av.open(io.BytesIO(picture), format="png_pipe") as cover:
+        stream = container.add_stream("libx264", rate=24, options={"qp": "4"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        copied = container.add_stream_from_template(cover.streams.video[0])
+        copied.disposition = av.stream.Disposition.attached_pic
+        for number in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(number), format="rgb24")))
+        packet = next(cover.demux(video=0))
+        packet.stream = copied
+        container.mux(packet)
+        container.mux(stream.encode(None))
+    parts = boxes(buffer.getvalue())
+    inner = boxes(parts["moov"][8:])
+    parts["moov"] = (
+        parts["moov"][:8] + b"".join(inner.pop(name) for name in ("mvhd", "udta")) + b"".join(inner.values())
+    )
+    data = b"".join(parts.values())
+    with av.open(io.BytesIO(data)) as container:
+        assert [stream.codec_context.name for stream in container.streams.video] == ["png", "h264"]
+    assert shown(data, 12) == list(range(12))
 
 
 def test_the_log_of_ffmpeg_is_off_again_afterwards(clip: bytes) -> None:
@@ -258,6 +352,25 @@ def test_stored_turns_are_undone(degrees: int, mirrored: bool) -> None:
 def test_a_slanted_display_matrix_is_refused() -> None:
     with pytest.raises(UserError, match="no multiple of 90 degrees"):
         video.probe(encoded([grey(0)] * 2, rotation=(30, False)))
+
+
+ONE = 1 << 16  # in FFmpeg's display matrix
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ([[0, 0], [0, 0]], Orientation()),
+        ([[ONE, 0], [0, ONE]], Orientation()),
+        ([[ONE, 1], [-1, ONE]], Orientation()),
+        ([[-ONE, 0], [1, -ONE]], Orientation(mirrored_x=True, mirrored_y=True)),
+        ([[1, ONE], [-ONE, 1]], Orientation(transposed=True, mirrored_x=True)),
+    ],
+)
+def test_display_matrices_of_zeros_and_with_rounded_numbers(turn: list[list[int]], expected: Orientation) -> None:
+    matrix = np.zeros((3, 3), np.int32)
+    matrix[:2, :2] = turn
+    assert matrix_orientation(matrix) == expected
 
 
 def test_what_was_done_is_on_record_and_gaze_is_that_of_the_shown_frame(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ _SAME_RATE = 0.01
 """Largest deviation from 24 frames a second, as a fraction, that is not mentioned."""
 _TIE = 1e-6
 """Difference of two times, seconds, below which they are equal."""
-_MOST_SECONDS = 3600.0
-"""Longest clip. EGTEA's longest one has 117 s; longer ones are damaged time stamps."""
+_LARGEST_GAP = 10.0
+"""Longest time between two frames, seconds. Longer ones are damaged time stamps."""
 
 
 class Placement(NamedTuple):
@@ -33,25 +33,28 @@ class Placement(NamedTuple):
 
 
 def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
-    """Assign displayed frames to session frames, the first one to session frame 0.
+    """Assign displayed frames to session frames.
 
     Each session frame gets the displayed frame that is nearest in time. An exception are clips of a constant frame rate
     with exactly as many frames as their names say: there every frame is one session frame, and only the rate of the
     file is wrong.
+
+    The first frame is session frame 0, except where the clip has its named length only when its times are counted from
+    0: then frames were lost at its start.
 
     Args:
         seconds: float64 [frames], ascending: presentation times.
         named: Number of session frames in the clip's name; None if it is unknown.
 
     Raises:
-        UserError: The times are not ascending, or span more than an hour.
+        UserError: The times are not ascending, or two neighbours are over 10 s apart.
     """
     count = len(seconds)
     if count < 2:
         return Placement(np.arange(count), "")
     durations = np.diff(seconds)
-    if not np.isfinite(seconds).all() or durations.min() <= 0 or seconds[-1] - seconds[0] > _MOST_SECONDS:
-        raise UserError("its time stamps are damaged: frames share a time, or are over an hour apart")
+    if not np.isfinite(seconds).all() or durations.min() <= 0 or durations.max() > _LARGEST_GAP:
+        raise UserError(f"its time stamps are damaged: frames share a time, or are over {_LARGEST_GAP:g} s apart")
     duration = float(np.median(durations))
     rate = 1 / duration
     even = bool((np.abs(durations - duration) <= _EVEN * duration).all())
@@ -61,8 +64,9 @@ def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
     if even and named == count:
         remark = "" if abs(rate / FPS - 1) <= _SAME_RATE else f"{rate:.4g} frames a second, as many as its name says"
         return Placement(np.arange(count), remark and f"{remark}: each is one session frame")
-    time = seconds - seconds[0]
-    frames = max(1, round(FPS * (time[-1] + duration)))
+    lost = _frames_lost_at_the_start(seconds, duration, named)
+    time = seconds if lost else seconds - seconds[0]
+    frames = _session_frames(time[-1] + duration)
     middles = (time[1:] + time[:-1]) / 2
     # Of two equally near frames the later one: a clip that was resampled before shows its frames late, never early.
     sources = np.searchsorted(middles - _TIE, np.arange(frames) / FPS, side="right")
@@ -71,4 +75,18 @@ def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
     unused, repeated = count - len(np.unique(sources)), frames - len(np.unique(sources))
     change = f"{repeated} of {frames} session frames repeat a neighbour, {unused} of {count} frames are not used"
     kind = f"resampled from {rate:.4g} to {FPS} frames a second" if even else "irregular times, placed by them"
+    kind = f"the first {lost} session frames are lost" if lost else kind
     return Placement(sources, f"{kind}: {change}")
+
+
+def _session_frames(seconds: float) -> int:
+    return max(1, round(FPS * seconds))
+
+
+def _frames_lost_at_the_start(seconds: np.ndarray, duration: float, named: int | None) -> int:
+    """Return the number of session frames before the first frame of a clip that has its named length from time 0 on."""
+    if named is None or seconds[0] <= 0:
+        return 0
+    end = seconds[-1] + duration
+    from_first, from_zero = _session_frames(end - seconds[0]), _session_frames(end)
+    return round(FPS * float(seconds[0])) if from_zero == named != from_first else 0

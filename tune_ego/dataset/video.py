@@ -17,12 +17,13 @@ from tune_ego.dataset.decoder_log import DecoderLog
 from tune_ego.dataset.foreign_files import HEAD, describe_foreign_file
 from tune_ego.dataset.frame_times import Placement, place_frames
 from tune_ego.dataset.gaze import FPS
+from tune_ego.dataset.orientation import Orientation, frame_orientation
 from tune_ego.errors import UserError
 
 Source = Union[str, bytes]
 """A video: its path or URI, or the content of its file."""
 JPEG_QUALITY = 90
-READER_VERSION = "2"
+READER_VERSION = "3"
 """Version of the reading of videos. Shards of another version are written again."""
 # FFmpeg's numbers, including the number for "unspecified", which FFmpeg treats in the same way.
 _BT_601 = (2, 5, 6)
@@ -36,19 +37,6 @@ class EncodedClip(NamedTuple):
     """Colour images."""
     flow: list[bytes]
     """Grey images: `flow.quantise` of the motion to the next frame. The last frame repeats the image before."""
-
-
-class Orientation(NamedTuple):
-    """Orientation of a video by its display matrix. Frames are transposed first, then mirrored."""
-
-    transposed: bool = False
-    mirrored_x: bool = False
-    mirrored_y: bool = False
-
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """Turn an image, [H, W, ...]."""
-        image = image.swapaxes(0, 1) if self.transposed else image
-        return np.ascontiguousarray(image[:: -1 if self.mirrored_y else 1, :: -1 if self.mirrored_x else 1])
 
 
 class Remark(NamedTuple):
@@ -65,6 +53,8 @@ class VideoFacts(NamedTuple):
     placement: Placement
     shown: int
     """Displayed frames. An mp4 that was cut without re-encoding holds further frames, which only the decoder needs."""
+    order: dict[int, int]
+    """Presentation time, in the stream's unit -> position among the displayed frames. Empty for raw streams."""
     size: tuple[int, int]
     """(width, height) of the displayed image, pixels."""
     bytes: int
@@ -136,32 +126,51 @@ def decode(
     """
     facts = probe(source) if facts is None else facts
     sources, count = facts.placement.sources, 0
+    last = -1  # position of the latest frame so far, among those that are displayed
     with _open(source) as container:
-        frames = container.decode(video=0)
-        while True:
-            with DecoderLog() as log:
-                try:
-                    frame = next(frames, None)
-                except (av.error.FFmpegError, OSError) as error:
-                    raise UserError(f"frame {count} cannot be decoded ({error})") from error
-            fault = log.damage or ("marked as corrupt" if frame is not None and frame.is_corrupt else "")
-            if fault:
-                report = f"damaged near frame {count} ({fault})"
-                if damage is None:
-                    raise UserError(report)
-                damage.append(report)
-            if frame is None:
-                break
-            places = np.searchsorted(sources, [count, count + 1])
-            if places[0] < places[1]:
-                image = _resize(facts.orientation.apply(_to_bgr(frame)), image_size)
-                yield from [image] * int(places[1] - places[0])
+        for frame in _decoded_frames(container, damage):
             count += 1
+            position = facts.order.get(frame.pts, last + 1)
+            if position > last + 1 and damage is not None:
+                damage.append(f"{position - last - 1} frames before frame {position} cannot be decoded")
+            # Session frames of displayed frames that were lost get the next one.
+            first, end = np.searchsorted(sources, [last + 1, position + 1])
+            if first < end:
+                image = _resize(facts.orientation.apply(_to_bgr(frame)), image_size)
+                yield from [image] * int(end - first)
+            last = max(last, position)
     if count < facts.shown:
         report = f"breaks off after {count} of {facts.shown} frames"
         if damage is None:
             raise UserError(report)
         damage.append(report)
+
+
+def _decoded_frames(container: av.container.InputContainer, damage: list[str] | None) -> Iterator[av.VideoFrame]:
+    """Yield the frames of the video stream. Reports about damage are collected, or without a list raise `UserError`."""
+    count = 0
+    packets = container.demux(_video_stream(container))
+    while True:
+        with DecoderLog() as log:
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+                fault = log.damage
+            except (av.error.FFmpegError, OSError) as error:
+                frames, fault = [], str(error)
+                if damage is None:
+                    raise UserError(f"frame {count} cannot be decoded ({error})") from error
+        if any(frame.is_corrupt for frame in frames):
+            fault = fault or "marked as corrupt"
+        if fault:
+            report = f"damaged near frame {count} ({fault})"
+            if damage is None:
+                raise UserError(report)
+            damage.append(report)
+        if packet is None:
+            return
+        yield from frames
+        count += len(frames)
 
 
 def probe(source: Source, named: int | None = None, *, keep_damaged: bool = False) -> VideoFacts:
@@ -172,66 +181,60 @@ def probe(source: Source, named: int | None = None, *, keep_damaged: bool = Fals
     """
     with DecoderLog() as log, _open(source) as container:
         log.ignored = {stream.codec_context.name for stream in container.streams.audio}
-        stream = container.streams.video[0]
+        stream = _video_stream(container)
         declared, rate = stream.frames, stream.average_rate  # 0 frames where the index has no number
         packets = _read_packets(container)
-    if len(packets) < declared:
+    whole = [packet for packet in packets if not packet.is_corrupt]
+    if len(whole) < declared:
         # FFmpeg skips packets that an edit list leaves out; count these packets, too.
         with _open(source, {"ignore_editlist": "1"}) as container:
-            count = len(_read_packets(container))
+            count = sum(not packet.is_corrupt for packet in _read_packets(container))
         if count < declared:
             raise UserError(f"breaks off after {count} of {declared} frames")
-    shown = [packet for packet in packets if not packet.is_discard]
-    size, orientation, turn = _look_at_first_frame(source) if shown else ((0, 0), Orientation(), "")
-    placement = place_frames(_presentation_times(shown, rate), named)
     damage = f"damaged ({log.damage})" if log.damage else ""
+    if len(whole) < len(packets):
+        damage = damage or f"damaged: {len(packets) - len(whole)} of {len(packets)} packets are marked as corrupt"
     if damage and not keep_damaged:
         raise UserError(damage)
+    shown = [packet for packet in packets if not packet.is_discard]
+    times, order = _presentation_times(shown, rate)
+    size, orientation, turn = _look_at_first_frame(source, [] if keep_damaged else None) if shown else _NO_FRAME
+    placement = place_frames(times, named)
     reasons = {"damage": damage, "time": placement.remark, "rotation": turn}
     remarks = [Remark(stage, reason) for stage, reason in reasons.items() if reason]
-    return VideoFacts(placement, len(shown), size, sum(packet.size for packet in shown), orientation, remarks)
+    return VideoFacts(placement, len(shown), order, size, sum(packet.size for packet in shown), orientation, remarks)
 
 
-def _presentation_times(packets: list[av.Packet], rate: Fraction | None) -> np.ndarray:
-    """Return the packets' presentation times in seconds, ascending. Raw streams have none: their rate decides."""
+_NO_FRAME = ((0, 0), Orientation(), "")
+
+
+def _presentation_times(packets: list[av.Packet], rate: Fraction | None) -> tuple[np.ndarray, dict[int, int]]:
+    """Return the packets' presentation times in seconds, ascending, and the position of each in the stream's unit.
+
+    Raw streams have no times: their rate decides.
+    """
     if any(packet.pts is None for packet in packets):
-        return np.arange(len(packets)) / float(rate or FPS)
-    return np.sort([float(packet.pts * packet.time_base) for packet in packets])
+        return np.arange(len(packets)) / float(rate or FPS), {}
+    ordered = sorted(packets, key=lambda packet: packet.pts)
+    order = {packet.pts: position for position, packet in enumerate(ordered)}
+    return np.array([float(packet.pts * packet.time_base) for packet in ordered]), order
 
 
-def _look_at_first_frame(source: Source) -> tuple[tuple[int, int], Orientation, str]:
+def _look_at_first_frame(source: Source, damage: list[str] | None) -> tuple[tuple[int, int], Orientation, str]:
     """Return ((width, height) of the displayed image, its orientation, the turn in words)."""
     with _open(source) as container:
-        try:
-            frame = next(container.decode(video=0), None)
-        except (av.error.FFmpegError, OSError) as error:
-            raise UserError(f"frame 0 cannot be decoded ({error})") from error
+        frame = next(_decoded_frames(container, damage), None)
     if frame is None:
         raise UserError("the video holds no frame")
-    data = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
-    orientation = Orientation() if data is None else _orientation(np.frombuffer(data, np.int32).reshape(3, 3))
+    orientation, turn = frame_orientation(frame)
     size = (frame.height, frame.width) if orientation.transposed else (frame.width, frame.height)
-    if orientation == Orientation():
-        return size, orientation, ""
-    mirrored = orientation.transposed ^ orientation.mirrored_x ^ orientation.mirrored_y
-    turn = f"turned by {frame.rotation} degrees counterclockwise{' and mirrored' if mirrored else ''}, as it is marked"
     return size, orientation, turn
 
 
-def _orientation(matrix: np.ndarray) -> Orientation:
-    """Return the orientation of FFmpeg's display matrix, int32 [3, 3] for row vectors (x, y, 1)."""
-    turn = matrix[:2, :2]
-    if turn[0, 0] and turn[1, 1] and not turn[0, 1] and not turn[1, 0]:
-        return Orientation(False, bool(turn[0, 0] < 0), bool(turn[1, 1] < 0))
-    if turn[0, 1] and turn[1, 0] and not turn[0, 0] and not turn[1, 1]:
-        return Orientation(True, bool(turn[1, 0] < 0), bool(turn[0, 1] < 0))
-    raise UserError("its display matrix turns it by an angle that is no multiple of 90 degrees")
-
-
 def _read_packets(container: av.container.InputContainer) -> list[av.Packet]:
-    """Return the undamaged packets of the video stream."""
+    """Return the packets of the video stream."""
     try:
-        return [packet for packet in container.demux(video=0) if packet.size and not packet.is_corrupt]
+        return [packet for packet in container.demux(_video_stream(container)) if packet.size]
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot be read ({error})") from error
 
@@ -249,11 +252,20 @@ def _open(source: Source, options: dict[str, str] | None = None) -> av.container
         container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source, options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(_describe_unreadable(source) or f"cannot be opened ({error})") from error
-    if not container.streams.video:
+    try:
+        _video_stream(container).codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
+    except UserError:
         container.close()
-        raise UserError("the file holds no video stream")
-    container.streams.video[0].codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
+        raise
     return container
+
+
+def _video_stream(container: av.container.InputContainer) -> av.video.VideoStream:
+    """Return the first video stream that is no attached picture, such as a thumbnail. Raises `UserError`."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise UserError("the file holds no video stream")
 
 
 def _describe_unreadable(source: Source) -> str:
