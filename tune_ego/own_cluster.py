@@ -34,6 +34,7 @@ def own_cluster() -> Iterator[None]:
     Its processes have sessions of their own, and none outlives the body. The folder of its logs, which Ray never
     deletes, is deleted, unless the body fails: then this folder and those of two failures before it are kept.
     """
+    _remove_old_folders()  # of processes that were killed
     folders = _Folders()
     with ray_private.own_sessions(folders.mark) as sessions:
         interrupted = threading.Event()

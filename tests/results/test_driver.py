@@ -231,6 +231,23 @@ def test_the_first_cause_is_shown_with_the_resume_command(
         drive()
 
 
+def test_a_folder_that_cannot_be_claimed_is_refused_at_once_without_a_resume_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk. Nothing has begun, so there is nothing to resume."""
+
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    start = time.monotonic()
+    refusal = pytest.raises(UserError, match=r"driver\.json: cannot be written \(.*No space left on device\)$")
+    with refusal, driving(str(tmp_path), "do this"):
+        pytest.fail("driven")
+    assert time.monotonic() - start < 5
+    assert not list(tmp_path.iterdir())
+
+
 def test_storage_errors_are_waited_for_while_driving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync, left = os.fsync, [OSError(28, "No space left on device")] * 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.searches import KnownSearch
 from tune_ego.errors import UserError
 from tune_ego.results import experiment, tracking
 from tune_ego.results.experiment import METRIC, Trial
-from tune_ego.results.trackers import flat
+from tune_ego.results.trackers import TensorBoard, flat
 from tune_ego.results.tracking import _Follower, check_trackers, make_trackers, run_tracked, tracked
 from tune_ego.search.tune import start_search
 
@@ -61,6 +62,30 @@ def check_event_file(folder: str, trial: Trial) -> None:
         "_hparams_/session_start_info",
         "_hparams_/session_end_info",
     }
+
+
+def test_tensorboard_has_each_line_once_after_a_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of files cuts a record, as a full disk does; the lines are written again afterwards."""
+    trial = Trial("00000", "finished", str(tmp_path), {}, 0, tiny_config(), [])
+    tracker = TensorBoard(str(tmp_path))
+    run = tracker.begin(trial)
+    lines = [{"iteration": n, "train_loss": 1.0 / n, METRIC: 0.1 * n} for n in range(1, 5)]
+    tracker.log(run, lines[:2])
+    (file,) = (tmp_path / "tensorboard" / "00000").iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 70, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tracker.log(run, lines[2:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log(run, lines[2:])
+    tracker.end(run, "finished")
+    assert run.last == {METRIC: 0.4}
+    events = EventAccumulator(str(file.parent), {"scalars": 0})
+    events.Reload()
+    values = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert values == [(n, pytest.approx(1 / n)) for n in range(1, 5)]
 
 
 def test_mlflow_goes_on_with_the_runs_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,6 +303,8 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
                 raise
             end_interrupted(resume_command)
         except (ClusterLost, StorageError) as error:
+            if not claim.held:  # nothing has begun: there is nothing to resume
+                raise
             raise UserError(f"{error}. {_how_to_resume(resume_command)}") from error
         finally:
             interruption.end()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -22,6 +22,9 @@ from tune_ego.config import Config
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
 from tune_ego.results.experiment import METRIC, Trial
+
+if TYPE_CHECKING:
+    from tune_ego.results.event_file import EventFile
 
 _METRICS_A_REQUEST = 900
 """Metrics in one request; MLflow accepts at most 1,000."""
@@ -70,34 +73,33 @@ class TensorBoard:
         self._root = root
 
     def begin(self, trial: Trial) -> Any:
-        from tensorboardX import SummaryWriter
+        from tune_ego.results.event_file import EventFile
 
         target = storage.join(self._root, "tensorboard", trial.id)
         _forget_events(target)
         folder = target if storage.is_local(target) else tempfile.mkdtemp(prefix="tune-ego-events-")
-        return _Events(trial, target, folder, SummaryWriter(folder), {})
+        return _Events(trial, target, folder, EventFile(folder), {})
 
     def log(self, run: Any, lines: list[dict[str, float]]) -> None:
+        from tensorboardX.summary import image, scalar
+
+        summaries = []
         for line in lines:
             iteration = int(line["iteration"])
-            for key, value in line.items():
-                if key != "iteration":
-                    run.writer.add_scalar(key, value, iteration)
+            summaries += [(scalar(key, value), iteration) for key, value in line.items() if key != "iteration"]
             picture = storage.join(run.trial.run, experiment.picture_file(iteration))
-            if METRIC in line:
-                run.last[METRIC] = max(line[METRIC], run.last.get(METRIC, 0.0))
-                if storage.exists(picture):
-                    run.writer.add_image("attention", read_png(picture), iteration, dataformats="HWC")
-        run.writer.flush()
+            if METRIC in line and storage.exists(picture):
+                summaries.append((image("attention", read_png(picture), dataformats="HWC"), iteration))
+        run.file.append(summaries)
+        for accuracy in (line[METRIC] for line in lines if METRIC in line):
+            run.last[METRIC] = max(accuracy, run.last.get(METRIC, 0.0))
 
     def end(self, run: Any, state: str) -> None:
         from tensorboardX.summary import hparams
 
         values = flat(run.trial.config).items()
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values}
-        for part in hparams(plain, run.last):
-            run.writer.file_writer.add_summary(part)
-        run.writer.close()
+        run.file.append((part, 0) for part in hparams(plain, run.last))
         if run.folder != run.target:
             for file in Path(run.folder).iterdir():
                 storage.write_bytes(storage.join(run.target, file.name), file.read_bytes())
@@ -116,7 +118,7 @@ class _Events(NamedTuple):
     target: str
     folder: str
     """Local folder of the event files: TensorBoard's writer writes local files only."""
-    writer: Any
+    file: EventFile
     last: dict[str, float]
     """The best accuracy, for the table of hyper-parameters."""
 
