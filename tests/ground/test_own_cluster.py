@@ -16,7 +16,7 @@ import pytest
 
 from tests.drivers import ended_process
 from tune_ego import own_cluster
-from tune_ego.own_cluster import _Folders, own_cluster, ray_folder
+from tune_ego.own_cluster import _Folders, ray_folder
 from tune_ego.processes import processes_of_sessions, this_process
 
 SCRIPT = """
@@ -67,7 +67,7 @@ def test_the_folders_of_three_failures_are_kept(folder: Path) -> None:
             text = mark if isinstance(mark, str) else json.dumps(mark)
             (folder / f"session_2026_{name}" / "tune_ego.json").write_text(text)
     (folder / "session_latest").symlink_to(folder / "session_2026_1")
-    with own_cluster():  # at its start: a killed process cannot remove them at its end
+    with own_cluster.own_cluster():  # at its start: a killed process cannot remove them at its end
         remaining = sorted(path.name[-1] for path in folder.glob("session_2*"))
     assert remaining == ["2", "3", "4", "5", "6", "7"]
     assert sorted(path.name[-1] for path in folder.glob("session_2*")) == ["2", "3", "4", "5", "6", "7"]
