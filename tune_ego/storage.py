@@ -171,8 +171,8 @@ def list_names(uri: str | Path) -> list[str]:
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
-def find_files(uri: str | Path, suffix: str) -> list[SourceFile]:
-    """Return the files below a folder whose names end in `suffix`, in any case, sorted by path.
+def find_files(uri: str | Path, suffix: str | tuple[str, ...]) -> list[SourceFile]:
+    """Return the files below a folder whose names end in `suffix`, or in one of several, in any case, sorted by path.
 
     An absent folder has none.
     """

@@ -70,6 +70,56 @@ def test_weights_lie_at_the_top_or_under_model_or_state_dict(tmp_path: Path, key
     assert all(torch.equal(value, theirs[name]) for name, value in stream.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"depth": 18, "name": "i3d"}, "state_dict": "weights"},
+        {"model": {}, "model_state_dict": {"model": "weights"}},
+        {"state_dict": {"epoch": 3, "model": "weights"}},
+    ],
+    ids=["a configuration beside", "an empty one beside", "nested"],
+)
+def test_a_container_without_tensors_is_passed_over(tmp_path: Path, content: dict[str, Any]) -> None:
+    theirs = small().state_dict()
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        return theirs if value == "weights" else value
+
+    torch.save(filled(content), tmp_path / "w.pt")
+    stream = small()
+    load_weights(stream, tmp_path / "w.pt")
+    assert all(torch.equal(value, theirs[name]) for name, value in stream.state_dict().items())
+
+
+def test_the_counter_of_averaged_weights_and_prefixes_within_streams(tmp_path: Path) -> None:
+    """`torch.optim.swa_utils.AveragedModel`, and streams each in DistributedDataParallel."""
+    model = TwoStream(("rgb", "flow"), 5, ModelConfig(width=0.05))
+    torch.save(torch.optim.swa_utils.AveragedModel(model["flow"]).state_dict(), tmp_path / "averaged.pt")
+    inside = {
+        f"{modality}.module.{name}": value
+        for modality in ("rgb", "flow")
+        for name, value in model[modality].state_dict().items()
+    }
+    torch.save(inside, tmp_path / "inside.pt")
+    for file in ("averaged.pt", "inside.pt"):
+        stream = small("flow")
+        load_weights(stream, tmp_path / file)
+        assert all(torch.equal(value, model["flow"].state_dict()[name]) for name, value in stream.state_dict().items())
+
+
+def test_arrays_of_numpy_are_weights_and_scalars_become_those_of_python(tmp_path: Path) -> None:
+    theirs = small().state_dict()
+    arrays = {name: value.numpy().astype(">f4") if value.ndim else value.numpy() for name, value in theirs.items()}
+    (tmp_path / "w.pt").write_bytes(saved({"best": np.float64(0.5), "state_dict": arrays}, zipped=True))
+    stream = small()
+    load_weights(stream, tmp_path / "w.pt")
+    assert all(torch.equal(value, theirs[name]) for name, value in stream.state_dict().items())
+    best = load_tensors(tmp_path / "w.pt")["best"]
+    assert type(best) is float and best == 0.5
+
+
 @pytest.mark.parametrize("modality", ["rgb", "flow"])
 def test_a_stream_takes_its_own_part_of_a_checkpoint_of_two(tmp_path: Path, modality: str) -> None:
     config = tiny_config()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.dataset.foreign_files import describe_foreign_file
+from tune_ego.dataset.foreign_files import WRAPPINGS, describe_foreign_file
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -239,33 +239,35 @@ def session_folds(sessions: list[str]) -> list[int]:
 def find_clips(egtea: str | Path) -> dict[str, SourceFile]:
     """Return clip name -> mp4 file, for all mp4 files under `cropped_clips`, nested or flat.
 
-    Of several files with the same name, the first file that is not empty is used.
+    Of several files with the same name, the first file that is not empty is used. Without any, a compressed file or a
+    pointer (`X.mp4.dvc`) stands for it: reading it names what it is.
     """
-    return _by_name(_clip_files(egtea))
+    return _by_name(storage.join(egtea, "cropped_clips"), ".mp4")
 
 
 def find_duplicate_clips(egtea: str | Path) -> dict[str, list[SourceFile]]:
     """Return clip name -> mp4 files, for the names that more than one mp4 file has."""
     files: dict[str, list[SourceFile]] = {}
-    for file in _clip_files(egtea):
+    for file in storage.find_files(storage.join(egtea, "cropped_clips"), ".mp4"):
         files.setdefault(Path(file.uri).stem, []).append(file)
     return {name: duplicates for name, duplicates in files.items() if len(duplicates) > 1}
 
 
-def _clip_files(egtea: str | Path) -> list[SourceFile]:
-    return storage.find_files(storage.join(egtea, "cropped_clips"), ".mp4")
-
-
 def find_gaze(egtea: str | Path) -> dict[str, SourceFile]:
-    """Return session -> gaze file, for all gaze files under `gaze_data`, nested or flat.
-
-    Of several files with the same name, the first file that is not empty is used.
-    """
-    return _by_name(storage.find_files(storage.join(egtea, "gaze_data"), ".txt"))
+    """Return session -> gaze file, for all gaze files under `gaze_data`, chosen as in `find_clips`."""
+    return _by_name(storage.join(egtea, "gaze_data"), ".txt")
 
 
-def _by_name(files: list[SourceFile]) -> dict[str, SourceFile]:
-    # A later file replaces an earlier file of the same name. So empty files come first, and paths are in reverse order.
+def _by_name(folder: str, suffix: str) -> dict[str, SourceFile]:
+    endings = (suffix, *(suffix + wrapping for wrapping in WRAPPINGS))
+    files = storage.find_files(folder, endings)
+    # A later file replaces an earlier file of the same name. So wrapped files come first, then empty ones, and paths
+    # are in reverse order.
     ordered = files[::-1]
-    ordered.sort(key=lambda file: bool(file.bytes))
-    return {Path(file.uri).stem: file for file in ordered}
+    ordered.sort(key=lambda file: (file.uri.lower().endswith(suffix), bool(file.bytes)))
+    return {_name_before(suffix, file): file for file in ordered}
+
+
+def _name_before(suffix: str, file: SourceFile) -> str:
+    name = Path(file.uri).name
+    return name[: name.lower().rindex(suffix)]

@@ -22,6 +22,8 @@ _CONTAINERS = ("model", "state_dict", "model_state_dict")
 """Keys under which training code keeps the state dict."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 """Prefixes of parameter names: of DataParallel, torch.compile and Lightning."""
+_COUNTERS = {"n_averaged"}
+"""Entries of state dicts that are no parameters: of torch's `AveragedModel`."""
 _NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
@@ -68,7 +70,8 @@ def _modules(names: Iterable[str]) -> list[str]:
 def load_tensors(uri: str | Path) -> Any:
     """Read a file of `torch.save` with tensors, numpy values and plain containers; a file that runs code is refused.
 
-    Raises `UserError` where it cannot be read or is damaged.
+    Arrays of numbers become tensors, and numpy's scalars those of Python. Raises `UserError` where the file cannot be
+    read or is damaged.
     """
     try:
         data = read_verified(str(uri))
@@ -83,10 +86,26 @@ def load_safely(data: bytes, source: str) -> Any:
     if not fault:
         try:
             with torch.serialization.safe_globals(_NUMPY):
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                return _without_numpy(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load raises errors of many types for arbitrary bytes
             fault = _load_fault(data, str(error))
     raise UserError(f"{source}: {fault}")  # without torch's message, which explains how to load files that run code
+
+
+def _without_numpy(value: Any) -> Any:
+    """Replace numpy's values in containers, in place where possible."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value))  # a copy: what was read may be read-only, or of another byte order
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _without_numpy(value[key])
+    elif isinstance(value, list):
+        value[:] = map(_without_numpy, value)
+    elif type(value) is tuple:
+        return tuple(map(_without_numpy, value))
+    return value
 
 
 def _archive_fault(data: bytes) -> str:
@@ -128,12 +147,13 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     """
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
-    tensors = _state_dict(content, str(path))
+    tensors = _without_prefixes(_state_dict(content, str(path)), str(path))
     ours = f"{stream.modality}."
     if any(name.startswith(("rgb.", "flow.")) for name in tensors):
         tensors = {name.removeprefix(ours): value for name, value in tensors.items() if name.startswith(ours)}
         if not tensors:
             raise UserError(f"{path}: holds no {stream.modality} stream")
+        tensors = _without_prefixes(tensors, str(path))  # of each stream
     loaded = _load(stream, tensors, str(path))
     if stream.modality == "flow" and is_final(str(path)):  # no record of the flow method but in checkpoints
         last = read_last_whole_checkpoint(run_of(str(path)))
@@ -142,30 +162,41 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
-    """Return parameter name, without `_PREFIXES`, -> tensor of a file's content."""
-    while isinstance(content, dict):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+    """Return the state dict of a file's content: parameter name -> tensor."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a state dict of tensors but a {type(content).__name__}")
-    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+    state = _find_state_dict(content)
+    if state is None:
         keys = [_shown(str(key)) for key in content]
         more = ", ..." if len(keys) > _NAMES_SHOWN else ""
         raise UserError(
             f"{path}: not a state dict of tensors, at the top or under {', '.join(_CONTAINERS)}; "
             f"its keys: {', '.join(keys[:_NAMES_SHOWN]) or 'none'}{more}"
         )
-    tensors: dict[str, Tensor] = {}
-    for name, value in content.items():
+    return state
+
+
+def _find_state_dict(content: dict[Any, Any]) -> dict[str, Tensor] | None:
+    """Return the first state dict in `_CONTAINERS`, at any depth, or the content itself if it is one."""
+    for key in _CONTAINERS:
+        if isinstance(inner := content.get(key), dict) and (state := _find_state_dict(inner)) is not None:
+            return state
+    is_state = bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    return content if is_state else None
+
+
+def _without_prefixes(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return the tensors by their names without `_PREFIXES`, and without counters of training code."""
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
         plain = name
         while prefix := next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), ""):
             plain = plain.removeprefix(prefix)
-        if plain in tensors:
+        if plain in result:
             raise UserError(f"{path}: holds {_shown(plain)} twice, once as {_shown(name)}; keep one of the two")
-        tensors[plain] = value
-    return tensors
+        if plain not in _COUNTERS:
+            result[plain] = value
+    return result
 
 
 def _load(stream: Stream, tensors: dict[str, Tensor], path: str) -> LoadedWeights:
