@@ -7,6 +7,8 @@ one fails after an upgrade of Ray, re-read what its docstring names. No torch is
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -137,3 +139,37 @@ def dead_processes() -> list[str]:
 
     node = worker._global_node
     return [name for name, _ in node.dead_processes()] if node is not None and node.is_head() else []
+
+
+def cluster_refusal(address: str, seconds: float) -> str:
+    """Return the reason why no Ray cluster of this version answers at HOST:PORT within some seconds; "" if one does.
+
+    Private in Ray: the command `ray health-check`, which Ray's own readiness probes run. `ray.init` waits for minutes
+    where another gRPC server answers.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        check = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer of a Ray cluster in {seconds:.0f} s"
+    lines = [line for line in (check.stdout + check.stderr).splitlines() if line.strip()]
+    return "" if check.returncode == 0 else (lines[-1].strip()[:300] if lines else "not a Ray cluster")
+
+
+def client_server_refusal(address: str, seconds: float) -> str:
+    """Return the reason why no server of Ray Client answers at HOST:PORT within some seconds; "" if one does.
+
+    Private in Ray: the gRPC method `/ray.rpc.RayletDriver/ClusterInfo`. `ray.init("ray://...")` waits for half a
+    minute where the port is another one, for example that of the cluster itself.
+    """
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=seconds)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE):
+                return "not the port of Ray Client, which is 10001 by default"
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                return f"no answer of Ray Client in {seconds:.0f} s"
+    return ""

@@ -12,12 +12,15 @@ set -euo pipefail
 source "$HOME/venv/bin/activate"
 export RAY_AUTH_MODE=token # the token: ray get-auth-token --generate, once, in the home that all nodes share
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there, too
 command=(tune-ego tune full --data SHARDS --storage RESULTS --name full --address auto)
-if [ -e RESULTS/full/experiment.json ]; then # the job was queued again
+if tune-ego status RESULTS/full > /dev/null 2>&1; then # the job was queued again
     command=(tune-ego resume RESULTS/full --address auto)
 fi
-srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus 1 -- "${command[@]}" &
-trap 'kill -TERM $!; wait' TERM # two minutes before the end: write checkpoints
+pid=$(mktemp)
+export pid
+srun --export=ALL ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus 1 -- bash -c 'echo $$ > "$pid"; exec "$@"' bash "${command[@]}" &
+# Two minutes before the end the driver writes checkpoints. A signal to srun would kill all of Ray instead.
+trap 'kill -TERM "$(cat "$pid")" || true; wait' TERM
 wait

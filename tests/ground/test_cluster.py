@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import ray
 
@@ -87,6 +89,7 @@ DEAD = "127.0.0.1:1"
         ("http://127.0.0.1:8265", "the address of a dashboard"),
         ("here", "not an address; write auto, HOST:PORT or ray://HOST:PORT"),
         ("here:x", "not an address"),
+        ("ray://", "not an address"),
     ],
 )
 def test_an_address_that_does_not_answer_is_named_at_once(
@@ -110,6 +113,20 @@ def test_another_service_at_the_address_is_no_cluster(banner: bytes, monkeypatch
         check_address(server.address)
     monkeypatch.setenv("RAY_USE_TLS", "1")
     assert check_address(server.address) == f"--address {server.address}"  # Ray itself has the certificates
+
+
+def test_another_grpc_server_is_no_cluster() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            start = time.monotonic()
+            with pytest.raises(UserError, match=f"--address {address}: no Ray cluster answers there"):
+                check_address(address)
+            assert time.monotonic() - start < 20
+    finally:
+        server.stop(0)
 
 
 def test_a_living_cluster_answers(ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

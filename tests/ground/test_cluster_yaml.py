@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,35 @@ def test_the_slurm_job_starts_ray_and_a_command() -> None:
         [f"{Path(sys.executable).parent}/ray", "symmetric-run", "--help"], capture_output=True, text=True
     )
     assert usage.returncode == 0 and "--min-nodes" in usage.stdout
+
+
+@pytest.mark.parametrize("started_before", [False, True])
+def test_the_slurm_job_signals_the_driver_alone_and_resumes_a_search(tmp_path: Path, *, started_before: bool) -> None:
+    """Stand-ins for Slurm's and Ray's commands. Slurm sends SIGTERM to the script two minutes before the end."""
+    programs = {
+        "scontrol": "echo node1",
+        "srun": """trap 'echo srun was killed >> "$log"' TERM; shift; "$@" & wait; wait""",
+        "ray": 'while [ "$1" != -- ]; do shift; done; shift; "$@"; echo "ray saw $?" >> "$log"',
+        "tune-ego": f"""if [ "$1" = status ]; then exit {0 if started_before else 2}; fi
+            echo "$@" >> "$log"; trap 'echo checkpoint >> "$log"; exit 130' TERM; while :; do sleep 0.1; done""",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    log = tmp_path / "log"
+    slurm = {"SLURM_JOB_NODELIST": "node[1-4]", "SLURM_JOB_NUM_NODES": "4", "SLURM_CPUS_PER_TASK": "16"}
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    job = subprocess.Popen(["bash", str(FILES / "slurm.sh")], env={**os.environ, **slurm, **paths, "log": str(log)})
+    end = time.monotonic() + 30
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGTERM)
+    job.wait(30)
+    verb = "resume RESULTS/full" if started_before else "tune full --data SHARDS --storage RESULTS --name full"
+    assert log.read_text().splitlines() == [f"{verb} --address auto", "checkpoint", "ray saw 130"]
 
 
 def test_the_image_has_the_package_with_pinned_versions_and_no_desktop() -> None:

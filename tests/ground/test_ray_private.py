@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import ray
 from ray.train import RunConfig, ScalingConfig
@@ -132,3 +136,37 @@ def test_dead_processes(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert ray_private.dead_processes() == ["raylet"]
     monkeypatch.setattr(worker, "_global_node", None)
     assert ray_private.dead_processes() == []
+
+
+@pytest.fixture
+def foreign_server() -> Iterator[str]:
+    """The address of a gRPC server that knows no method."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0)
+
+
+def test_cluster_refusal(ray_cluster: None, foreign_server: str) -> None:
+    assert ray_private.cluster_refusal(ray.get_runtime_context().gcs_address, 60) == ""
+    start = time.monotonic()
+    assert ray_private.cluster_refusal(foreign_server, 6) != ""
+    assert time.monotonic() - start < 10
+
+
+def test_client_server_refusal(ray_cluster: None, foreign_server: str) -> None:
+    """Neither a cluster's own port nor another server, and the real one."""
+    from ray.util.client.server.server import serve
+
+    start = time.monotonic()
+    for address in (ray.get_runtime_context().gcs_address, foreign_server):
+        assert ray_private.client_server_refusal(address, 10) == "not the port of Ray Client, which is 10001 by default"
+    assert time.monotonic() - start < 15
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    server = serve("127.0.0.1", port)
+    try:
+        assert ray_private.client_server_refusal(f"127.0.0.1:{port}", 30) == ""
+    finally:
+        server.grpc_server.stop(0)
