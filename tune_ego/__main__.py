@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tune_ego.driver_signals import INTERRUPTED, signals_handled
@@ -16,7 +17,21 @@ def main() -> None:
             cli.main()
         except KeyboardInterrupt:
             print("tune-ego: interrupted", file=sys.stderr)
+            _end_now(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                _end_now(INTERRUPTED)
+            raise
+
+
+def _end_now(code: int) -> None:
+    """End this process if an interrupted call to an object store goes on: PyArrow would wait for it at the exit."""
+    storage = sys.modules.get("tune_ego.storage")
+    if storage is not None and storage.has_abandoned_calls():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -71,6 +73,52 @@ def _patient(function: Callable[P, R]) -> Callable[P, R]:
             return result
 
     return with_patience
+
+
+def _interruptible(function: Callable[P, R]) -> Callable[P, R]:
+    """Let signals end the waiting for an object store. PyArrow's calls return to Python only when they are over.
+
+    For functions that read: a thread whose result nobody needs goes on until its time limit.
+    """
+
+    @functools.wraps(function)
+    def in_thread(*arguments: P.args, **named: P.kwargs) -> R:
+        if is_local(str(arguments[0])) or threading.current_thread() is not threading.main_thread():
+            return function(*arguments, **named)
+        outcome: SimpleQueue[Callable[[], R]] = SimpleQueue()
+
+        def call() -> None:
+            try:
+                result = function(*arguments, **named)
+            except BaseException as error:
+                raised = error
+
+                def fail() -> R:
+                    raise raised
+
+                outcome.put(fail)
+            else:
+                outcome.put(lambda: result)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        try:
+            give_result = outcome.get()
+        except BaseException:
+            _abandoned.append(thread)
+            raise
+        return give_result()
+
+    return in_thread
+
+
+_abandoned: list[threading.Thread] = []
+"""Threads of interrupted calls."""
+
+
+def has_abandoned_calls() -> bool:
+    """Return whether an interrupted call to an object store still goes on."""
+    return any(thread.is_alive() for thread in _abandoned)
 
 
 class SourceFile(NamedTuple):
@@ -137,12 +185,14 @@ def describe_error(error: BaseException) -> str:
 
 
 @_patient
+@_interruptible
 def exists(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 @_patient
+@_interruptible
 def is_file(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
@@ -164,6 +214,7 @@ def remove_folder(uri: str | Path) -> None:
 
 
 @_patient
+@_interruptible
 def list_names(uri: str | Path) -> list[str]:
     """Return the names directly below a folder, sorted; an absent folder has none."""
     filesystem, path = resolve(uri)
@@ -171,6 +222,7 @@ def list_names(uri: str | Path) -> list[str]:
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
+@_interruptible
 def find_files(uri: str | Path, suffix: str | tuple[str, ...]) -> list[SourceFile]:
     """Return the files below a folder whose names end in `suffix`, or in one of several, in any case, sorted by path.
 
@@ -186,6 +238,7 @@ def find_files(uri: str | Path, suffix: str | tuple[str, ...]) -> list[SourceFil
 
 
 @_patient
+@_interruptible
 def read_bytes(uri: str | Path, size: int | None = None) -> bytes:
     """Read a whole file, or its first `size` bytes."""
     filesystem, path = resolve(uri)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -221,6 +223,26 @@ def test_a_store_without_network_ends_soon_with_one_line(tmp_path: Path) -> None
         run = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and len(run.stderr) < 500
         assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("command", [["status", "gs://no-such-bucket/a"], ["status", "s3://no-such-bucket/a"]])
+def test_a_store_that_does_not_answer_can_be_interrupted(command: list[str]) -> None:
+    """A server, or a proxy, that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment |= {"AWS_ENDPOINT_URL": proxy, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        environment |= dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), proxy)
+        started = [sys.executable, "-m", "tune_ego", *command]
+        run = subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        silent.settimeout(60)
+        silent.accept()  # it is waiting for the store now
+        time.sleep(0.5)
+        start = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    assert (run.returncode, errors) == (130, "tune-ego: interrupted\n")
 
 
 def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
