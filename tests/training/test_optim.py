@@ -14,6 +14,7 @@ from tests import literal
 from tests.conftest import tiny_config
 from tune_ego.config import Config
 from tune_ego.config_io import override_config
+from tune_ego.console import say_once
 from tune_ego.training.optim import Ranger, Schedule, StreamOptimizer, build_optimizer, schedule_factor
 
 
@@ -158,6 +159,23 @@ def test_ranger_s_weight_decay_is_decoupled() -> None:
         optimizer.step()
     expected = literal.ranger(start, list(gradients), 1e-2, 6, 0.5, decay=0.5)
     torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_of_version_0_1_keeps_its_coupled_weight_decay_and_says_so(
+    decay: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(optimizer__weight_decay=decay)
+    p = torch.nn.Parameter(torch.ones(1))
+    state = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=False).state_dict()
+    say_once.cache_clear()
+    resumed = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=False)
+    resumed.load_state_dict(copy.deepcopy(state))
+    assert not capsys.readouterr().out
+    state["optimizer"]["param_groups"][0]["decoupled_weight_decay"] = False
+    resumed.load_state_dict(state)
+    assert resumed.optimizer.param_groups[0]["decoupled_weight_decay"] is False
+    assert ("its weight decay stays part of the gradient" in capsys.readouterr().out) == bool(decay)
 
 
 def test_ranger_s_step_gives_the_loss_of_its_closure() -> None:

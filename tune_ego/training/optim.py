@@ -19,6 +19,7 @@ from tune_ego.config import (
     ScheduleConfig,
     SGDConfig,
 )
+from tune_ego.console import say_once
 
 
 class Ranger(torch.optim.RAdam):
@@ -213,6 +214,12 @@ class StreamOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+                say_once(
+                    "This run was started by version 0.1: its weight decay stays part of the gradient. Runs of this "
+                    "version decay the weights themselves"
+                )
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler.is_enabled() and state["scaler"]:  # empty if the run was started without fp16
             self.scaler.load_state_dict(state["scaler"])
