@@ -202,10 +202,16 @@ class ComputeConfig(ConfigNode):
     cluster has GPUs, else none."""
     cpus_per_worker: Positive = 1.0
     """CPUs that Ray reserves for a training process. Without GPUs this is also its number of threads, rounded up."""
-    readers: int = Field(1, ge=1)
-    """Concurrent reader tasks per worker; a quarter of a CPU is reserved for each."""
+    readers: Union[Literal["auto"], Annotated[int, Field(ge=1)]] = "auto"
+    """Concurrent reader tasks per worker; a quarter of a CPU is reserved for each. auto: one, and more on nodes with
+    CPUs to spare for each worker, up to 8; a quarter of a CPU is reserved for all of them."""
     max_failures: int = Field(3, ge=-1)
     """Restarts from the last checkpoint after a worker failed; -1: unlimited. Preemptions are not counted."""
+
+    @property
+    def reserved_readers(self) -> int:
+        """Number of reader tasks for which CPUs are reserved."""
+        return 1 if self.readers == "auto" else self.readers
 
     @property
     def least_workers(self) -> int:

@@ -79,7 +79,7 @@ compute:
   workers: 1
   gpus_per_worker: auto
   cpus_per_worker: 1.0
-  readers: 1
+  readers: auto
   max_failures: 3
 init_from:
   rgb: null
@@ -241,7 +241,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("compute.workers", [1, [1, 1], [2, 4]], [0, [0, 1], [2, 1], [1, 2, 3], 5, [1, 5]]),
     ("compute.gpus_per_worker", ["auto", 0, 0.25, 1], [-0.25, "all", 2]),
     ("compute.cpus_per_worker", [0.25], [0.0]),
-    ("compute.readers", [1], [0]),
+    ("compute.readers", [1, "auto"], [0, "all"]),
     ("compute.max_failures", [-1, 0], [-2]),
     ("init_from.rgb", ["weights.pt", None], [3]),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -14,7 +15,15 @@ from torchvision.io import decode_jpeg
 from tests import handmade
 from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
-from tune_ego.feed.batches import ClipBatch, _read_ahead, batches_to_device, blank_batch, prefetch_first, to_device
+from tune_ego.feed.batches import (
+    ClipBatch,
+    _made_ahead,
+    _read_ahead,
+    batches_to_device,
+    blank_batch,
+    prefetch_first,
+    to_device,
+)
 from tune_ego.feed.decoding import decode_images
 from tune_ego.feed.packing import Batch
 from tune_ego.feed.reader import WindowReader
@@ -213,3 +222,35 @@ def test_batches_are_read_ahead_within_the_worker_s_share(
     items, ahead = expected
     assert not ahead_bytes > 1 or ahead * batch_bytes <= ahead_bytes
     assert ahead >= (readers + 1) * items
+
+
+def test_few_items_are_made_before_they_are_needed() -> None:
+    """As for batches on a GPU: at most two wait, they keep their order, and nothing is made after the end."""
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    items = _made_ahead(source(), 2)
+    for expected in range(10):
+        assert next(items) == expected
+        time.sleep(0.02)
+        assert len(made) == expected + 3
+    items.close()  # type: ignore[attr-defined]
+    time.sleep(0.05)
+    assert len(made) <= 13
+    assert list(_made_ahead(range(7), 3)) == list(range(7))
+
+
+def test_an_error_of_what_is_made_ahead_comes_behind_what_was_made() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    items = _made_ahead(source(), 5)
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(ValueError, match="broken"):
+        next(items)

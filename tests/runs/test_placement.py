@@ -24,6 +24,7 @@ from tune_ego.runs.placement import (
     parse_node_type,
     placement_group_prefix,
     read_ahead_bytes,
+    reader_count,
     trial_resources,
     worker_resources,
 )
@@ -66,6 +67,10 @@ def test_a_worker_reserves_a_quarter_of_a_cpu_for_each_reader_in_16ths(
 ) -> None:
     config = tiny_config(compute__cpus_per_worker=cpus, compute__readers=readers)
     assert worker_resources(config, 0) == {"CPU": reserved}
+    auto = tiny_config(compute__cpus_per_worker=cpus)
+    assert worker_resources(auto, 0) == worker_resources(
+        tiny_config(compute__cpus_per_worker=cpus, compute__readers=1), 0
+    )
     assert worker_resources(config, 0.5) == {"CPU": reserved, "GPU": 0.5}
 
 
@@ -256,6 +261,23 @@ def test_a_run_that_fits_nowhere_is_refused_with_all_nodes(tmp_path: Path, monke
         runs_at_a_time(tiny_config(), 1, cluster_nodes(None))
     with pytest.raises(UserError, match="3 CPUs beside"):
         runs_at_a_time(tiny_config(), 0, cluster_nodes(None), beside=3.0)
+
+
+@pytest.mark.parametrize(
+    ("node", "gpus", "readers"),
+    [
+        ({"CPU": 2.0}, 0, 1),  # one worker of 1.25 CPUs
+        ({"CPU": 16.0}, 0, 1),  # full of workers of 1.25 CPUs
+        ({"CPU": 16.0, "GPU": 4.0}, 1, 3),  # 4 CPUs for each GPU, one of them for training
+        ({"CPU": 16.0, "GPU": 1.0}, 1, 8),
+        ({"CPU": 16.0, "GPU": 1.0}, 0.5, 7),
+        ({"CPU": 2.0, "GPU": 1.0}, 1, 1),
+        ({}, 1, 1),
+    ],
+)
+def test_auto_reads_with_the_cpus_that_a_node_has_to_spare(node: Node, gpus: float, readers: int) -> None:
+    assert reader_count(tiny_config(), gpus, node) == readers
+    assert reader_count(tiny_config(compute__readers=5), gpus, node) == 5
 
 
 @pytest.mark.parametrize(

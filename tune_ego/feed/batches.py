@@ -5,10 +5,12 @@ B batch, T time, H, W, C channels.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,11 @@ TASK_BYTES = 1 << 25
 """Target size of a task's output, which has at least two batches. Between the end of a task and the start of the next
 task up to 0.2 s pass, so tasks must not be short. Batches are consumed in order, so much longer tasks would make other
 readers wait."""
+
+
+_COPIED_AHEAD = 2
+"""Batches on the GPU that wait for the trainer."""
+T = TypeVar("T")
 
 
 class ClipBatch(NamedTuple):
@@ -66,8 +73,8 @@ def model_input(rgb_BTHWC: Tensor | None, flow_BT2HW: Tensor | None) -> dict[str
 def to_device(batch: Batch, device: torch.device) -> ClipBatch:
     """Copy a batch to the device.
 
-    On a GPU this call returns before the copies have finished. Only for JPEG images (`data.decode: gpu`) does the call
-    wait, while the GPU decodes them.
+    On a GPU this call returns before the copies have finished. For JPEG images (`data.decode: gpu`) it waits while the
+    GPU decodes them.
     """
     return ClipBatch(
         rgb_BTHWC=_images_to_device(batch, "rgb", device),  # uint8 [B, T, H, W, 3]
@@ -146,19 +153,60 @@ def prefetch_first(batches: Iterator[Batch]) -> Iterator[Batch]:
 def batches_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[ClipBatch]:
     """Copy batches to the device, one after another.
 
-    On a GPU the copies run on a CUDA stream of their own, in parallel with the computation. This works because the
-    training loop queues an iteration's kernels while the GPU still runs the iteration before.
+    On a GPU the copies, and the decoding of JPEG images, run in a thread and on a CUDA stream of their own, in parallel
+    with the computation. Up to `_COPIED_AHEAD` batches are on the device before they are needed.
     """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in batches)
         return
     copy_stream = torch.cuda.Stream(device)
-    for batch in batches:
+
+    def copy(batch: Batch) -> tuple[ClipBatch, torch.cuda.Event]:
         with torch.cuda.stream(copy_stream):
             device_batch = to_device(batch, device)
             copied = torch.cuda.Event()
             copied.record()
+        return device_batch, copied
+
+    for device_batch, copied in _made_ahead(map(copy, batches), _COPIED_AHEAD):
         yield _wait_for_copies(device_batch, copied)
+
+
+def _made_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield items that a thread makes, up to `count` of them before they are needed. Its exceptions are raised here."""
+    made: SimpleQueue[Callable[[], T]] = SimpleQueue()
+    free, closed = threading.Semaphore(count), threading.Event()
+
+    def make() -> None:
+        source = iter(items)
+        while free.acquire() and not closed.is_set():
+            try:
+                item = next(source)
+            except BaseException as error:
+                made.put(partial(_raise, error))
+                return
+            made.put(partial(_identity, item))
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            try:
+                item = made.get()()
+            except StopIteration:
+                return
+            free.release()
+            yield item
+    finally:
+        closed.set()
+        free.release()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _identity(item: T) -> T:
+    return item
 
 
 def _wait_for_copies(batch: ClipBatch, copied: torch.cuda.Event) -> ClipBatch:

@@ -17,6 +17,8 @@ from tune_ego.yaml_files import read_yaml
 READER_CPUS = 0.25
 """CPUs that a worker reserves for each of its reader tasks. Without the reservation, workers on every CPU would
 wait for their readers for ever."""
+_MOST_READERS = 8
+"""Most readers by `compute.readers: auto`. Two of them feed 100 windows of 224 x 224 pixels a second on two cores."""
 TRIAL_CPUS = 0.1
 """CPUs that Ray reserves for a trial's own actor, which starts and supervises its workers."""
 _HEAD = "node:__internal_head__"
@@ -121,7 +123,7 @@ def worker_resources(config: Config, gpus: float) -> Node:
 
     CPUs in 16ths, rounded up: Ray counts how many workers fit by dividing floats, and 2.85 // 0.95 is 2.
     """
-    cpus = config.compute.cpus_per_worker + config.compute.readers * READER_CPUS
+    cpus = config.compute.cpus_per_worker + config.compute.reserved_readers * READER_CPUS
     return {"CPU": math.ceil(16 * cpus) / 16, **({"GPU": gpus} if gpus else {})}
 
 
@@ -131,9 +133,21 @@ def read_ahead_bytes(config: Config, gpus: float, node: Node) -> int:
     The node is assumed to be full of such workers. Seven feeds of 771 MB in a store of 1 GiB wrote 11 GB to disk in
     75 s.
     """
+    return int(node.get("object_store_memory", 0) / 2 / _workers_on(config, gpus, node))
+
+
+def reader_count(config: Config, gpus: float, node: Node) -> int:
+    """Return the number of reader tasks of a worker on this node, which is assumed to be full of such workers."""
+    if config.compute.readers != "auto":
+        return config.compute.readers
+    spare = node.get("CPU", 0) / _workers_on(config, gpus, node) - config.compute.cpus_per_worker
+    return min(max(1, math.floor(spare)), _MOST_READERS)
+
+
+def _workers_on(config: Config, gpus: float, node: Node) -> int:
+    """Return how many such workers a node has room for, at least one."""
     needs = worker_resources(config, gpus)
-    workers = max(1, min(math.floor(node.get(kind, 0) / need) for kind, need in needs.items()))
-    return int(node.get("object_store_memory", 0) / 2 / workers)
+    return max(1, min(math.floor(node.get(kind, 0) / need) for kind, need in needs.items()))
 
 
 def this_node() -> Node:

@@ -17,7 +17,7 @@ from tune_ego.ray_private import throttling_callback
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.driver import is_taken_over
 from tune_ego.runs.job import Job
-from tune_ego.runs.placement import decodes_on_gpu, read_ahead_bytes, this_node
+from tune_ego.runs.placement import decodes_on_gpu, read_ahead_bytes, reader_count, this_node
 from tune_ego.runs.preemption import watch_signals
 from tune_ego.runs.reporter import Reporter
 from tune_ego.runs.run_log import recording
@@ -52,7 +52,9 @@ def _work(job: Job, rank: int, workers: int) -> None:
         done = saved[0]["iteration"] if saved is not None else 0
         if done < plan.iterations:
             first = plan.first_item(done)
-            readers, ahead = job.config.compute.readers, read_ahead_bytes(job.config, job.gpus, this_node())
+            node = this_node()
+            readers = reader_count(job.config, job.gpus, node)
+            ahead = read_ahead_bytes(job.config, job.gpus, node)
             batches = prefetch_first(ray_batches(plan, first, readers, _batch_bytes(plan), throttling_callback, ahead))
         trainer = Trainer(
             job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None, final=job.final
@@ -68,8 +70,8 @@ def _work(job: Job, rank: int, workers: int) -> None:
     except Exception as error:
         reporter.end()
         mistake = user_error_in(error)
-        known = mistake is not None or isinstance(error, (NonFiniteLoss, torch.OutOfMemoryError))
-        if isinstance(mistake, StorageError) or not known:
+        has_reason = mistake is not None or isinstance(error, (NonFiniteLoss, torch.OutOfMemoryError))
+        if isinstance(mistake, StorageError) or not has_reason:
             raise  # Ray restarts the workers
         # A restart would fail in the same way. The driver reads the reason from the run's folder.
         reason, final = describe_failure(mistake or error), isinstance(error, NonFiniteLoss)
