@@ -69,6 +69,13 @@ def write_inputs() -> None:
         torch.save(stream.state_dict(), f"{modality}_imagenet.pt")
 
 
+def write_scores() -> None:
+    """Scores of another program for the test clips of split 1: the first class, always."""
+    clips = Path("EGTEA/action_annotation/test_split1.txt").read_text().splitlines()
+    for modality in ("rgb", "flow"):
+        Path(f"{modality}.txt").write_text("1 0 0 0\n" * len(clips))
+
+
 @pytest.mark.slow
 def test_every_documented_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None, capsys: pytest.CaptureFixture[str]
@@ -85,6 +92,8 @@ def test_every_documented_command_runs(
         if words[0] == "inspect" and not clip:
             rows = pq.read_table("SHARDS/clips.parquet").to_pylist()
             clip = next(row["clip"] for row in rows if row["split1"] == "test")
+        if words[0] == "evaluate" and not Path("rgb.txt").exists():
+            write_scores()
         if words[0] == "train" and not Path("recipe.yaml").exists():
             shutil.copy("best.yaml", "recipe.yaml")
             shutil.copytree("RESULTS/full", "RESULTS/other")

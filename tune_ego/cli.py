@@ -282,10 +282,22 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file.")
+    data: Annotated[
+        str, typer.Option("--data", help="Folder or URI of the shards; with --scores, of EGTEA with its annotations.")
     ],
-    data: Data,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Argument(help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file."),
+    ] = None,
+    scores: Annotated[
+        Optional[tuple[str, str]],
+        typer.Option(
+            "--scores",
+            metavar="RGB FLOW",
+            help="Instead of a checkpoint: text files with a row of class scores for each test clip of the split, in "
+            "the order of EGTEA's split file; - for a stream without one.",
+        ),
+    ] = None,
     split: Annotated[
         Optional[int],
         typer.Option(
@@ -306,14 +318,23 @@ def evaluate(
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
-    Reads a checkpoint and shards. Prints accuracies of action, verb and noun, the weakest classes, and the agreement of
-    attention with gaze. Writes these, recalls and confusion matrices to evaluation.json. Costs a forward pass for
-    every 8th frame.
+    Reads a checkpoint and shards, or with --scores the scores that another program wrote. Prints accuracies of action,
+    verb and noun, the weakest classes, and the agreement of attention with gaze. Writes these, recalls and confusion
+    matrices to evaluation.json. Costs a forward pass for every 8th frame.
     """
-    from tune_ego.evaluation.evaluate import evaluate as run
     from tune_ego.evaluation.tables import show
 
-    show(run(checkpoint, data, split, out, fusion_weight), sweep=fusion_sweep, compare=compare)
+    if checkpoint is not None and scores is None:
+        from tune_ego.evaluation.evaluate import evaluate as evaluate_checkpoint
+
+        result = evaluate_checkpoint(checkpoint, data, split, out, fusion_weight)
+    elif scores is not None and checkpoint is None:
+        from tune_ego.evaluation.score_files import evaluate_scores
+
+        result = evaluate_scores(*scores, data, split, out, fusion_weight)
+    else:
+        raise UserError("evaluate needs a checkpoint, or --scores RGB FLOW")
+    show(result, sweep=fusion_sweep, compare=compare)
 
 
 app.command()(report)

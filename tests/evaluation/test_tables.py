@@ -117,7 +117,7 @@ def test_the_weakest_classes_of_one_stream_are_its_own(monkeypatch: pytest.Monke
     show(result, sweep=True)
     assert list(printed.tables) == [ACCURACIES, "Weakest classes, flow"]
     assert [row[0] for row in printed.tables[ACCURACIES][1]] == ["flow", "chance"]
-    assert printed.lines == ["No fusion to sweep: the checkpoint has one stream."]
+    assert printed.lines == ["No fusion to sweep: there is one stream."]
 
 
 def test_the_sweep_names_the_weight_with_the_best_mean_class_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:

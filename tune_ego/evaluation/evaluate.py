@@ -20,7 +20,7 @@ from torch import Tensor
 from tune_ego import storage
 from tune_ego.config import Config
 from tune_ego.console import clip_progress
-from tune_ego.dataset.annotations import split_actions
+from tune_ego.dataset.annotations import ActionParts, split_actions
 from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluation.gaze_scores import GazeScores
@@ -105,7 +105,7 @@ def evaluate(
         "chance": 1 / len(origin.actions),
         "iteration": iteration,
         "checkpoint": source,
-        **action_results(scores_by_name, label_N, shards),
+        **action_results(scores_by_name, label_N, shards.actions, shards.verbs_and_nouns()),
         "attention": attention,
     }
     if "fused" in result:
@@ -171,12 +171,14 @@ class _NonFiniteOutputs:
                 raise UserError(f"the {name} stream's {kind} are not finite, first in {clip}: its training diverged")
 
 
-def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -> dict[str, Any]:
+def action_results(
+    scores: dict[str, Tensor], label_N: Tensor, actions: list[str], parts: ActionParts
+) -> dict[str, Any]:
     """Return accuracies, per-class recall and the confusion matrix [true, predicted] of each entry of `scores` [N, K].
 
-    Verb and noun are parts of the predicted action (`dataset.annotations.split_actions`).
+    `actions` are the K class names. Verb and noun are parts of the predicted action
+    (`dataset.annotations.split_actions`).
     """
-    parts = shards.verbs_and_nouns()
     true_verb_N, true_noun_N = split_actions(label_N.numpy(), parts)
     result: dict[str, Any] = {}
     for name, scores_NK in scores.items():
@@ -190,8 +192,8 @@ def action_results(scores: dict[str, Tensor], label_N: Tensor, shards: Shards) -
             "recall": class_recall(counts),
             "confusion": counts.tolist(),
         }
-    clips = torch.bincount(label_N, minlength=len(shards.actions)).tolist()
-    return {**result, "classes": [{"action": name, "clips": n} for name, n in zip(shards.actions, clips)]}
+    clips = torch.bincount(label_N, minlength=len(actions)).tolist()
+    return {**result, "classes": [{"action": name, "clips": n} for name, n in zip(actions, clips)]}
 
 
 def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, float]]:

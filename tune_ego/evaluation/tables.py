@@ -46,17 +46,20 @@ PUBLISHED = (
 
 
 def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) -> None:
-    """Print the content of `evaluation.json`; optionally the fusion curve and the published numbers."""
+    """Print the content of `evaluation.json`, or the result of `evaluate_scores`.
+
+    Optionally also the fusion curve and the published numbers.
+    """
     names: list[str] = [name for name in ("rgb", "flow", "fused") if name in result]
     columns = {"micro": "micro_accuracy", "mean class": "mean_class_accuracy"}
     columns |= {"verb": "verb_accuracy", "noun": "noun_accuracy"}
     rows = [[name, *(percent(result[name][key]) for key in columns.values())] for name in names]
     rows.append(["chance", percent(result["chance"]), percent(result["chance"]), "", ""])
-    title = f"Test of split {result['split']}: {result['clips']} clips, iteration {result['iteration']}, accuracy"
-    print_table(title, ["", *columns], rows)
-    if seen := result["clips_trained_on"]:
+    iteration = f", iteration {result['iteration']}" if "iteration" in result else ""
+    print_table(f"Test of split {result['split']}: {result['clips']} clips{iteration}, accuracy", ["", *columns], rows)
+    if seen := result.get("clips_trained_on"):
         say(f"NOT A TEST: trained on split {result['trained_on_split']}, which trains on {seen} of these clips.")
-    _show_attention(result["attention"])
+    _show_attention(result.get("attention", {}))
     _show_weakest(result, names[-1])
     if sweep:
         _show_sweep(result)
@@ -89,7 +92,7 @@ def _show_weakest(result: dict[str, Any], name: str) -> None:
 
 def _show_sweep(result: dict[str, Any]) -> None:
     if "fusion_sweep" not in result:
-        say("No fusion to sweep: the checkpoint has one stream.")
+        say("No fusion to sweep: there is one stream.")
         return
     best = max(result["fusion_sweep"], key=lambda point: point["mean_class_accuracy"])
     rows = [
@@ -108,7 +111,7 @@ def _show_sweep(result: dict[str, Any]) -> None:
 def _show_published(result: dict[str, Any], names: list[str]) -> None:
     rows = [
         [
-            f"this checkpoint, {name}",
+            f"{'these scores' if 'scores' in result else 'this checkpoint'}, {name}",
             str(result["split"]),
             f"{100 * result[name]['micro_accuracy']:.2f} %",
             f"{100 * result[name]['mean_class_accuracy']:.2f} %",
