@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tune_ego.driver_signals import INTERRUPTED, signals_handled
+from tune_ego.driver_signals import INTERRUPTED, ignore_signals, signals_handled
 
 
 def main() -> None:
@@ -16,10 +16,12 @@ def main() -> None:
 
             cli.main()
         except KeyboardInterrupt:
+            ignore_signals()
             print("tune-ego: interrupted", file=sys.stderr)
             _end_now(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
         except SystemExit as end:
+            ignore_signals()
             if end.code == INTERRUPTED:
                 _end_now(INTERRUPTED)
             raise

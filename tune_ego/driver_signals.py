@@ -60,7 +60,15 @@ def signals_handled(handler: Handler = raise_interrupt) -> Iterator[None]:
     finally:
         _Abort.handlers -= 1
         for number in handled:
-            signal.signal(number, before[number])
+            if signal.getsignal(number) != signal.SIG_IGN:  # `ignore_signals`
+                signal.signal(number, before[number])
+
+
+def ignore_signals() -> None:
+    """Ignore the signals from here on, for a process whose work is over: its exit code stays as it is."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Abort:

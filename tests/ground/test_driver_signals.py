@@ -109,6 +109,25 @@ def test_a_command_that_is_interrupted_ends_with_130_and_one_line(
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "tune-ego: interrupted\n")
 
 
+@pytest.mark.parametrize(("end", "code"), [("KeyboardInterrupt", 130), ("SystemExit(2)", 2), ("SystemExit(0)", 0)])
+def test_a_signal_while_the_process_ends_does_not_change_its_exit_code(end: str, code: int) -> None:
+    """For example a second Ctrl+C while Ray's processes are ended by an exit handler."""
+    run = run_python(
+        "import atexit\n"
+        "from tune_ego import __main__, cli\n"
+        "def last():\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)\n"
+        "    time.sleep(0.2)\n"
+        "    print('cleaned')\n"
+        "atexit.register(last)\n"
+        f"def run(): raise {end}\n"
+        "cli.main = run\n"
+        "__main__.main()\n"
+    )
+    assert (run.returncode, run.stdout) == (code, "cleaned\n")
+    assert run.stderr == ("tune-ego: interrupted\n" if code == 130 else "")
+
+
 def test_a_program_that_handles_no_signals_is_not_ended(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
