@@ -145,7 +145,12 @@ class Chaos:
 
     def second_driver(self, driver: subprocess.Popen[str]) -> set[int]:
         root = self.root
-        if (root / "driver.json").exists() and (root / "experiment.json").exists():
+        try:
+            record = json.loads((root / "driver.json").read_text())
+        except (OSError, ValueError):
+            record = {}
+        # Not one that a killed driver has left: the second driver could be there before the first.
+        if record.get("pid") == driver.pid and (root / "experiment.json").exists():
             second = self.run("resume", str(root))
             if second.returncode != 2 and (root / "driver.json").exists():
                 raise Wrong(f"a second driver ended with {second.returncode}: {second.stdout[-500:]}{second.stderr}")

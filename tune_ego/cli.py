@@ -287,7 +287,10 @@ def evaluate(
     ],
     checkpoint: Annotated[
         Optional[str],
-        typer.Argument(help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file."),
+        typer.Argument(
+            help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file, or a "
+            "search: all its finished trials."
+        ),
     ] = None,
     scores: Annotated[
         Optional[tuple[str, str]],
@@ -318,22 +321,27 @@ def evaluate(
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
+    Of a search all finished trials are tested that are not yet: run it again to continue.
     Reads a checkpoint and shards, or with --scores the scores that another program wrote. Prints accuracies of action,
     verb and noun, the weakest classes, and the agreement of attention with gaze. Writes these, recalls and confusion
     matrices to evaluation.json. Costs a forward pass for every 8th frame.
     """
+    if (checkpoint is None) == (scores is None):
+        raise UserError("evaluate needs a checkpoint or search, or --scores RGB FLOW")
+    from tune_ego.evaluation.evaluate import evaluate as evaluate_checkpoint
+    from tune_ego.evaluation.score_files import evaluate_scores
     from tune_ego.evaluation.tables import show
+    from tune_ego.evaluation.trials import evaluate_trials, is_search
 
-    if checkpoint is not None and scores is None:
-        from tune_ego.evaluation.evaluate import evaluate as evaluate_checkpoint
-
+    if checkpoint is not None and is_search(checkpoint):
+        if out is not None or fusion_sweep or compare:
+            raise UserError("--out, --fusion-sweep and --compare are for one checkpoint, not for a search")
+        evaluate_trials(checkpoint, data, split, fusion_weight)
+        return
+    if checkpoint is not None:
         result = evaluate_checkpoint(checkpoint, data, split, out, fusion_weight)
-    elif scores is not None and checkpoint is None:
-        from tune_ego.evaluation.score_files import evaluate_scores
-
+    elif scores is not None:
         result = evaluate_scores(*scores, data, split, out, fusion_weight)
-    else:
-        raise UserError("evaluate needs a checkpoint, or --scores RGB FLOW")
     show(result, sweep=fusion_sweep, compare=compare)
 
 

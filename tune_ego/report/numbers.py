@@ -16,6 +16,7 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
+from tune_ego.report.repeats import repeats_numbers
 from tune_ego.report.reproduce import reproduction
 from tune_ego.report.stopping import stopping_numbers
 from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration
@@ -54,6 +55,7 @@ def experiment_numbers(search: Experiment, evaluation: dict[str, Any], options: 
         "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(search.damaged.items())],
         "answer": _answer(search, best),
         "choices": _choices(search),
+        "repeats": repeats_numbers(search),
         "trials": [_trial_row(search, trial) for trial in trials],
         "curves": _curves(trials, best),
         "stopping": stopping_numbers(search),

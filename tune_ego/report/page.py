@@ -13,10 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tune_ego.report import charts
+from tune_ego.report.repeats_chart import draw_repeats
 
 SECTIONS = {
     "answer": "Best configuration",
     "choices": "Accuracy by parameter value",
+    "repeats": "Configurations over their repeats",
     "curves": "Learning curves",
     "stopping": "Early stopping",
     "parallel": "Parallel coordinates",
@@ -63,6 +65,7 @@ def render(numbers: dict[str, Any], pictures: list[str]) -> str:
         for name, draw in {
             "curves": charts.learning_curves,
             "choices": charts.choices,
+            "repeats": draw_repeats,
             "stopping": charts.stopping,
             "parallel": charts.parallel,
             "importance": charts.importance,

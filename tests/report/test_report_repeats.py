@@ -1,0 +1,104 @@
+"""Intervals over the repeats of configurations in a report, by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.test_report_choices import BOLD, PLAIN, REPEATS, make_search, repeated, validation
+from tune_ego.report.numbers import experiment_numbers
+from tune_ego.report.page import render
+from tune_ego.report.repeats import repeats_numbers
+from tune_ego.results.experiment import Experiment
+
+T = {1: 12.706205, 2: 4.302653}
+"""97.5 % quantiles of the t distribution, by degrees of freedom."""
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """Mean and interval, re-stated."""
+    count = len(values)
+    centre = sum(values) / count
+    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (count - 1))
+    half = T[count - 1] * deviation / math.sqrt(count)
+    return {"mean": pytest.approx(centre), "low": pytest.approx(centre - half), "high": pytest.approx(centre + half)}
+
+
+def three_seeds(space: str = REPEATS.replace("repeats: 2", "repeats: 3")) -> Experiment:
+    """At the last validation: plain 0.4, 0.5, 0.6 and bold 0.5, 0.5, 0.7. At the best one plain is better."""
+    lines: dict[str, tuple[dict[str, Any], list[tuple[float, float]]]] = {
+        "00000": (PLAIN, [(0.9, 0.4), (0.9, 0.5), (0.9, 0.6)]),
+        "00001": (BOLD, [(0.2, 0.5), (0.3, 0.5), (0.4, 0.7)]),
+    }
+    return make_search(
+        space,
+        {
+            f"{name}-{seed}": (sampled, [validation(20, first), validation(40, last)])
+            for name, (sampled, accuracies) in lines.items()
+            for seed, (first, last) in enumerate(accuracies)
+        },
+    )
+
+
+def test_configurations_are_compared_at_the_last_validation_by_seed() -> None:
+    numbers = repeats_numbers(three_seeds())
+    assert numbers["reference"] == "00001"
+    bold, plain = numbers["rows"]
+    assert bold["last"] == {**interval([0.5, 0.5, 0.7]), "size": 3}
+    assert plain["last"] == {**interval([0.4, 0.5, 0.6]), "size": 3}
+    assert plain["best"]["mean"] == pytest.approx(0.9) and bold["best"] == {**interval([0.5, 0.5, 0.7]), "size": 3}
+    assert (bold["difference"], bold["test"], bold["iterations"]) == (None, None, [40])
+    assert plain["difference"] == {**interval([-0.1, 0.0, -0.1]), "size": 3, "holds_zero": True}
+    assert plain["values"] == ["plain", "sgd", "0.9"]
+
+
+def test_a_missing_repeat_pairs_with_none_and_comes_behind() -> None:
+    rows = repeats_numbers(repeated())["rows"]
+    assert [row["configuration"] for row in rows] == ["00000", "00001"]
+    assert rows[0]["last"] == {**interval([0.4, 0.3]), "size": 2}
+    assert rows[1]["last"] == {"mean": 0.7, "low": None, "high": None, "size": 1}
+    assert rows[1]["difference"] is None and rows[1]["iterations"] == [20]
+
+
+def test_a_search_without_repeats_has_no_rows() -> None:
+    search = make_search(REPEATS.replace("repeats: 2", "repeats: 1"), {"00000": (PLAIN, [validation(20, 0.5)])})
+    assert repeats_numbers(search) == {"reference": None, "rows": []}
+
+
+def test_the_test_accuracies_are_those_of_the_trials_evaluations(tmp_path: Path) -> None:
+    """Of one repeat the file is damaged, and one was trained on the test clips: both count as not tested."""
+    search = three_seeds()
+    for trial in search.trials:
+        trial.run = str(tmp_path / trial.id)
+        (tmp_path / trial.id).mkdir()
+
+    def write(trial: str, content: dict[str, Any] | str) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / trial / "evaluation.json").write_text(text)
+
+    write("00000-0", {"rgb": {"mean_class_accuracy": 0.9}, "fused": {"mean_class_accuracy": 0.3}})
+    write("00000-1", {"rgb": {"mean_class_accuracy": 0.4}, "clips_trained_on": 0})
+    write("00000-2", "{")
+    write("00001-0", {"flow": {"mean_class_accuracy": 0.5}})
+    write("00001-1", {"flow": {"mean_class_accuracy": 0.7}})
+    write("00001-2", {"flow": {"mean_class_accuracy": 0.1}, "clips_trained_on": 3})
+    bold, plain = repeats_numbers(search)["rows"]
+    assert bold["test"] == {**interval([0.5, 0.7]), "size": 2}
+    assert plain["test"] == {**interval([0.3, 0.4]), "size": 2}
+    assert plain["test_difference"] == {**interval([-0.2, -0.3]), "size": 2, "holds_zero": True}
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_the_page_has_the_table_and_the_chart(tested: bool) -> None:
+    numbers = experiment_numbers(three_seeds(), {"why": "none"}, [])
+    numbers["attention_cases"] = {"why": "none", "cases": []}
+    if tested:
+        numbers["repeats"]["rows"][0]["test"] = {"mean": 0.6123, "low": 0.5, "high": 0.7, "size": 3}
+    page = render(numbers, [])
+    assert "paired difference from the best, mean and 95 % interval" in page
+    assert 'data-key="repeats/rows/1/difference/low"' in page
+    assert ("61.2 %" in page) == tested and ("No trial was tested" in page) != tested
