@@ -29,6 +29,7 @@ def draw_repeats(numbers: dict[str, Any]) -> Figure | None:
     differences.axvline(0, color=MUTED, linewidth=0.8)
     names = [f"{row['configuration']}: {shorten(', '.join(row['values']), 40)}" for row in rows]
     accuracies.set_yticks(places, names)
+    accuracies.set_ylim(0.5, len(rows) + 0.5)
     accuracies.set_xlabel("mean class accuracy, mean and 95 % interval")
     differences.set_xlabel("paired difference from the best, mean and 95 % interval")
     for axis in (accuracies, differences):
