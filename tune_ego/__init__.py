@@ -29,7 +29,7 @@ __all__ = [
     "read_experiment",
     "train",
 ]
-_HOMES = {"Config": "tune_ego.config", "load_config": "tune_ego.config", "UserError": "tune_ego.errors"}
+_HOMES = {"Config": "tune_ego.config", "load_config": "tune_ego.config_io", "UserError": "tune_ego.errors"}
 """Name -> its module, where that is not `tune_ego.api`: these need no torch."""
 
 

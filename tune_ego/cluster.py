@@ -18,9 +18,9 @@ from tune_ego.errors import ClusterLost, UserError
 from tune_ego.own_cluster import own_cluster, ray_folder
 
 # Seconds.
-_ANSWER_WITHIN = 5.0
+_ANSWER_WITHIN = 4.0
 """To connect to a cluster's address, and for its first answer."""
-_HEALTHY_WITHIN = 15.0
+_HEALTHY_WITHIN = 10.0
 """For a cluster's answer to a real request, with the start of the process that makes it."""
 _STARTS_WITHIN = 120.0
 """For Ray to start on this machine, or to connect."""
@@ -75,8 +75,9 @@ def check_address(address: str | None) -> str:
         raise UserError(
             f"{given}: this is the address of a dashboard, for `ray job submit`; on a machine of the cluster: auto"
         )
-    if value == "auto":
-        rest = _running_cluster()
+    if value == "auto":  # Ray joins the cluster of RAY_ADDRESS first
+        named = os.environ.get("RAY_ADDRESS", "auto")
+        rest = _running_cluster() if named == "auto" else named.rpartition("://")[2]
     if value == "local" or (separator and scheme != "ray") or (value == "auto" and not rest):
         return given
     host, separator, port = rest.rpartition(":")

@@ -36,7 +36,12 @@ def build_config(tree: Mapping[str, Any], source: str) -> Config:
     tree = dict(tree)
     loss = tree.get("loss")
     sigma = loss.get("gaze_sigma") if isinstance(loss, dict) else None
-    if isinstance(sigma, (int, float)) and 1 <= sigma < math.inf:
+    if isinstance(sigma, (int, float)) and not isinstance(sigma, bool) and 1 <= sigma < math.inf:
+        if sigma >= LU_MAP_SIDE:
+            raise UserError(
+                f"{source}: loss.gaze_sigma {sigma:g}: a fraction of the map's side is below 1, and a number of cells "
+                f"of a {LU_MAP_SIDE} x {LU_MAP_SIDE} map, as in version 0.1, below {LU_MAP_SIDE}"
+            )
         tree["loss"] = {**loss, "gaze_sigma": sigma / LU_MAP_SIDE}  # type: ignore[dict-item]
         say_once(
             f"{source}: loss.gaze_sigma of 1 or more is in cells of a {LU_MAP_SIDE} x {LU_MAP_SIDE} map, as in version "

@@ -59,7 +59,7 @@ def own_cluster() -> Iterator[None]:
             clean()
             folders.remove()
         finally:
-            _remove_old_folders()
+            _remove_old_folders(folders.own())
 
 
 def _kill(sessions: list[int]) -> None:
@@ -82,21 +82,28 @@ class _Folders:
 
     def mark(self) -> None:
         """Name this process in each folder, so that a later process finds it if this one is killed."""
-        for folder in self._all() - self._before:
+        for folder in self.own():
             (folder / _MARK).write_text(json.dumps(this_process()))
+
+    def own(self) -> set[Path]:
+        """Return the folders."""
+        return self._all() - self._before
 
     def remove(self) -> None:
         """Delete the folders."""
-        for folder in self._all() - self._before:
+        for folder in self.own():
             _remove(folder)
 
 
-def _remove_old_folders() -> None:
-    """Delete the folders of sessions that were started here and are over, except the latest ones."""
+def _remove_old_folders(ended: set[Path] = frozenset()) -> None:  # type: ignore[assignment]
+    """Delete the folders of sessions that were started here and are over, except the latest ones.
+
+    `ended` are folders of this process whose sessions are over.
+    """
     over = []
     for mark in ray_folder().glob(f"session_2*/{_MARK}"):
         try:
-            if is_running(json.loads(mark.read_text())) is False:
+            if mark.parent in ended or is_running(json.loads(mark.read_text())) is False:
                 over.append(mark.parent)
         except (OSError, ValueError, AttributeError):  # it has just been deleted, or is damaged
             continue

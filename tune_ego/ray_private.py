@@ -164,12 +164,13 @@ def client_server_refusal(address: str, seconds: float) -> str:
     """
     import grpc
 
-    with grpc.insecure_channel(address) as channel:
+    # As Ray itself connects: never by a proxy.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=seconds)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE):
-                return "not the port of Ray Client, which is 10001 by default"
+                return f"not the port of Ray Client, which is 10001 by default: {error.details()}"
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return f"no answer of Ray Client in {seconds:.0f} s"
     return ""

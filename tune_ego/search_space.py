@@ -176,11 +176,33 @@ class SearchSpace:
 
     def conditional_draws(self) -> Iterator[dict[str, Any]]:
         """Yield a draw for each combination of the values on which conditions depend; other values are the same."""
+        yield from _combinations(self._conditional_options)
+
+    @property
+    def conditional_combinations(self) -> int:
+        """Number of `conditional_draws`."""
+        return math.prod(map(len, self._conditional_options.values()))
+
+    @property
+    def _conditional_options(self) -> dict[str, list[Any]]:
         options = {name: self._distinct_values(name, domain) for name, domain in self.sampled()}
         conditions = self._named_in_conditions
-        yield from _combinations(
-            {name: values if _key(name) in conditions else values[:1] for name, values in options.items()}
-        )
+        return {name: values if _key(name) in conditions else values[:1] for name, values in options.items()}
+
+    def may_have(self, key: str, value: Any) -> bool:
+        """Return whether some branch of a key, or the base, may give it a value."""
+        if key not in self.branches:
+            return bool(as_tuple(self._value(key, {})) == value)
+        for branch in self.branches[key]:
+            low, high = branch.domain.values[0], branch.domain.values[-1]
+            match branch.domain.form:
+                case "uniform" | "loguniform" | "randint":
+                    if isinstance(value, (int, float)) and low <= value <= high:
+                        return True
+                case _:
+                    if value in map(as_tuple, branch.domain.values):
+                        return True
+        return False
 
     @cached_property
     def _named_in_conditions(self) -> dict[str, list[Any]]:
@@ -214,14 +236,32 @@ class SearchSpace:
     def _value(self, key: str, chosen: dict[str, Any]) -> Any:
         if key in chosen:
             return chosen[key]
-        node: Any = self._defaults
+        name_key = f"{key.rpartition('.')[0]}.name"
+        node: Any = self._defaults(name_key, chosen.get(name_key, self._name_in_base(name_key)))
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
+    def _name_in_base(self, key: str) -> Any:
+        part = key.rpartition(".")[0]
+        return self._base_config.get(part, {}).get("name") if part else None
+
     @cached_property
-    def _defaults(self) -> dict[str, Any]:
+    def _base_config(self) -> dict[str, Any]:
         return build_config(self.base, self.source).model_dump()
+
+    def _defaults(self, name_key: str, name: Any) -> dict[str, Any]:
+        """Return the values of the base; where `name_key`, e.g. `optimizer.name`, has another name, its defaults."""
+        if name == self._name_in_base(name_key):
+            return self._base_config
+        if (name_key, name) not in self._other_defaults:
+            changed = override(self.base, {name_key: name})
+            self._other_defaults[name_key, name] = build_config(changed, self.source).model_dump()
+        return self._other_defaults[name_key, name]
+
+    @cached_property
+    def _other_defaults(self) -> dict[tuple[str, Any], dict[str, Any]]:
+        return {}
 
     def sampled(self) -> Iterator[tuple[str, Domain]]:
         """Yield the names under which values are drawn, `key@branch`, with their domains."""

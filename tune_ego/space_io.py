@@ -158,10 +158,16 @@ def _check_configurations(space: SearchSpace) -> None:
     for sampled in itertools.islice(space.conditional_draws(), _CHECKED_CONDITIONS):
         reached |= space.branch_of(sampled).items()
         check_branches(space, sampled)
+    all_checked = space.conditional_combinations <= _CHECKED_CONDITIONS
     for key, branches in space.branches.items():
         for index, branch in enumerate(branches):
-            if branch.when and (key, index) not in reached:
+            if branch.when and (key, index) not in reached and (all_checked or not _may_hold(space, branch)):
                 raise UserError(f"{space.source}: space.{key}: branch {index + 1} is never taken (when: {branch.when})")
+
+
+def _may_hold(space: SearchSpace, branch: Branch) -> bool:
+    """Return whether each condition of a branch names a value that its key may have."""
+    return all(any(space.may_have(key, value) for value in values) for key, values in branch.when.items())
 
 
 def check_branches(space: SearchSpace, sampled: dict[str, Any]) -> None:

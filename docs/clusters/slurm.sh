@@ -21,6 +21,7 @@ pid=$(mktemp)
 export pid
 srun --export=ALL ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus 1 -- bash -c 'echo $$ > "$pid"; exec "$@"' bash "${command[@]}" &
+srun=$!
 # Two minutes before the end the driver writes checkpoints. A signal to srun would kill all of Ray instead.
-trap 'kill -TERM "$(cat "$pid")" || true; wait' TERM
-wait
+trap 'kill -TERM "$(cat "$pid")" || true; wait "$srun"; exit' TERM
+wait "$srun" # its exit code is the job's

@@ -389,8 +389,11 @@ def test_a_gaze_sigma_in_cells_is_converted_with_one_line(tmp_path: Path, capsys
         file.write_text(f"loss: {{gaze_sigma: {fraction}}}\n")
         assert load_config(file).loss.gaze_sigma == fraction
     assert not capsys.readouterr().out
-    with pytest.raises(UserError, match=r"loss\.gaze_sigma"):
-        build_config({"loss": {"gaze_sigma": math.inf}}, "x")
+    for value in (math.inf, True, "1"):
+        with pytest.raises(UserError, match=r"loss\.gaze_sigma"):
+            build_config({"loss": {"gaze_sigma": value}}, "x")
+    with pytest.raises(UserError, match=r"^x: loss\.gaze_sigma 7\.5: .* is below 1, and a number of cells .* below 7$"):
+        build_config({"loss": {"gaze_sigma": 7.5}}, "x")
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,48 @@ def test_every_value_that_can_be_drawn_needs_a_branch(domain: str, conditions: l
     assert parse_space(added, "s.yaml").searched_keys == ["model.stam_depth", "model.dropout"]
 
 
+@pytest.mark.parametrize("base", ["sgd", "ranger"])
+def test_a_condition_on_a_key_that_the_drawn_optimizer_lacks_does_not_hold(base: str) -> None:
+    """SGD has no `k`: neither the base's value nor a default counts."""
+    text = f"""
+base: {{optimizer: {{name: {base}}}}}
+space:
+  optimizer.name: {{choice: [sgd, ranger]}}
+  optimizer.k: [{{when: {{optimizer.name: ranger}}, choice: [3, 6]}}]
+  model.dropout: [{{when: {{optimizer.k: 6}}, value: 0.3}}, {{value: 0.1}}]
+"""
+    space = parse_space(text, "s.yaml")
+    for sampled, dropout in (
+        ({"optimizer.name@0": "sgd"}, 0.1),
+        ({"optimizer.name@0": "ranger", "optimizer.k@0": 3}, 0.1),
+        ({"optimizer.name@0": "ranger", "optimizer.k@0": 6}, 0.3),
+    ):
+        assert space.config(sampled).model.dropout == dropout
+    fixed = parse_space(text.replace("choice: [3, 6]", "value: 6"), "s.yaml")
+    assert fixed.config({"optimizer.name@0": "ranger"}).model.dropout == 0.3
+
+
+def test_a_branch_that_is_rarely_taken_is_accepted_in_a_large_space() -> None:
+    """One of 10 x 8 x 6 x 6 x 20 combinations; one that names a value that no key has is refused all the same."""
+    keys = {
+        "data.fold": "randint: [0, 10]",
+        "model.stam_depth": "randint: [1, 9]",
+        "model.activation": "choice: [relu, swish, mish, gelu, leaky_relu, elu]",
+        "train.average_checkpoints": "randint: [1, 7]",
+        "train.validation_windows": "randint: [1, 21]",
+    }
+    text = "space:\n" + "".join(f"  {key}: {{{domain}}}\n" for key, domain in keys.items())
+    when = "data.fold: 7, model.stam_depth: 5, model.activation: gelu, train.average_checkpoints: 4"
+    branches = (
+        f"  model.dropout: [{{when: {{{when}, train.validation_windows: WINDOWS}}, value: 0.3}}, {{value: 0.1}}]\n"
+    )
+    parse_space(text + branches.replace("WINDOWS", "13"), "s.yaml")
+    with pytest.raises(UserError, match="branch 1 is never taken"):
+        parse_space(text + branches.replace("WINDOWS", "31"), "s.yaml")
+    with pytest.raises(UserError, match="branch 1 is never taken"):
+        parse_space(text + branches.replace("WINDOWS", "13").replace("gelu", "gleu"), "s.yaml")
+
+
 def test_a_condition_on_a_range_of_numbers_covers_no_number_between() -> None:
     text = """
 space:

@@ -54,10 +54,12 @@ def encoded(
     format: str = "mp4",
     rotation: tuple[int, bool] | None = None,
     group: int = 12,
+    start: float | None = None,
 ) -> bytes:
     """A video; `times` are presentation times in seconds, `rotation` is (degrees, whether mirrored)."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format) as container:
+    options = {} if start is None else {"muxdelay": str(start), "muxpreload": str(start), "mpegts_copyts": "1"}
+    with av.open(buffer, "w", format=format, container_options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"qp": "4", "g": str(group)})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
@@ -213,6 +215,33 @@ def test_packets_cut_out_of_a_transport_stream_are_damage(cut: int) -> None:
         differences = [np.abs(frame[..., ::-1] - image).mean() for frame, image in zip(frames, small)]
         assert reported or damage or (len(frames) == 40 and max(differences) < 5)
         assert sum(difference < 5 for difference in differences) > 20
+
+
+def test_times_of_decoding_are_not_those_of_the_frames() -> None:
+    """AVI, and mp4 files copied from it, have no presentation times: those of their packets are in decoding order."""
+    avi = encoded([grey(number) for number in range(29)], format="avi")
+    copied = io.BytesIO()
+    with av.open(io.BytesIO(avi)) as source, av.open(copied, "w", format="mp4") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts, packet.stream = packet.dts, stream
+                target.mux(packet)
+    for data in (avi, copied.getvalue()):
+        assert shown(data, 29) == list(range(29))
+        damage: list[str] = []
+        kept = video.decode(data, SIZE, video.probe(data, 29, keep_damaged=True), damage)
+        assert (numbers(list(kept)), damage) == (list(range(29)), [])
+
+
+def test_the_delay_of_a_decoder_is_not_taken_for_lost_frames() -> None:
+    """MPEG-TS begins some frames late; two frames are lost at the end, so that the clip's end seems to be as named."""
+    data = encoded([grey(number) for number in range(29)], format="mpegts", start=0)
+    with av.open(io.BytesIO(data)) as container:
+        first = min(float(packet.pts * packet.time_base) for packet in container.demux(video=0) if packet.size)
+    late = round(24 * first)
+    assert 1 <= late <= 4
+    assert shown(data, 29 + late) == list(range(29))
 
 
 def boxes(data: bytes) -> dict[str, bytes]:

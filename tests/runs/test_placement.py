@@ -276,8 +276,16 @@ def test_a_run_that_fits_nowhere_is_refused_with_all_nodes(tmp_path: Path, monke
     ],
 )
 def test_auto_reads_with_the_cpus_that_a_node_has_to_spare(node: Node, gpus: float, readers: int) -> None:
-    assert reader_count(tiny_config(), gpus, node) == readers
-    assert reader_count(tiny_config(compute__readers=5), gpus, node) == 5
+    node = {**node, "object_store_memory": 64e9}
+    assert reader_count(tiny_config(), gpus, node, 50_000_000) == readers
+    assert reader_count(tiny_config(compute__readers=5), gpus, node, 50_000_000) == 5
+
+
+@pytest.mark.parametrize(("store", "readers"), [(0, 1), (2e9, 4), (3e9, 6), (64e9, 8)])
+def test_auto_reads_no_more_batches_than_the_store_holds(store: float, readers: int) -> None:
+    """A worker alone on its node has half of the store: of 2 GB five batches of 200 MB, one of them the trainer's."""
+    node = {"CPU": 16.0, "GPU": 1.0, "object_store_memory": store}
+    assert reader_count(tiny_config(), 1, node, 200_000_000) == readers
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ _EVEN = 0.25
 """Largest deviation of a frame's duration from the median, as a fraction, of a constant frame rate."""
 _SAME_RATE = 0.01
 """Largest deviation from 24 frames a second, as a fraction, that is not mentioned."""
+_MOST_REORDERED = 4
+"""Frames by which a stream with B-frames may be delayed; x264 has 2."""
 _TIE = 1e-6
 """Difference of two times, seconds, below which they are equal."""
 _LARGEST_GAP = 10.0
@@ -32,7 +34,7 @@ class Placement(NamedTuple):
     """Description in words; empty where session frame i is displayed frame i at 24 frames a second."""
 
 
-def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
+def place_frames(seconds: np.ndarray, named: int | None = None, *, reorders: bool = False) -> Placement:
     """Assign displayed frames to session frames.
 
     Each session frame gets the displayed frame that is nearest in time. An exception are clips of a constant frame rate
@@ -45,6 +47,7 @@ def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
     Args:
         seconds: float64 [frames], ascending: presentation times.
         named: Number of session frames in the clip's name; None if it is unknown.
+        reorders: Whether the stream has B-frames. Some containers then begin some frames after 0.
 
     Raises:
         UserError: The times are not ascending, or two neighbours are over 10 s apart.
@@ -64,7 +67,7 @@ def place_frames(seconds: np.ndarray, named: int | None = None) -> Placement:
     if even and named == count:
         remark = "" if abs(rate / FPS - 1) <= _SAME_RATE else f"{rate:.4g} frames a second, as many as its name says"
         return Placement(np.arange(count), remark and f"{remark}: each is one session frame")
-    lost = _frames_lost_at_the_start(seconds, duration, named)
+    lost = _frames_lost_at_the_start(seconds, duration, named, _MOST_REORDERED if reorders else 0)
     time = seconds if lost else seconds - seconds[0]
     frames = _session_frames(time[-1] + duration)
     middles = (time[1:] + time[:-1]) / 2
@@ -83,9 +86,12 @@ def _session_frames(seconds: float) -> int:
     return max(1, round(FPS * seconds))
 
 
-def _frames_lost_at_the_start(seconds: np.ndarray, duration: float, named: int | None) -> int:
-    """Return the number of session frames before the first frame of a clip that has its named length from time 0 on."""
-    if named is None or seconds[0] <= 0:
+def _frames_lost_at_the_start(seconds: np.ndarray, duration: float, named: int | None, delay: int) -> int:
+    """Return the number of session frames before the first frame of a clip that has its named length from time 0 on.
+
+    Up to `delay` of them are not lost, but a delay of the decoder.
+    """
+    if named is None or seconds[0] * FPS <= delay + 0.5:
         return 0
     end = seconds[-1] + duration
     from_first, from_zero = _session_frames(end - seconds[0]), _session_frames(end)

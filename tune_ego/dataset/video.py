@@ -54,7 +54,8 @@ class VideoFacts(NamedTuple):
     shown: int
     """Displayed frames. An mp4 that was cut without re-encoding holds further frames, which only the decoder needs."""
     order: dict[int, int]
-    """Presentation time, in the stream's unit -> position among the displayed frames. Empty for raw streams."""
+    """Presentation time, in the stream's unit -> position among the displayed frames. Empty where times are absent, or
+    are not those of the frames."""
     size: tuple[int, int]
     """(width, height) of the displayed image, pixels."""
     bytes: int
@@ -130,7 +131,8 @@ def decode(
     with _open(source) as container:
         for frame in _decoded_frames(container, damage):
             count += 1
-            position = facts.order.get(frame.pts, last + 1)
+            # Without a list for damage every frame has to be there, so that their count is their position.
+            position = last + 1 if damage is None else facts.order.get(frame.pts, last + 1)
             if position > last + 1 and damage is not None:
                 damage.append(f"{position - last - 1} frames before frame {position} cannot be decoded")
             # Session frames of displayed frames that were lost get the next one.
@@ -183,6 +185,7 @@ def probe(source: Source, named: int | None = None, *, keep_damaged: bool = Fals
         log.ignored = {stream.codec_context.name for stream in container.streams.audio}
         stream = _video_stream(container)
         declared, rate = stream.frames, stream.average_rate  # 0 frames where the index has no number
+        reorders = bool(stream.codec_context.has_b_frames)
         packets = _read_packets(container)
     whole = [packet for packet in packets if not packet.is_corrupt]
     if len(whole) < declared:
@@ -197,9 +200,9 @@ def probe(source: Source, named: int | None = None, *, keep_damaged: bool = Fals
     if damage and not keep_damaged:
         raise UserError(damage)
     shown = [packet for packet in packets if not packet.is_discard]
-    times, order = _presentation_times(shown, rate)
+    times, order = _presentation_times(shown, rate, reorders=reorders)
     size, orientation, turn = _look_at_first_frame(source, [] if keep_damaged else None) if shown else _NO_FRAME
-    placement = place_frames(times, named)
+    placement = place_frames(times, named, reorders=reorders)
     reasons = {"damage": damage, "time": placement.remark, "rotation": turn}
     remarks = [Remark(stage, reason) for stage, reason in reasons.items() if reason]
     return VideoFacts(placement, len(shown), order, size, sum(packet.size for packet in shown), orientation, remarks)
@@ -208,14 +211,19 @@ def probe(source: Source, named: int | None = None, *, keep_damaged: bool = Fals
 _NO_FRAME = ((0, 0), Orientation(), "")
 
 
-def _presentation_times(packets: list[av.Packet], rate: Fraction | None) -> tuple[np.ndarray, dict[int, int]]:
+def _presentation_times(
+    packets: list[av.Packet], rate: Fraction | None, *, reorders: bool
+) -> tuple[np.ndarray, dict[int, int]]:
     """Return the packets' presentation times in seconds, ascending, and the position of each in the stream's unit.
 
-    Raw streams have no times: their rate decides.
+    Raw streams have no times: their rate decides. Streams with B-frames from containers such as AVI have the times at
+    which packets are decoded: these are as far apart, but are not those of the frames, so no positions are returned.
     """
     if any(packet.pts is None for packet in packets):
         return np.arange(len(packets)) / float(rate or FPS), {}
     ordered = sorted(packets, key=lambda packet: packet.pts)
+    if reorders and ordered == packets and len(packets) > 2:
+        return np.array([float(packet.pts * packet.time_base) for packet in ordered]), {}
     order = {packet.pts: position for position, packet in enumerate(ordered)}
     return np.array([float(packet.pts * packet.time_base) for packet in ordered]), order
 

@@ -259,6 +259,13 @@ def _wait_for_other_driver(root: str) -> None:
             raise _already_driven(root, now)
 
 
+def refuse_driven(root: str) -> None:
+    """Raise `UserError` if another process of this machine drives a folder: a check before Ray starts."""
+    other = _record(root)
+    if other is not None and is_running(other) and {key: other[key] for key in this_process()} != this_process():
+        raise _already_driven(root, other)
+
+
 def _already_driven(root: str, record: dict[str, Any]) -> UserError:
     return UserError(
         f"{root}: process {record['pid']} on {record.get('host')} drives this search or run; end that process first"

@@ -21,14 +21,23 @@ class EventFile:
     """A file of summaries (`tensorboardX.summary`) in a local folder."""
 
     def __init__(self, folder: str) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         self._path = Path(folder) / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._length = 0
         """Bytes of the whole records so far."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._length = 0
         self._append([Event(wall_time=time.time(), file_version="brain.Event:2")])
 
     def append(self, summaries: Iterable[tuple[Any, int]]) -> None:
-        """Write summaries, each with its step: all of them, or none where an `OSError` is raised."""
+        """Write summaries, each with its step: all of them, or none where an `OSError` is raised.
+
+        A file that was removed meanwhile begins anew.
+        """
+        if not self._path.exists() or self._path.stat().st_size < self._length:
+            self._begin()
         self._append([Event(wall_time=time.time(), step=step, summary=summary) for summary, step in summaries])
 
     def _append(self, events: list[Event]) -> None:

@@ -88,8 +88,8 @@ class TensorBoard:
             iteration = int(line["iteration"])
             summaries += [(scalar(key, value), iteration) for key, value in line.items() if key != "iteration"]
             picture = storage.join(run.trial.run, experiment.picture_file(iteration))
-            if METRIC in line and storage.exists(picture):
-                summaries.append((image("attention", read_png(picture), dataformats="HWC"), iteration))
+            if METRIC in line and storage.exists(picture) and (pixels := read_png(picture)) is not None:
+                summaries.append((image("attention", pixels, dataformats="HWC"), iteration))
         run.file.append(summaries)
         for accuracy in (line[METRIC] for line in lines if METRIC in line):
             run.last[METRIC] = max(accuracy, run.last.get(METRIC, 0.0))
@@ -124,9 +124,10 @@ class _Events(NamedTuple):
 
 
 def read_png(uri: str) -> Any:
-    """Read a PNG as RGB uint8, [H, W, 3]."""
-    image = cv2.imdecode(np.frombuffer(storage.read_bytes(uri), np.uint8), cv2.IMREAD_COLOR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    """Read a PNG as RGB uint8, [H, W, 3]; None for a damaged file."""
+    data = np.frombuffer(storage.read_bytes(uri), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 class Mlflow:

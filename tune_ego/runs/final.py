@@ -17,7 +17,7 @@ from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError, user_error_in
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.checkpoint_files import last_whole_iteration
-from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, stop_uri
+from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, refuse_driven, stop_uri
 from tune_ego.results.experiment import METRIC
 from tune_ego.results.progress import run_shown
 from tune_ego.results.tracking import check_trackers, run_tracked
@@ -61,6 +61,7 @@ def train_final(
     elif _started(run) is not None:
         saved = last_whole_iteration(run)
         say(f"{run}: {'starts from scratch' if saved is None else f'resumes from iteration {saved}'}")
+    refuse_driven(run)
     with ray_session(address):
         nodes = cluster_nodes(address, node_types)
         gpus = gpus_per_worker(config, nodes)

@@ -136,12 +136,16 @@ def read_ahead_bytes(config: Config, gpus: float, node: Node) -> int:
     return int(node.get("object_store_memory", 0) / 2 / _workers_on(config, gpus, node))
 
 
-def reader_count(config: Config, gpus: float, node: Node) -> int:
-    """Return the number of reader tasks of a worker on this node, which is assumed to be full of such workers."""
+def reader_count(config: Config, gpus: float, node: Node, batch_bytes: int) -> int:
+    """Return the number of reader tasks of a worker on this node, which is assumed to be full of such workers.
+
+    By `auto` they and the trainer have a batch each, at most, of what the worker may read ahead (`read_ahead_bytes`).
+    """
     if config.compute.readers != "auto":
         return config.compute.readers
     spare = node.get("CPU", 0) / _workers_on(config, gpus, node) - config.compute.cpus_per_worker
-    return min(max(1, math.floor(spare)), _MOST_READERS)
+    held = read_ahead_bytes(config, gpus, node) // batch_bytes - 1
+    return max(1, min(math.floor(spare), held, _MOST_READERS))
 
 
 def _workers_on(config: Config, gpus: float, node: Node) -> int:

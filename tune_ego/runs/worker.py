@@ -52,10 +52,10 @@ def _work(job: Job, rank: int, workers: int) -> None:
         done = saved[0]["iteration"] if saved is not None else 0
         if done < plan.iterations:
             first = plan.first_item(done)
-            node = this_node()
-            readers = reader_count(job.config, job.gpus, node)
+            node, batch_bytes = this_node(), _batch_bytes(plan)
+            readers = reader_count(job.config, job.gpus, node, batch_bytes)
             ahead = read_ahead_bytes(job.config, job.gpus, node)
-            batches = prefetch_first(ray_batches(plan, first, readers, _batch_bytes(plan), throttling_callback, ahead))
+            batches = prefetch_first(ray_batches(plan, first, readers, batch_bytes, throttling_callback, ahead))
         trainer = Trainer(
             job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None, final=job.final
         )

@@ -66,6 +66,7 @@ def start_search(
             else ""
         )
         raise UserError(f"{root}: the name is already used{hint}")
+    driver.refuse_driven(root)
     with ray_session(address):
         spec = {
             "space": space.text,
@@ -131,6 +132,7 @@ def resume_search(
         say(f"  {trial.id}: {trial.state}{_resume_note(trial) if trial.state in again else ''}")
     for name, damage in search.damaged.items():
         say(f"  {name}: its records are damaged: {damage}")
+    driver.refuse_driven(search.root)
     with ray_session(address):
         _decide_gpus(resumed, address, node_types)
         return _drive(resumed, address, again)
