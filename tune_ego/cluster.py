@@ -15,7 +15,7 @@ from typing import Any
 from tune_ego import ray_private
 from tune_ego.driver_signals import abort, signals_handled
 from tune_ego.errors import ClusterLost, UserError
-from tune_ego.own_cluster import own_cluster, ray_folder
+from tune_ego.own_cluster import ended_processes, own_cluster, ray_folder
 
 # Seconds.
 _ANSWER_WITHIN = 4.0
@@ -126,7 +126,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for key, value in {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}.items():
         os.environ.setdefault(key, value)
-    import ray
+    import ray  # late: seconds to import
 
     if ray.is_initialized():
         with signals_handled():
@@ -146,7 +146,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
 
 def _start(given: str, options: dict[str, Any]) -> None:
     """Connect to a cluster, or start one where `given`, its address, is empty. Raises `UserError`."""
-    import ray
+    import ray  # late: seconds to import
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -175,9 +175,11 @@ def _loss_noticed(local: bool) -> Iterator[Callable[[str], None]]:
         deadline = time.monotonic() + _STARTS_WITHIN
         while not ended.wait(_CHECK_EVERY):
             if started.is_set():
-                reason = _dead_processes() if local else _silence(addresses[0], ended)
-            else:
-                reason = f"Ray has not started in {_STARTS_WITHIN:.0f} s" if time.monotonic() > deadline else ""
+                reason = _describe_dead(ray_private.dead_processes()) if local else _silence(addresses[0], ended)
+            elif time.monotonic() > deadline:
+                reason = f"Ray has not started in {_STARTS_WITHIN:.0f} s"
+            else:  # Ray's own client would end this process after 60 s without a line of ours
+                reason = _describe_dead(ended_processes()) if local else ""
             if reason and not ended.is_set():
                 logs = f"; its logs: {ray_folder()}/session_latest/logs" if local else ""
                 abort(ClusterLost(f"{reason}{logs}"), ended)
@@ -195,8 +197,8 @@ def _loss_noticed(local: bool) -> Iterator[Callable[[str], None]]:
         ended.set()
 
 
-def _dead_processes() -> str:
-    dead = sorted(set(ray_private.dead_processes()) & _VITAL_PROCESSES)
+def _describe_dead(names: list[str]) -> str:
+    dead = sorted(set(names) & _VITAL_PROCESSES)
     return f"a process of Ray died: {', '.join(dead)}" if dead else ""
 
 

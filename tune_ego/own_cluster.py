@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -36,11 +38,12 @@ def own_cluster() -> Iterator[None]:
     """
     _remove_old_folders()  # of processes that were killed
     folders = _Folders()
-    with ray_private.own_sessions(folders.mark) as sessions:
+    with ray_private.own_sessions(folders.mark) as processes:
+        _started.append(processes)
         interrupted = threading.Event()
 
         def clean() -> None:
-            _kill(sessions)
+            _kill(processes)
             if interrupted.is_set():
                 folders.remove()
 
@@ -59,15 +62,27 @@ def own_cluster() -> Iterator[None]:
             clean()
             folders.remove()
         finally:
+            _started.remove(processes)
             _remove_old_folders(folders.own())
 
 
-def _kill(sessions: list[int]) -> None:
+_started: list[list[subprocess.Popen[bytes]]] = []
+"""Processes of Ray that `own_cluster` has started, for each of its bodies that runs."""
+
+
+def ended_processes() -> list[str]:
+    """Return the names of processes of Ray that were started here and have ended, e.g. `raylet`."""
+    ended = [process for process in itertools.chain.from_iterable(_started) if process.poll() is not None]
+    commands = [process.args if isinstance(process.args, list) else [process.args] for process in ended]
+    return [Path(os.fsdecode(command[0])).name for command in commands if command]  # type: ignore[arg-type]
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
     """Kill what is left of Ray's processes: agents and workers end by themselves only after half a minute."""
-    for pid in processes_of_sessions(sessions):
+    for pid in processes_of_sessions([process.pid for process in processes]):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-    sessions.clear()
+    processes.clear()
 
 
 class _Folders:

@@ -104,28 +104,27 @@ def throttling_callback(pause: Callable[[int], float]) -> type:
 
 
 @contextmanager
-def own_sessions(started: Callable[[], None]) -> Iterator[list[int]]:
-    """Start each of Ray's processes, which `ray.init` in the body starts, in a session of its own. Yield their ids.
+def own_sessions(started: Callable[[], None]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start each of Ray's processes, which `ray.init` in the body starts, in a session of its own. Yield the processes.
 
     `started` is called after each start.
 
-    Private in Ray: `services.ConsolePopen`. In the driver's process group they would get each signal that is sent to
-    the group, as `timeout`, systemd, Slurm and container runtimes do, and would die before the driver has ended its
-    runs. Ray 2.60 has no setting for it.
+    Private in Ray: `services.ConsolePopen`. `timeout`, systemd, Slurm and container runtimes signal the whole process
+    group. Ray's processes in it would die before the driver has ended its runs. Ray 2.60 has no setting for it.
     """
     from ray._private import services
 
-    original, sessions = services.ConsolePopen, list[int]()
+    original, processes = services.ConsolePopen, list[subprocess.Popen[bytes]]()
 
     def start(*arguments: Any, **options: Any) -> Any:
         process = original(*arguments, **{**options, "start_new_session": True})
-        sessions.append(process.pid)
+        processes.append(process)
         started()
         return process
 
     services.ConsolePopen = start
     try:
-        yield sessions
+        yield processes
     finally:
         services.ConsolePopen = original
 

@@ -91,7 +91,7 @@ class SearchSpace:
 
     def draw(self, seed: int, number: int) -> dict[str, Any]:
         """Return name -> value of configuration `number` of a random search, independent of other configurations."""
-        from ray import tune
+        from ray import tune  # late: seconds to import
 
         random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_DRAW_KEY, number)))
         grids = [(name, domain) for name, domain in self.sampled() if domain.form == "grid"]

@@ -13,7 +13,7 @@ from tune_ego.errors import UserError
 
 _MOST_CHARACTERS = 1 << 20
 _MOST_VALUES = 100_000
-"""Bound on the values of a file, those of aliases counted at each use: few lines can stand for billions."""
+"""Most values in a file. An alias counts each time it is used: a short file can expand to billions of values."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +74,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Return the number of values of a node and the nodes below it; `counts` has those of nodes that were counted."""
+    """Return the number of values of a node and the nodes below it; `counts` caches the numbers by node id."""
     key = id(node)
     if key not in counts:
         counts[key] = _MOST_VALUES + 1  # a node that contains itself has no end

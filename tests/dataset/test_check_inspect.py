@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.dataset.test_irregular_videos import encoded, grey
 from tests.dataset.test_write_task import MOVING, SESSION, SHORT, STILL, rows_of, task_of, write_folder, write_shards
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.check import Estimate, _print_estimate, _size, check
@@ -117,6 +118,27 @@ def test_a_session_without_a_gaze_file_is_named_once(small: Path) -> None:
     assert result.problems == [LENGTH, Problem(SESSION, "gaze", "no gaze file of this session", kept=True)]
     names = ("sessions", "sessions with gaze", "clips without gaze", "frames with gaze")
     assert [result.facts[name] for name in names] == [1, 0, 3, 0]
+
+
+def test_the_check_and_the_summary_name_clips_that_were_placed_by_time_or_turned(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clip of 20 session frames at 30 frames a second, and one of 3 that is stored upside down."""
+    clips = small / "cropped_clips"
+    (clips / f"{STILL}.mp4").write_bytes(encoded([grey(number) for number in range(25)], rate=30))
+    (clips / f"{SHORT}.mp4").write_bytes(encoded([grey(number) for number in range(3)], rotation=(180, False)))
+    expected = {(STILL, "time", "resampled from 30 to 24"), (SHORT, "rotation", "turned by")}
+    result = check(str(small), Settings((64, 48)))
+    found = {(clip, stage) for clip, stage, *_ in result.problems if stage in ("time", "rotation")}
+    assert found == {(clip, stage) for clip, stage, _ in expected}
+    shown = capsys.readouterr().out
+    assert all(words in shown for *_, words in expected)
+    out = write_shards(small, tmp_path / "out", Settings((64, 48)))
+    info = open_shards(out).info
+    assert (info["clips_placed_by_time"], info["clips_turned"]) == (1, 1)
+    show_counts(out)
+    shown = capsys.readouterr().out
+    assert re.search(r"placed by their times +1\b", shown) and re.search(r"turned upright +1\b", shown)
 
 
 def test_lost_gaze_samples_are_counted(small: Path) -> None:

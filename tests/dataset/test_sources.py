@@ -15,7 +15,13 @@ from tune_ego import __version__
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, parse_clip_name
 from tune_ego.dataset.closing import mark_unfinished, write_dataset
 from tune_ego.dataset.shards import Problem, open_shards
-from tune_ego.dataset.sources import check_missing_limit, file_identities, find_unusable_clips, length_mismatch
+from tune_ego.dataset.sources import (
+    check_missing_limit,
+    describe_lengths,
+    file_identities,
+    find_unusable_clips,
+    length_mismatch,
+)
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -201,3 +207,17 @@ def test_what_is_closed_already_is_not_written_again(tmp_path: Path) -> None:
     assert sorted(times()) == ["clips.parquet", "problems.parquet"]
     with pytest.raises(UserError, match="no finished data set"):
         open_shards(str(tmp_path))
+
+
+def test_clips_most_of_which_are_not_as_long_as_named_are_refused() -> None:
+    """More than half differ by over two frames and 5 %: then frames may not be those that the gaze belongs to."""
+    names = [f"OP01-R01-Tea-0-9-F{100 * n:06d}-F{100 * n + 60:06d}" for n in range(4)]
+    clips = [annotated(name) for name in names]
+    assert describe_lengths(clips, dict(zip(names, [64, 64, 60, 63]))) == ""  # two of four; 3 frames are 5 % of 60
+    words = describe_lengths(clips, dict(zip(names, [60, 64, 50, 64])))
+    assert words.startswith(
+        f"3 of 4 clips are not as long as their names say, first {names[1]}: 64 frames, its name says 60."
+    )
+    assert words.endswith("to continue all the same: --allow-missing")
+    assert describe_lengths(clips, {names[0]: 60, names[1]: 90}) == ""  # clips that cannot be used do not count
+    assert describe_lengths([], {}) == ""

@@ -17,9 +17,10 @@ import grpc
 import pytest
 import ray
 
+from tune_ego import cluster
 from tune_ego.cluster import check_address, is_local, ray_session
-from tune_ego.driver_signals import end_interrupted
-from tune_ego.errors import UserError
+from tune_ego.driver_signals import end_interrupted, signals_handled
+from tune_ego.errors import ClusterLost, UserError
 
 
 def test_a_cluster_is_local_where_neither_option_nor_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +142,8 @@ def test_a_living_cluster_answers(ray_cluster: None, monkeypatch: pytest.MonkeyP
     (tmp_path / "ray" / "ray_current_cluster").write_text(DEAD)
     with pytest.raises(UserError, match="--address auto: no Ray cluster answers there"):
         check_address("auto")
+    monkeypatch.setenv("RAY_ADDRESS", address)  # Ray joins this one
+    assert check_address("auto") == "--address auto"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -172,3 +175,53 @@ def test_an_interrupted_command_says_how_to_resume_and_exits_with_130(capsys: py
         end_interrupted("tune-ego resume /x")
     assert caught.value.code == 130
     assert capsys.readouterr().out == "Interrupted. To resume from the last checkpoint, run: tune-ego resume /x\n"
+
+
+def lost(local: bool, started_at: str | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The message by which `_loss_noticed` ends a body that waits."""
+    monkeypatch.setattr(cluster, "_CHECK_EVERY", 0.05)
+
+    def wait() -> None:
+        with signals_handled(), cluster._loss_noticed(local) as watch:
+            if started_at is not None:
+                watch(started_at)
+            time.sleep(20)
+
+    with pytest.raises(ClusterLost) as caught:
+        wait()
+    return str(caught.value)
+
+
+def test_a_cluster_that_does_not_start_or_is_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of Ray that dies while Ray starts, a start without end, and a cluster elsewhere that is gone."""
+    monkeypatch.setattr(cluster, "ended_processes", lambda: ["dashboard", "gcs_server"])
+    start = time.monotonic()
+    assert lost(True, None, monkeypatch).startswith("a process of Ray died: gcs_server; its logs: ")
+    monkeypatch.setattr(cluster, "ended_processes", lambda: ["dashboard"])
+    monkeypatch.setattr(cluster, "_STARTS_WITHIN", 0.2)
+    assert lost(True, None, monkeypatch).startswith("Ray has not started in 0 s; its logs: ")
+    monkeypatch.setattr(cluster, "_LOST_AFTER", 0.2)
+    assert lost(False, DEAD, monkeypatch).startswith(f"the Ray cluster at {DEAD} has not answered for 0 s (")
+    assert time.monotonic() - start < 15
+    monkeypatch.undo()
+    assert (cluster._STARTS_WITHIN, cluster._LOST_AFTER) == (120, 20)
+
+
+def test_ray_s_own_exit_at_sigterm_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Ray starts, its handler of SIGTERM is in place, which exits with 15 without a word."""
+
+    def start(**options: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(15)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._start("", {})
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_object_store_is_as_large_as_ray_makes_it(ray_cluster: None) -> None:
+    """0.3 of the memory; it was 1 GiB once, and seven feeds wrote 11 GB to disk."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert ray.cluster_resources()["object_store_memory"] > 0.1 * min(memory, 16e9)

@@ -126,8 +126,8 @@ def test_the_slurm_job_signals_the_driver_alone_and_resumes_a_search(tmp_path: P
     """Stand-ins for Slurm's and Ray's commands. Slurm sends SIGTERM to the script two minutes before the end."""
     programs = {
         "scontrol": "echo node1",
-        "srun": """trap 'echo srun was killed >> "$log"' TERM; shift; "$@" & wait; wait""",
-        "ray": 'while [ "$1" != -- ]; do shift; done; shift; "$@"; echo "ray saw $?" >> "$log"',
+        "srun": """trap 'echo srun was killed >> "$log"' TERM; shift; "$@" & wait $!""",
+        "ray": 'while [ "$1" != -- ]; do shift; done; shift; "$@"; code=$?; echo "ray saw $code" >> "$log"; exit $code',
         "tune-ego": f"""if [ "$1" = status ]; then exit {0 if started_before else 2}; fi
             echo "$@" >> "$log"; trap 'echo checkpoint >> "$log"; exit 130' TERM; while :; do sleep 0.1; done""",
     }
@@ -145,7 +145,7 @@ def test_the_slurm_job_signals_the_driver_alone_and_resumes_a_search(tmp_path: P
         time.sleep(0.05)
     time.sleep(0.3)
     job.send_signal(signal.SIGTERM)
-    job.wait(30)
+    assert job.wait(30) == 130
     verb = "resume RESULTS/full" if started_before else "tune full --data SHARDS --storage RESULTS --name full"
     assert log.read_text().splitlines() == [f"{verb} --address auto", "checkpoint", "ray saw 130"]
 

@@ -109,7 +109,9 @@ def test_a_command_that_is_interrupted_ends_with_130_and_one_line(
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "tune-ego: interrupted\n")
 
 
-@pytest.mark.parametrize(("end", "code"), [("KeyboardInterrupt", 130), ("SystemExit(2)", 2), ("SystemExit(0)", 0)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("KeyboardInterrupt", 130), ("SystemExit(15)", 130), ("SystemExit(2)", 2), ("SystemExit(0)", 0)]
+)
 def test_a_signal_while_the_process_ends_does_not_change_its_exit_code(end: str, code: int) -> None:
     """For example a second Ctrl+C while Ray's processes are ended by an exit handler."""
     run = run_python(

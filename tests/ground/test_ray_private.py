@@ -118,9 +118,9 @@ def test_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ConsolePopen(" in inspect.getsource(services.start_ray_process)
     original = services.ConsolePopen
     starts: list[None] = []
-    with ray_private.own_sessions(lambda: starts.append(None)) as sessions:
+    with ray_private.own_sessions(lambda: starts.append(None)) as processes:
         process = services.ConsolePopen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        assert os.getsid(process.pid) == process.pid and sessions == [process.pid] and len(starts) == 1
+        assert os.getsid(process.pid) == process.pid and processes == [process] and len(starts) == 1
         process.communicate(b"\n")
     assert services.ConsolePopen is original
 
@@ -155,13 +155,14 @@ def test_cluster_refusal(ray_cluster: None, foreign_server: str) -> None:
     assert time.monotonic() - start < 10
 
 
-def test_client_server_refusal(ray_cluster: None, foreign_server: str) -> None:
-    """Neither a cluster's own port nor another server, and the real one."""
+def test_client_server_refusal(ray_cluster: None, foreign_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a cluster's own port nor another server, and the real one, also where a proxy is set."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     from ray.util.client.server.server import serve
 
     start = time.monotonic()
     for address in (ray.get_runtime_context().gcs_address, foreign_server):
-        assert ray_private.client_server_refusal(address, 10) == "not the port of Ray Client, which is 10001 by default"
+        assert ray_private.client_server_refusal(address, 10).startswith("not the port of Ray Client, which is 10001")
     assert time.monotonic() - start < 15
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]

@@ -245,6 +245,34 @@ def test_a_store_that_does_not_answer_can_be_interrupted(command: list[str]) -> 
     assert (run.returncode, errors) == (130, "tune-ego: interrupted\n")
 
 
+def test_an_error_that_ends_the_waiting_for_a_store_ends_the_process_at_once() -> None:
+    """For example a cluster that is lost meanwhile. PyArrow would wait for the store at the exit."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "AWS_ACCESS_KEY_ID": "a"}
+        environment |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_SECRET_ACCESS_KEY": "b",
+        }
+        code = (
+            "import sys, threading\n"
+            "from tune_ego import __main__, driver_signals, errors\n"
+            "ended = threading.Event()\n"
+            "def lose(): input(); driver_signals.abort(errors.ClusterLost('lost'), ended)\n"
+            "threading.Thread(target=lose, daemon=True).start()\n"
+            "sys.argv = ['tune-ego', 'status', 's3://no-such-bucket/a']\n"
+            "__main__.main()\n"
+        )
+        started = [sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        run = subprocess.Popen(started, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        silent.settimeout(60)
+        silent.accept()
+        start = time.monotonic()
+        _, errors = run.communicate("\n", timeout=40)
+    assert time.monotonic() - start < 8
+    assert (run.returncode, errors) == (2, "tune-ego: lost\n")
+
+
 def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -259,6 +287,27 @@ def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> No
     code = "from tune_ego import storage; storage.write_text('/dev/stdout', 'content')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "content"
+
+
+def test_a_file_is_durable_before_its_name_and_the_name_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine that fails leaves: the old content or the new one."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(number: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def note_replace(source: str, target: str) -> None:
+        events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    storage.write_text(tmp_path / "a", "x")
+    assert events == ["file", "renamed", "folder"]
 
 
 @pytest.mark.parametrize("kind", ["directory", "below a file"])

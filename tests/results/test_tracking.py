@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -86,6 +87,35 @@ def test_tensorboard_has_each_line_once_after_a_full_disk(tmp_path: Path) -> Non
     events.Reload()
     values = [(event.step, event.value) for event in events.Scalars("train_loss")]
     assert values == [(n, pytest.approx(1 / n)) for n in range(1, 5)]
+
+
+def test_a_damaged_picture_costs_tensorboard_no_metrics(tmp_path: Path) -> None:
+    trial = Trial("00000", "finished", str(tmp_path / "run"), {}, 0, tiny_config(), [])
+    tracker = TensorBoard(str(tmp_path))
+    run = tracker.begin(trial)
+    for iteration, content in ((1, b""), (2, b"\x89PNG\r\n\x1a\n damaged")):
+        file = tmp_path / "run" / experiment.picture_file(iteration)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    tracker.log(run, [{"iteration": n, "train_loss": 1.0, METRIC: 0.5} for n in (1, 2, 3)])
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "00000"), {"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+
+
+def test_an_event_file_that_was_removed_begins_anew(tmp_path: Path) -> None:
+    trial = Trial("00000", "finished", str(tmp_path), {}, 0, tiny_config(), [])
+    tracker = TensorBoard(str(tmp_path))
+    run = tracker.begin(trial)
+    tracker.log(run, [{"iteration": 1, "train_loss": 1.0}])
+    shutil.rmtree(tmp_path / "tensorboard")
+    tracker.log(run, [{"iteration": 2, "train_loss": 0.5}])
+    (file,) = (tmp_path / "tensorboard" / "00000").iterdir()
+    file.write_bytes(b"")
+    tracker.log(run, [{"iteration": 3, "train_loss": 0.25}])
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "00000"), {"scalars": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(3, 0.25)]
 
 
 def test_mlflow_goes_on_with_the_runs_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +243,7 @@ def test_each_line_is_handed_on_once_and_each_run_ended_once() -> None:
     ]
     looks[0][0].metrics[0] |= {"y": "text", "z": float("nan"), "w": 3}
     for number, look in enumerate(looks):
-        follower.hand_on(look, last=number == 3)
+        follower.log_trials(look, last=number == 3)
     assert recorder.calls == [
         ("begin", "a"),
         ("log", "run of a", [{"iteration": 10, "x": 5.0, "w": 3}, {"iteration": 20, "x": 10.0}]),
@@ -313,9 +343,7 @@ def test_a_tracker_that_cannot_be_used_is_noticed_at_the_start(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     root, start = str(tmp_path / "search"), time.monotonic()
-    with pytest.raises(
-        UserError, match=f"^--track mlflow: .*{words}.*; to go on without it if it fails: .* mlflow[?]$"
-    ):
+    with pytest.raises(UserError, match=f"^--track mlflow: .*{words}.*; to make it optional: .* mlflow[?]$"):
         check_trackers(["tensorboard", "mlflow"], root)
     assert time.monotonic() - start < 15 and not (tmp_path / "search").exists()
     check_trackers(["mlflow?"], root)

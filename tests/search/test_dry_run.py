@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from tune_ego.bench.search import draw_curves, run_asha
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
 from tune_ego.search import dry_run as plan_module
-from tune_ego.search.dry_run import Probe, _cost, _measure, _plan, _show, show_plan
+from tune_ego.search.dry_run import Probe, _any_draw, _cost, _measure, _plan, _show, show_plan
 from tune_ego.space_io import parse_space
 
 SPACE = """
@@ -42,6 +43,13 @@ def test_a_plan_worked_out_by_hand() -> None:
         "iterations_at_most": 3000,
         "share_expected": pytest.approx(0.425),  # (20 + 20 / 2 + 40 / 4 + 20 / 8) / 100
     }
+
+
+def test_a_plan_of_a_billion_samples_is_made_at_once() -> None:
+    start = time.monotonic()
+    space = parse_space(SPACE.replace("samples: 2", "samples: 1000000000"), "t")
+    plan = _plan(space, space.config(_any_draw(space, 0)), 0.5, 3)
+    assert plan["trials"] == 15 * 10**9 and time.monotonic() - start < 2
 
 
 PLAN: dict[str, Any] = {"trials": 30, "trials_at_a_time": 3, "workers": 4, "gpus_per_worker": 0.5}

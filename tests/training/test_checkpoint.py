@@ -191,9 +191,11 @@ def test_the_model_s_state_includes_its_running_statistics() -> None:
     state[name] = torch.full_like(state[name], 0.25)
     load_model_state(model, state, "c")
     assert torch.equal(model.get_buffer(name), torch.full_like(state[name], 0.25))
-    with pytest.raises(UserError, match=r"another model: rgb\.Conv3d_1a_7x7\.bn\.running_mean is absent there, \(3,\)"):
+    with pytest.raises(
+        UserError, match=r"another model: rgb\.Conv3d_1a_7x7\.bn\.running_mean is absent in the checkpoint, \(3,\)"
+    ):
         load_model_state(model, {key: value for key, value in state.items() if key != name}, "c")
-    with pytest.raises(UserError, match=r"another model: rgb\.more is \(1,\) there, absent in this one"):
+    with pytest.raises(UserError, match=r"another model: rgb\.more is \(1,\) in the checkpoint, absent in this model"):
         load_model_state(model, {**state, "rgb.more": torch.ones(1)}, "c")
 
 
@@ -208,7 +210,9 @@ def test_a_checkpoint_rebuilds_its_model_and_refuses_another(tmp_path: Path) -> 
     assert (again_config, again_origin) == (config, origin)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     loaded["model"]["rgb.logits.conv3d.bias"] = "text"
-    with pytest.raises(UserError, match=r"another model: rgb\.logits\.conv3d\.bias is absent there, \(2,\) in"):
+    with pytest.raises(
+        UserError, match=r"another model: rgb\.logits\.conv3d\.bias is absent in the checkpoint, \(2,\) in"
+    ):
         rebuild(loaded, "c")
     loaded["model"] = model.state_dict()
     loaded["config"]["model"]["stam_depth"] = 2

@@ -104,7 +104,9 @@ def results(rank: int) -> dict[str, Any]:
     except NonFiniteLoss as error:
         reason = str(error)
     after = [parameter.detach().nan_to_num() for parameter in trainer.model.parameters()]
+    parallel: Any = trainer.parallel
     return {
+        "settings": (parallel.broadcast_buffers, parallel.gradient_as_bucket_view),
         "signals": signals,
         "own": own,
         "mean": mean_losses,
@@ -138,6 +140,16 @@ def test_they_step_together_as_one_worker_with_both_batches(both: list[dict[str,
     for name, value in alone.model.named_parameters():
         assert torch.equal(both[0]["model"][name], both[1]["model"][name]), name
         torch.testing.assert_close(both[0]["model"][name], value, rtol=1e-4, atol=1e-6)
+    # The running statistics differ by terms of the second order in the momentum, 0.1. Those of a worker whose momentum
+    # is not adjusted to its passes would have kept 0.9^3 of their start, 1, instead of 0.9^6.
+    for name, buffer in alone.model.named_buffers():
+        if name.endswith("running_var"):
+            assert both[0]["model"][name].mean() == pytest.approx(buffer.mean().item(), rel=0.05), name
+
+
+def test_no_worker_s_buffers_are_broadcast_and_gradients_are_not_copied(both: list[dict[str, Any]]) -> None:
+    """Broadcast buffers would hide that statistics differ: those of worker 0 would win."""
+    assert both[0]["settings"] == both[1]["settings"] == (False, True)
 
 
 def test_each_loss_is_of_the_worker_s_own_batch(both: list[dict[str, Any]]) -> None:
@@ -164,7 +176,7 @@ def clips_of(one: ClipBatch) -> dict[str, torch.Tensor]:
 
 
 def test_a_validation_is_over_all_windows_with_the_weights_that_are_saved(both: list[dict[str, Any]]) -> None:
-    """Worker 0's BatchNorm statistics for every window; the mean over a clip's windows, then over clips and classes."""
+    """BatchNorm statistics of both workers; the mean over a clip's windows, then over clips and classes."""
     assert both[0]["model"].keys() == both[1]["model"].keys()
     scores: dict[str, torch.Tensor] = {}
     for modality in ("rgb", "flow"):

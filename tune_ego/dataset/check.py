@@ -37,9 +37,9 @@ from tune_ego.storage import SourceFile
 _SAMPLED_CLIPS = 3
 """Clips that are encoded for the estimate."""
 _SAMPLED_SECONDS = 20.0
-"""Most time that the estimate takes."""
+"""Time limit of the estimate, seconds."""
 _SHOWN = 10
-"""Most problems of a stage that are printed."""
+"""Largest number of problems that are printed for each stage."""
 _POOR_COVERAGE = 0.5
 """Share of a session's frames with gaze below which the session is reported."""
 

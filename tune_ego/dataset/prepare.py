@@ -210,7 +210,7 @@ def _task(
 
 def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
     """Write the shards with Ray Data, and yield the results in the order of the tasks."""
-    import ray.data
+    import ray.data  # late: seconds to import
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # here, because the import sets a level
     context = ray.data.DataContext.get_current()

@@ -131,7 +131,7 @@ def find_record(shards: Shards, clip: str) -> dict[str, Any]:
 
 def _gaze_targets(table: Any, frames: int) -> list[np.ndarray | None]:
     """Return the gaze target of each half window (8 frames), [7, 7] in (0, 1]; None without gaze."""
-    import torch
+    import torch  # late: seconds to import, and counts do not need it
 
     from tune_ego.training.losses import gaze_target
 

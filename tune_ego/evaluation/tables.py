@@ -83,8 +83,8 @@ def _show_weakest(result: dict[str, Any], name: str) -> None:
     rows = []
     for index in sorted(present, key=lambda index: (result[name]["recall"][index], -classes[index]["clips"]))[:_WORST]:
         wrong = [0 if other == index else count for other, count in enumerate(confusion[index])]
-        taken = wrong.index(max(wrong))
-        mostly = f"{classes[taken]['action']} ({wrong[taken]})" if wrong[taken] else "-"
+        most_frequent = wrong.index(max(wrong))
+        mostly = f"{classes[most_frequent]['action']} ({wrong[most_frequent]})" if wrong[most_frequent] else "-"
         clips = str(classes[index]["clips"])
         rows.append([classes[index]["action"], clips, percent(result[name]["recall"][index]), mostly])
     print_table(f"Weakest classes, {name}", ["action", "clips", "recall", "mostly taken for"], rows)

@@ -239,7 +239,7 @@ def ray_batches(
         throttle: Constructor of the callback class of Ray Data's executor (`ray_private.throttling_callback`).
         ahead_bytes: Most bytes to read ahead; 0: no limit (`_read_ahead`).
     """
-    import ray.data
+    import ray.data  # late: seconds to import
 
     count, pace = plan.item_count - first_item, Pace()
     readers = min(readers, count)
@@ -292,7 +292,7 @@ def _reader_resources() -> dict[str, Any]:
     The training worker has reserved the readers' CPUs on its own node. A node that will be preempted starts no tasks;
     then the readers run on other nodes.
     """
-    import ray
+    import ray  # late: seconds to import
 
     node = ray.get_runtime_context().get_node_id()
     other_nodes = [{"label_selector": {"ray.io/node-id": f"!{node}"}}]

@@ -89,7 +89,10 @@ def read_verified(uri: str) -> bytes:
 
 
 def read_last_whole_checkpoint(run: str) -> tuple[int, bytes] | None:
-    """Return (iteration, content) of a run's last whole checkpoint, or None. Print each damaged one after it."""
+    """Return (iteration, content) of a run's last whole checkpoint, or None.
+
+    Print a line for each later checkpoint that is damaged.
+    """
     for iteration in reversed(checkpoint_iterations(run)):
         try:
             return iteration, read_verified(checkpoint_uri(run, iteration))
@@ -99,7 +102,10 @@ def read_last_whole_checkpoint(run: str) -> tuple[int, bytes] | None:
 
 
 def last_whole_iteration(run: str) -> int | None:
-    """Return the iteration of a run's last whole checkpoint, or None. Print each damaged one after it."""
+    """Return the iteration of a run's last whole checkpoint, or None.
+
+    Print a line for each later checkpoint that is damaged.
+    """
     last = read_last_whole_checkpoint(run)
     return last[0] if last else None
 

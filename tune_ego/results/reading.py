@@ -120,7 +120,7 @@ def _check_end(trial: Trial) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Return the reason, for a message, that an exception of `_DAMAGE` stands for."""
+    """Return an exception of `_DAMAGE` as text for a message."""
     if isinstance(error, KeyError):
         return f"the trial's entry in {trial_records.TRIALS_FILE} lacks {error}, or the search space does not define it"
     return str(error)

@@ -144,10 +144,10 @@ class Mlflow:
     def begin(self, trial: Trial) -> Any:
         from mlflow.entities import Param
 
-        known = self._client.search_runs([self._experiment], f"tags.`{_RUN_TAG}` = '{trial.run}'")
-        if known:
-            self._client.update_run(known[0].info.run_id, status="RUNNING")
-            return known[0].info.run_id
+        earlier = self._client.search_runs([self._experiment], f"tags.`{_RUN_TAG}` = '{trial.run}'")
+        if earlier:
+            self._client.update_run(earlier[0].info.run_id, status="RUNNING")
+            return earlier[0].info.run_id
         tags = {_RUN_TAG: trial.run}
         run = self._client.create_run(self._experiment, run_name=trial.id, tags=tags).info.run_id
         params = [Param(key, str(value)) for key, value in flat(trial.config).items()]
@@ -259,7 +259,7 @@ def _wandb_mode() -> Any:
     if mode:
         return mode
     try:
-        known = netrc.netrc().hosts
+        hosts = netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
-        known = {}
-    return "online" if os.environ.get("WANDB_API_KEY") or any("wandb" in host for host in known) else "offline"
+        hosts = {}
+    return "online" if os.environ.get("WANDB_API_KEY") or any("wandb" in host for host in hosts) else "offline"

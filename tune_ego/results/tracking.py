@@ -60,8 +60,8 @@ def _optional(name: str, required: bool) -> Iterator[None]:
         yield
     except UserError as error:
         if required:
-            raise UserError(f"--track {name}: {error}; to go on without it if it fails: --track {name}?") from error
-        say(f"--track {name}: {error}; going on without it")
+            raise UserError(f"--track {name}: {error}; to make it optional: --track {name}?") from error
+        say(f"--track {name}: {error}; continuing without it")
 
 
 def make_trackers(names: Sequence[str], root: str) -> dict[str, Tracker]:
@@ -88,10 +88,10 @@ def tracked(trackers: dict[str, Tracker], read_trials: Callable[[], list[Trial]]
     def follow(last: bool = False) -> None:
         try:
             trials = read_trials()
-        except Exception:  # an object store did not answer, or a file is damaged: the search itself says so
+        except Exception:  # an unreachable store or a damaged file: the search prints this error itself
             return
         for follower in followers:
-            follower.hand_on(trials, last)
+            follower.log_trials(trials, last)
 
     def keep_following() -> None:
         while not ended.wait(_READ_EVERY):
@@ -115,22 +115,22 @@ class _Follower:
         self._runs: dict[str, Any] = {}
         self._last_logged: dict[str, int] = {}
         """Trial -> the last iteration that was logged."""
-        self._over: set[str] = set()
-        self._complaint = ""
+        self._ended_trials: set[str] = set()
+        self._last_error = ""
 
-    def hand_on(self, trials: list[Trial], last: bool) -> None:
+    def log_trials(self, trials: list[Trial], last: bool) -> None:
         for trial in trials:
-            if trial.id in self._over or not trial.metrics:
+            if trial.id in self._ended_trials or not trial.metrics:
                 continue
             try:
-                self._hand_on(trial, last)
+                self._log_trial(trial, last)
             except Exception as error:  # a failing tracker must not end a search
                 complaint = f"{self._name}: {' '.join(str(error).split())[:200]}"
-                if complaint != self._complaint:
-                    self._complaint = complaint
+                if complaint != self._last_error:
+                    self._last_error = complaint
                     say(f"  {complaint}; training continues")
 
-    def _hand_on(self, trial: Trial, last: bool) -> None:
+    def _log_trial(self, trial: Trial, last: bool) -> None:
         if trial.id not in self._runs:
             self._runs[trial.id] = self._tracker.begin(trial)
         last_logged = self._last_logged.get(trial.id, 0)
@@ -139,7 +139,7 @@ class _Follower:
         self._last_logged[trial.id] = trial.iteration
         if trial.ended or last:
             self._tracker.end(self._runs[trial.id], trial.state)
-            self._over.add(trial.id)
+            self._ended_trials.add(trial.id)
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

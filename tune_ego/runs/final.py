@@ -79,7 +79,7 @@ def train_final(
 
 def _test(config: Config, data: str, run: str, gpus: float) -> None:
     """Test a run's final weights in a Ray task with a worker's resources: this machine may have no GPU."""
-    import ray
+    import ray  # late: seconds to import
     from ray.exceptions import RayError
 
     from tune_ego.evaluation.tables import show  # torch

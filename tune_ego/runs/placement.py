@@ -32,7 +32,7 @@ Node = dict[str, float]
 
 def live_nodes() -> list[Node]:
     """Return the resources of each live node of the cluster."""
-    import ray
+    import ray  # late: seconds to import
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
@@ -156,7 +156,7 @@ def _workers_on(config: Config, gpus: float, node: Node) -> int:
 
 def this_node() -> Node:
     """Return the resources of the node of this process."""
-    import ray
+    import ray  # late: seconds to import
 
     name = ray.get_runtime_context().get_node_id()
     return next((node["Resources"] for node in ray.nodes() if node["NodeID"] == name), {})

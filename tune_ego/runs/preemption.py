@@ -24,9 +24,8 @@ _DRIVER_EVERY = 10
 def watch_signals(job: Job, rank: int) -> Iterator[Callable[[], Signal]]:
     """Yield a function that returns the current signal, from the stop file and Ray's preemption notices.
 
-    Rank 0 alone reads them, the stop file in a thread of its own. `Trainer.step` passes the signal to all ranks. The
-    process ends at once, without writing, if another driver has taken the search or run over: that driver starts it
-    again.
+    Rank 0 alone reads them, the stop file in a thread of its own. `Trainer.step` passes the signal to all ranks. If
+    another driver has claimed the folder, the process exits at once and writes nothing: that driver restarts the run.
     """
     ended, stop_requested = threading.Event(), threading.Event()
 

@@ -257,7 +257,7 @@ def check_runs(space: SearchSpace, data: str) -> None:
 
 def _trainable(space: SearchSpace, data: str, root: str, gpus: float, claim: str) -> Callable[..., None]:
     def trial(draw: dict[str, Any]) -> None:
-        from ray.tune.integration.ray_train import TuneReportCallback
+        from ray.tune.integration.ray_train import TuneReportCallback  # in the trial's own process
 
         run = trial_records.run_folder(root, draw["trial"])
         try:

@@ -40,20 +40,29 @@ class Origin(NamedTuple):
     flow: str
 
 
-def check_same_origin(theirs: Origin, ours: Origin, config: Config, source: str, place: str) -> None:
-    """Raise `UserError` where the data at `place` is of another kind than what the weights of `source` were trained on.
+def check_same_origin(trained_on: Origin, data: Origin, config: Config, source: str, place: str) -> None:
+    """Raise `UserError` unless data has the classes, image size and flow method that weights were trained on.
 
     Classes are compared with their order, which is the order of the model's scores.
+
+    Args:
+        trained_on: Data of the weights.
+        data: Data at hand.
+        config: Configuration of the weights.
+        source: Name of the weights in errors.
+        place: Name of the data in errors.
     """
-    if len(theirs.actions) != len(ours.actions):
-        raise UserError(f"{source}: trained on {len(theirs.actions)} classes, not the {len(ours.actions)} of {place}")
-    for number, (before, now) in enumerate(zip(theirs.actions, ours.actions)):
-        if before != now:
-            raise UserError(f"{source}: its class {number} is {before!r}, that of {place} is {now!r}")
-    if tuple(theirs.image_size) != tuple(ours.image_size):
-        raise UserError(f"{source}: trained on {theirs.image_size} images, {place} has {ours.image_size}")
-    if "flow" in config.stream_names and theirs.flow != ours.flow:
-        raise UserError(f"{source}: trained on {theirs.flow} flow, {place} has {ours.flow}")
+    if len(trained_on.actions) != len(data.actions):
+        raise UserError(
+            f"{source}: trained on {len(trained_on.actions)} classes, not the {len(data.actions)} of {place}"
+        )
+    for number, (trained_class, data_class) in enumerate(zip(trained_on.actions, data.actions)):
+        if trained_class != data_class:
+            raise UserError(f"{source}: its class {number} is {trained_class!r}, that of {place} is {data_class!r}")
+    if tuple(trained_on.image_size) != tuple(data.image_size):
+        raise UserError(f"{source}: trained on {trained_on.image_size} images, {place} has {data.image_size}")
+    if "flow" in config.stream_names and trained_on.flow != data.flow:
+        raise UserError(f"{source}: trained on {trained_on.flow} flow, {place} has {data.flow}")
 
 
 def checkpoint_content(
@@ -79,7 +88,7 @@ def checkpoint_content(
 def snapshot(content: Any) -> Any:
     """Return a copy of a checkpoint's content on the CPU that later training steps do not change."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # thousands of small copies: where CPUs are busy, each would wait for its threads
+    torch.set_num_threads(1)  # on busy CPUs, waiting for a thread pool at each of thousands of small copies is slow
     try:
         return _copy(content)
     finally:
@@ -106,10 +115,10 @@ def write_checkpoint(run: str, content: dict[str, Any], keep: Iterable[int] = ()
     """Write a run's checkpoint, and remove all but the last two, the best one and those of the iterations `keep`."""
     iteration = content["iteration"]
     earlier = [saved for saved in checkpoint_iterations(run) if saved < iteration]
-    data, beside = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
-    storage.remove(beside)  # the checksum of a damaged checkpoint
+    data, checksum_uri = to_bytes(content), checkpoint_uri(run, iteration, CHECKSUM_FILE)
+    storage.remove(checksum_uri)  # the checksum of a damaged checkpoint
     storage.write_bytes(checkpoint_uri(run, iteration), data)
-    storage.write_json(beside, checksum(data))
+    storage.write_json(checksum_uri, checksum(data))
     remove_checkpoints(run, keep={iteration, content["best"].get("iteration"), *earlier[-1:], *keep})
 
 
@@ -227,7 +236,8 @@ def load_model_state(model: TwoStream, state: Any, source: str) -> None:
         shapes = [tuple(side[name].shape) if isinstance(side.get(name), Tensor) else "absent" for side in (state, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"{source}: a checkpoint of another model: {name} is {shapes[0]} there, {shapes[1]} in this one"
+                f"{source}: a checkpoint of another model: {name} is {shapes[0]} in the checkpoint, "
+                f"{shapes[1]} in this model"
             )
     model.load_state_dict(state)
 
