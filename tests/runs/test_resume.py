@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,9 @@ def test_a_killed_run_ends_as_one_that_was_not() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["tune", "train"])
-def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, shards: str, command: str) -> None:
+@pytest.mark.parametrize(("command", "receiver"), [("tune", "group"), ("train", "group"), ("train", "driver")])
+def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, shards: str, command: str, receiver: str) -> None:
+    """To the process group, as by `timeout`, systemd, Slurm and container runtimes, or to the driver alone."""
     source = write_space(tmp_path, grace=2000, **{"train.iterations": 2000})
     if command == "train":
         source = str(tmp_path / "config.yaml")
@@ -182,12 +184,21 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, shards: str,
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
         )
         wait_for(lambda: any(root.rglob("checkpoint.json")), 120, process)
         everything = descendants(process.pid)
-        process.send_signal(signal.SIGTERM)
+        before = sorted(root.rglob("checkpoint.json"))
+        if receiver == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
         assert process.wait(timeout=45) == 130
+        print(f"{command}, {receiver}: ended {time.monotonic() - start:.1f} s after SIGTERM")
+    assert sorted(root.rglob("checkpoint.json")) > before  # one at the iteration at which it was stopped
+    assert not (root / "driver.json").exists() and not (root / "stop").exists()
     hint = f"tune-ego resume {root}" if command == "tune" else "the same command"
     assert f"Interrupted. To resume from the last checkpoint, run: {hint}" in (tmp_path / "log").read_text()
     wait_for_end(everything)

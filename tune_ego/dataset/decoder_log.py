@@ -1,4 +1,4 @@
-"""FFmpeg's log about damaged video.
+"""FFmpeg's log about damaged video. Apart from video.py, which is long.
 
 FFmpeg conceals damage: it returns frames with `is_corrupt` false and raises nothing. Only its log reports it, at level
 ERROR ("error while decoding MB"), or at level INFO where errors are concealed without a further message.

@@ -1,4 +1,4 @@
-"""Recognition of files that are stored in the place of another file: failed downloads, pointers, compressed files."""
+"""Recognition of files in the place of a video, gaze or annotation file: failed downloads, pointers, compressed files."""
 
 from __future__ import annotations
 

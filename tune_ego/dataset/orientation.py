@@ -1,4 +1,4 @@
-"""Orientation of a video by its display matrix: phones and head-mounted cameras store frames turned."""
+"""Orientation of a video by its display matrix, as phones write it. Apart from video.py, which is long."""
 
 from __future__ import annotations
 

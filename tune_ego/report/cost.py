@@ -1,4 +1,4 @@
-"""Cost of a search, from the lines that its trials logged."""
+"""Cost of a search, from the lines that its trials logged. Apart from numbers.py, which is long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of trials and configurations, as rows of text for the screen."""
+"""Tables of trials and configurations as rows of text, for `status`, `tune`, the report and the demo."""
 
 from __future__ import annotations
 

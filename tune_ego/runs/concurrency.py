@@ -1,4 +1,4 @@
-"""Number of runs that a Ray cluster has room for at a time."""
+"""Number of runs that a Ray cluster has room for at a time, for searches, final runs and dry runs."""
 
 from __future__ import annotations
 
