@@ -12,6 +12,7 @@ from tune_ego.bench.commands import bench
 from tune_ego.dataset.commands import prepare, synthesize
 from tune_ego.driver_signals import FAILED, INTERRUPTED, EndedInterrupted
 from tune_ego.errors import UserError
+from tune_ego.evaluation.commands import evaluate
 from tune_ego.options import Address, Data, Name, NodeType, Seed, Set, Storage, Track, parse_changes
 from tune_ego.report.commands import report, visualize
 
@@ -280,71 +281,7 @@ def train(
     train_final(resolved, data, run, address, test=evaluate, track=track, node_types=node_type or ())
 
 
-@app.command()
-def evaluate(
-    data: Annotated[
-        str, typer.Option("--data", help="Folder or URI of the shards; with --scores, of EGTEA with its annotations.")
-    ],
-    checkpoint: Annotated[
-        Optional[str],
-        typer.Argument(
-            help="A run (its final weights, or its last checkpoint), a checkpoint's folder or file, or a "
-            "search: all its finished trials."
-        ),
-    ] = None,
-    scores: Annotated[
-        Optional[tuple[str, str]],
-        typer.Option(
-            "--scores",
-            metavar="RGB FLOW",
-            help="Instead of a checkpoint: text files with a row of class scores for each test clip of the split, in "
-            "the order of EGTEA's split file; - for a stream without one.",
-        ),
-    ] = None,
-    split: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1, max=3, help="Official split whose test clips are used; by default the split of the training."
-        ),
-    ] = None,
-    out: Annotated[
-        Optional[str], typer.Option("--out", help="JSON file to write; by default evaluation.json in the run.")
-    ] = None,
-    fusion_weight: Annotated[
-        Optional[float],
-        typer.Option(min=0, max=1, help="Weight of RGB in the fused scores; by default that of the configuration."),
-    ] = None,
-    fusion_sweep: Annotated[
-        bool, typer.Option("--fusion-sweep", help="Print the accuracy for RGB weights from 0 to 1.")
-    ] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Print the published results beside these.")] = False,
-) -> None:
-    """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
-
-    Of a search all finished trials are tested that are not yet: run it again to continue.
-    Reads a checkpoint and shards, or with --scores the scores that another program wrote. Prints accuracies of action,
-    verb and noun, the weakest classes, and the agreement of attention with gaze. Writes these, recalls and confusion
-    matrices to evaluation.json. Costs a forward pass for every 8th frame.
-    """
-    if (checkpoint is None) == (scores is None):
-        raise UserError("evaluate needs a checkpoint or search, or --scores RGB FLOW")
-    from tune_ego.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from tune_ego.evaluation.score_files import evaluate_scores
-    from tune_ego.evaluation.tables import show
-    from tune_ego.evaluation.trials import evaluate_trials, is_search
-
-    if checkpoint is not None and is_search(checkpoint):
-        if out is not None or fusion_sweep or compare:
-            raise UserError("--out, --fusion-sweep and --compare are for one checkpoint, not for a search")
-        evaluate_trials(checkpoint, data, split, fusion_weight)
-        return
-    if checkpoint is not None:
-        result = evaluate_checkpoint(checkpoint, data, split, out, fusion_weight)
-    elif scores is not None:
-        result = evaluate_scores(*scores, data, split, out, fusion_weight)
-    show(result, sweep=fusion_sweep, compare=compare)
-
-
+app.command()(evaluate)
 app.command()(report)
 app.command()(visualize)
 app.add_typer(bench, name="bench")

@@ -110,9 +110,9 @@ def test_the_command_shows_tables_beside_the_published_ones(
     shown = capsys.readouterr().out
     assert f"Test of split 1: {len(labels)} clips, accuracy" in shown and "these scores, fused" in shown
     assert "68.60 %" in shown and "100.0 %" in shown
-    with pytest.raises(UserError, match="needs a checkpoint, or --scores"):
+    with pytest.raises(UserError, match="needs a checkpoint or search, or --scores"):
         app(["evaluate", "--data", str(egtea)], standalone_mode=False)
-    with pytest.raises(UserError, match="needs a checkpoint, or --scores"):
+    with pytest.raises(UserError, match="needs a checkpoint or search, or --scores"):
         app(["evaluate", "run", "--scores", file, "-", "--data", str(egtea)], standalone_mode=False)
     with pytest.raises(UserError, match="one stream at least"):
         app(["evaluate", "--scores", "-", "-", "--data", str(egtea)], standalone_mode=False)

@@ -1,4 +1,4 @@
-"""Recognition of files in the place of a video, gaze or annotation file: failed downloads, pointers, compressed files."""
+"""Recognition of files in the place of videos, gaze or annotations: failed downloads, pointers, compressed files."""
 
 from __future__ import annotations
 
