@@ -231,6 +231,19 @@ def test_the_first_cause_is_shown_with_the_resume_command(
         drive()
 
 
+def test_an_error_that_is_raised_within_compiled_code_keeps_its_cause(tmp_path: Path) -> None:
+    """Python makes a `SystemError` of an exception that a signal handler raises in a function of Cython."""
+
+    def drive(cause: Exception) -> None:
+        with driving(str(tmp_path), "do this"):
+            raise SystemError("returned a result with an exception set") from cause
+
+    with pytest.raises(UserError, match=r"^Ray died\. To resume from the last checkpoint, run: do this$"):
+        drive(ClusterLost("Ray died"))
+    with pytest.raises(SystemError):
+        drive(ValueError("a bug"))
+
+
 def test_a_folder_that_cannot_be_claimed_is_refused_at_once_without_a_resume_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

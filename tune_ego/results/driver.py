@@ -309,10 +309,12 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
             if not claim.held:
                 raise
             end_interrupted(resume_command)
-        except (ClusterLost, StorageError) as error:
-            if not claim.held:  # nothing has begun: there is nothing to resume
+        except (ClusterLost, StorageError, SystemError) as error:
+            # Compiled code of Ray makes a `SystemError` of what `abort` raises in it.
+            cause = error.__cause__ or error.__context__ if isinstance(error, SystemError) else error
+            if not claim.held or not isinstance(cause, UserError):  # nothing to resume, or a fault of another kind
                 raise
-            raise UserError(f"{error}. {_how_to_resume(resume_command)}") from error
+            raise UserError(f"{cause}. {_how_to_resume(resume_command)}") from error
         finally:
             interruption.end()
             claim.release(hide_errors=failed)
