@@ -314,6 +314,8 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
             cause = error.__cause__ or error.__context__ if isinstance(error, SystemError) else error
             if not claim.held or not isinstance(cause, UserError):  # nothing to resume, or a fault of another kind
                 raise
+            if isinstance(cause, FolderLost):
+                raise cause from error
             raise UserError(f"{cause}. {_how_to_resume(resume_command)}") from error
         finally:
             interruption.end()
