@@ -221,6 +221,19 @@ def test_ray_s_own_exit_at_sigterm_is_an_interrupt(monkeypatch: pytest.MonkeyPat
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("given", "words"), [("--address auto", "no Ray cluster answers there"), ("", "its logs: ")])
+def test_an_error_of_ray_s_start_is_one_of_the_user_s(given: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example `auto` without a cluster on this machine."""
+
+    def start(**options: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to.")
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(UserError) as caught:
+        cluster._start(given, {})
+    assert str(caught.value).startswith(given or "Ray does not start here") and words in str(caught.value)
+
+
 def test_the_object_store_is_as_large_as_ray_makes_it(ray_cluster: None) -> None:
     """0.3 of the memory; it was 1 GiB once, and seven feeds wrote 11 GB to disk."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
