@@ -33,7 +33,18 @@ def numbers(root: Path) -> dict[str, Any]:
 
 def test_sections(numbers: dict[str, Any]) -> None:
     assert list(numbers) == [
-        *("report", "experiment", "damaged", "answer", "choices", "trials", "curves", "stopping", "parallel"),
+        *(
+            "report",
+            "experiment",
+            "damaged",
+            "answer",
+            "choices",
+            "repeats",
+            "trials",
+            "curves",
+            "stopping",
+            "parallel",
+        ),
         *("importance", "published", "evaluation", "cost", "reproduce"),
     ]
     assert numbers["report"]["version"] == __version__
