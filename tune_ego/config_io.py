@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -82,6 +82,25 @@ def override_config(config: Config, changes: Mapping[str, Any], source: str) -> 
     for key in changes:
         check_key(key, source)
     return build_config(override(config.model_dump(), changes), source)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return dotted key -> value of the whole configuration."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def different_keys(first: Config, second: Config) -> list[str]:
+    """Return the dotted keys in which two configurations differ."""
+    one, two = flatten(first), flatten(second)
+    return [key for key in one | two if one.get(key) != two.get(key)]
 
 
 def _default_name(part: str) -> str | None:

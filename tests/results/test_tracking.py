@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import tiny_config
 from tests.searches import KnownSearch
+from tune_ego.config_io import flatten
 from tune_ego.errors import UserError
 from tune_ego.results import experiment, tracking
 from tune_ego.results.experiment import METRIC, Trial
-from tune_ego.results.trackers import TensorBoard, flat
+from tune_ego.results.trackers import TensorBoard
 from tune_ego.results.tracking import _Follower, check_trackers, make_trackers, run_tracked, tracked
 from tune_ego.search.tune import start_search
 
@@ -299,7 +300,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(
 
 
 def test_every_value_of_a_configuration_has_its_dotted_key() -> None:
-    values = flat(tiny_config(data__split=2, compute__gpus_per_worker=0.5))
+    values = flatten(tiny_config(data__split=2, compute__gpus_per_worker=0.5))
     some = {key: values[key] for key in ("seed", "model.width", "optimizer.name", "optimizer.betas", "data.split")}
     assert some == {
         "seed": 0,

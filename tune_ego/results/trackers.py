@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import Config
+from tune_ego.config_io import flatten
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
 from tune_ego.results.experiment import METRIC, Trial
@@ -43,19 +43,6 @@ class Tracker(Protocol):
         """Write lines of metrics, each with its `iteration`. Lines that the tracker has already are left out."""
 
     def end(self, run: Any, state: str) -> None: ...
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return dotted key -> value of the whole configuration."""
-
-    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
 
 
 def result_name(root: str) -> str:
@@ -97,7 +84,7 @@ class TensorBoard:
     def end(self, run: Any, state: str) -> None:
         from tensorboardX.summary import hparams
 
-        values = flat(run.trial.config).items()
+        values = flatten(run.trial.config).items()
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values}
         run.file.append((part, 0) for part in hparams(plain, run.last))
         if run.folder != run.target:
@@ -150,7 +137,7 @@ class Mlflow:
             return earlier[0].info.run_id
         tags = {_RUN_TAG: trial.run}
         run = self._client.create_run(self._experiment, run_name=trial.id, tags=tags).info.run_id
-        params = [Param(key, str(value)) for key, value in flat(trial.config).items()]
+        params = [Param(key, str(value)) for key, value in flatten(trial.config).items()]
         for start in range(0, len(params), _PARAMS_A_REQUEST):
             self._client.log_batch(run, params=params[start : start + _PARAMS_A_REQUEST])
         return run
@@ -236,7 +223,7 @@ class WandB:
             project=self._project,
             id=hashlib.sha256(trial.run.encode()).hexdigest()[:16],
             name=trial.id,
-            config=flat(trial.config),
+            config=flatten(trial.config),
             dir=self._folder,
             mode=_wandb_mode(),
             resume="allow",

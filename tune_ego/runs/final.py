@@ -10,7 +10,7 @@ from typing import Any
 from tune_ego import storage
 from tune_ego.cluster import ray_session
 from tune_ego.config import Config
-from tune_ego.config_io import load_config
+from tune_ego.config_io import different_keys, load_config
 from tune_ego.console import console, percent, say
 from tune_ego.dataset.shards import open_shards
 from tune_ego.driver_signals import end_interrupted
@@ -29,6 +29,8 @@ from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, worker_resou
 _READ_EVERY = 1.0
 """Seconds between two reads of the run's files."""
 _RESUME_COMMAND = "the same command"
+_MAY_CHANGE = ("label", "data.cache_dir", "data.cache_gb", "compute.readers", "compute.max_failures")
+"""Keys that change nothing in what a run computes. A run resumes under their new values."""
 
 
 def train_final(
@@ -112,8 +114,12 @@ def _started(run: str) -> Config | None:
 def _check_same_run(config: Config, data: str, run: str) -> None:
     before = _started(run)
     if before is not None:
-        if before != config:
-            raise UserError(f"{run}: the name is already used by a run of another configuration; choose another --name")
+        other = [key for key in different_keys(before, config) if key not in _MAY_CHANGE]
+        if other:
+            raise UserError(
+                f"{run}: the name is already used by a run of another configuration ({', '.join(other)}); choose "
+                f"another --name, or train {storage.join(run, experiment.CONFIG_FILE)} to resume it"
+            )
         record = storage.read_json(storage.join(run, experiment.RUN_FILE))
         if "data_fingerprint" in record:
             check_same_data(open_shards(data), record["data_fingerprint"], run)
