@@ -1,7 +1,8 @@
 """Every command of the README and of docs/, run on a tiny data set in the order in which a user would run them.
 
 Places are replaced (a bucket by a folder) and sizes are reduced; all else is as the pages have it. Commands that need a
-cluster are marked so on their page. Benchmarks take minutes each: tests/bench/ runs their parts.
+cluster are marked so on their page. Benchmarks take minutes each: tests/bench/ runs their parts. The commands of
+`reproduce` are in tests/test_reproduction.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ADDED = {
 }
 ORDER = ["synthesize", "prepare", "inspect", "tune", "resume", "export", "train", "evaluate", "status", "report"]
 ORDER += ["visualize"]
-ELSEWHERE = ["bench", "demo"]
+ELSEWHERE = ["bench", "demo", "reproduce"]
 
 
 def local(words: list[str], clip: str) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace, as_tup
 from tune_ego.space_schema import Entry, SchedulerEntry, SpaceFile, validated
 from tune_ego.yaml_files import parse_yaml
 
+_COUNTS = ("samples", "repeats")
+"""Keys beside the base that `changes` may hold."""
 _CHECKED_CONDITIONS = 20_000
 """Combinations of values that conditions depend on, at most, that are checked before a search starts."""
 
@@ -32,9 +34,10 @@ def find_space(name: str) -> str:
 
 
 def load_space(name: str, changes: dict[str, Any] | None = None) -> SearchSpace:
-    """Read and check a search space; `changes` (dotted key -> value) replace values of its base.
+    """Read and check a search space.
 
-    Raises `UserError` that names the file, the key and what is allowed.
+    `changes` (dotted key -> value) replace values of its base, and `samples` and `repeats`. Raises `UserError` that
+    names the file, the key and what is allowed.
     """
     path = find_space(name)
     try:
@@ -52,9 +55,11 @@ def parse_space(text: str, source: str, changes: dict[str, Any] | None = None, *
     content = parse_yaml(text, source)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{source}: expected the keys {', '.join(SpaceFile.model_fields)}")
+    changes = changes or {}
+    content = {**content, **{key: changes[key] for key in _COUNTS if key in changes}}
     empty = [key for key in ("base", "space", "scheduler") if key in content and content[key] is None]
     file = validated(SpaceFile, {key: value for key, value in content.items() if key not in empty}, source)
-    base = _changed_base(file, source, changes or {})
+    base = _changed_base(file, source, {key: value for key, value in changes.items() if key not in _COUNTS})
     branches = _read_branches(file, source)
     config = build_config(base, f"{source}: base")
     if not isinstance(config.compute.workers, int):

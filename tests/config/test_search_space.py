@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tune_ego.config import Config
+from tune_ego.config import Config, MultiStepConfig, SGDConfig
 from tune_ego.errors import UserError
 from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace
 from tune_ego.space_io import find_space, load_space, parse_space
@@ -18,6 +18,8 @@ SHIPPED = {
     "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
     "demo": (4, SchedulerSettings("asha", 32, 2, 3, False)),
     "full": (64, SchedulerSettings("asha", 150, 3, 3, False)),
+    "lu": (2, SchedulerSettings("fifo", 250, 3, 3, False)),
+    "lu_o": (1, SchedulerSettings("fifo", 250, 3, 3, False)),
     "optimizer": (24, SchedulerSettings("asha", 100, 3, 3, False)),
     "stam_depth": (20, SchedulerSettings("asha", 200, 3, 3, False)),
     "table1": (4, SchedulerSettings("fifo", 250, 3, 3, False)),
@@ -96,6 +98,21 @@ def test_table1_is_the_papers() -> None:
     batches = {label: (c.train.batch_size, c.train.accumulate) for label, c in rows.items()}
     assert batches.pop("lu_original") == (48, 4)  # 12 a pass, as in Lu's code
     assert set(batches.values()) == {(12, 1)}
+
+
+def test_lu_s_rows_are_hers() -> None:
+    """Both streams; 12 samples a pass and 4 passes a step, as in the released code."""
+    rows = {config.label: config for name in ("lu_o", "lu") for config in configurations(load_space(name))}
+    assert {label: (c.model.stam_depth, c.loss.gaze_weight) for label, c in rows.items()} == {
+        "lu_o": (0, 0.1),
+        "lu_v": (1, 0),
+        "lu_a": (1, 0.1),
+    }
+    for config in rows.values():
+        assert (config.streams, config.train.precision) == ("both", "off")
+        assert (config.train.batch_size, config.train.accumulate, config.train.iterations) == (48, 4, 3000)
+        assert config.optimizer == SGDConfig(lr=0.1, momentum=0.9, weight_decay=1e-7)
+        assert config.schedule == MultiStepConfig(milestones=(300, 1000), gamma=0.1)
 
 
 def test_all_that_a_space_can_say_is_read() -> None:
@@ -297,6 +314,10 @@ def test_set_changes_the_base_and_nothing_that_is_searched() -> None:
     space = load_space("demo", {"train.iterations": 50})
     assert space.base["train"] == {"iterations": 50, "batch_size": 8, "validate_every": 32, "log_every": 8}
     assert [config.train.iterations for config in configurations(space)] == [50] * 4
+    larger = parse_space("samples: 2\nspace: {label: {choice: [a, b]}}", "s.yaml", {"repeats": 3, "samples": 4})
+    assert (larger.samples, larger.repeats, larger.trials) == (4, 3, 12)
+    with pytest.raises(UserError, match=r"s.yaml: repeats: .*, found 0"):
+        parse_space("samples: 2", "s.yaml", {"repeats": 0})
     with pytest.raises(UserError) as caught:
         parse_space("space: {seed: 1}", "s.yaml", {"label": "x", "seed": 2})
     assert str(caught.value) == "--set seed: s.yaml searches this key; change it there"
@@ -313,7 +334,8 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
     with pytest.raises(UserError) as caught:
         load_space("nosuch")
     assert str(caught.value) == (
-        "nosuch: no such file, nor a shipped search space (activation, demo, full, optimizer, stam_depth, table1)"
+        "nosuch: no such file, nor a shipped search space "
+        "(activation, demo, full, lu, lu_o, optimizer, stam_depth, table1)"
     )
     for text, message in (("samples: 0", "samples: Input should be"), ("a: [", "not valid YAML: while parsing")):
         Path("wrong.yaml").write_text(text)

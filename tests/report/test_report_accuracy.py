@@ -19,7 +19,7 @@ from tune_ego.config_io import dump_config, override_config
 from tune_ego.errors import UserError
 from tune_ego.report.accuracy import evaluation_numbers, read_evaluation
 from tune_ego.report.page import SECTIONS
-from tune_ego.report.reproduce import reproduction
+from tune_ego.report.provenance import reproduction
 from tune_ego.report.write import write_report
 from tune_ego.results.reading import read_experiment
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tune_ego import storage
@@ -18,12 +20,18 @@ def is_search(uri: str) -> bool:
     return storage.exists(storage.join(uri, EXPERIMENT_FILE))
 
 
-def evaluate_trials(root: str, data: str, split: int | None = None, fusion_weight: float | None = None) -> None:
+def evaluate_trials(
+    root: str,
+    data: str,
+    split: int | None = None,
+    fusion_weight: float | None = None,
+    call: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]] = lambda work: work(),
+) -> None:
     """Test the last checkpoint of each finished trial, as `evaluate` does; print the accuracies.
 
     Each result is the `evaluation.json` of the trial's run. A trial whose result is there already, for the same
-    checkpoint, split and fusion weight, is not tested again. The arguments are those of `evaluate`. Raises `UserError`
-    where no trial has finished.
+    checkpoint, split and fusion weight, is not tested again. The arguments are those of `evaluate`; `call` calls a
+    function that tests one trial, here or on another machine. Raises `UserError` where no trial has finished.
     """
     search = read_experiment(root)
     say_damaged(search)
@@ -35,7 +43,7 @@ def evaluate_trials(root: str, data: str, split: int | None = None, fusion_weigh
         result = _earlier_result(trial, split, fusion_weight)
         if result is None:
             say(f"{trial.id}: trial {number} of {len(finished)}")
-            result = evaluate(trial.run, data, split, None, fusion_weight)
+            result = call(partial(evaluate, trial.run, data, split, None, fusion_weight))
         names = [name for name in ("rgb", "flow", "fused") if name in result]
         accuracies = [percent(result[name]["mean_class_accuracy"]) for name in names]
         rows.append([trial.id, str(result["iteration"]), ", ".join(map(" ".join, zip(names, accuracies)))])

@@ -16,8 +16,8 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
+from tune_ego.report.provenance import reproduction
 from tune_ego.report.repeats import repeats_numbers
-from tune_ego.report.reproduce import reproduction
 from tune_ego.report.stopping import stopping_numbers
 from tune_ego.results.experiment import METRIC, Configuration, Experiment, Trial, by_configuration
 from tune_ego.results.tables import config_value

@@ -43,6 +43,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "percent": lambda value: f"{100 * value:.1f} %",
     "fine": lambda value: f"{100 * value:.2f} %",
     "points": lambda value: f"{100 * value:.1f}",
+    "signed": lambda value: f"{100 * value:+.1f}",
     "count": lambda value: f"{value:,}",
     "plain": str,
     "hours": lambda value: f"{value:.2f} h" if value >= 1 else f"{60 * value:.1f} min",
@@ -80,6 +81,11 @@ def render_comparison(numbers: dict[str, Any]) -> str:
     """Return the page that compares two experiments as HTML; `numbers` is the result of `write_comparison`."""
     figures = {"distributions": Markup(charts.distributions(numbers["experiments"]))}
     return _page("comparison.html.jinja", numbers, sections=COMPARED, figures=figures)
+
+
+def render_reproduction(numbers: dict[str, Any]) -> str:
+    """Return the page of published results beside ours; `numbers` is the result of `reproduction_numbers`."""
+    return _page("reproduction.html.jinja", numbers)
 
 
 def _page(template: str, numbers: dict[str, Any], **variables: Any) -> str:

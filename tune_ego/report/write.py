@@ -10,7 +10,9 @@ from tune_ego.errors import UserError
 from tune_ego.report import page
 from tune_ego.report.accuracy import read_evaluation
 from tune_ego.report.numbers import experiment_numbers
+from tune_ego.report.published import reproduction_numbers
 from tune_ego.results.checkpoint_files import MODEL_FILE
+from tune_ego.results.experiment import Experiment
 from tune_ego.results.reading import read_experiment
 
 _HTML = ".html"
@@ -84,6 +86,14 @@ def write_comparison(roots: tuple[str, str], out: str = "report.html") -> dict[s
     return numbers
 
 
+def write_reproduction(searches: list[Experiment], out: str) -> dict[str, Any]:
+    """Write the page of published results beside those of these searches, and its numbers; return the numbers."""
+    numbers_out = _numbers_file(out)
+    numbers = reproduction_numbers(searches)
+    _write_page(out, numbers_out, page.render_reproduction(numbers), numbers)
+    return numbers
+
+
 def _best_values(pair: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the best configurations' values of each parameter that either experiment searched.
 
@@ -144,7 +154,7 @@ def _is_report(uri: str) -> bool:
         content = storage.read_json(uri)
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and not {"report", "experiments"}.isdisjoint(content)
+    return isinstance(content, dict) and not {"report", "experiments", "searches"}.isdisjoint(content)
 
 
 def _write_page(out: str, numbers_out: str, text: str, numbers: dict[str, Any]) -> None:

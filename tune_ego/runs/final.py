@@ -13,8 +13,7 @@ from tune_ego.config import Config
 from tune_ego.config_io import different_keys, load_config
 from tune_ego.console import console, percent, say
 from tune_ego.dataset.shards import open_shards
-from tune_ego.driver_signals import end_interrupted
-from tune_ego.errors import UserError, user_error_in
+from tune_ego.errors import UserError
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.checkpoint_files import last_whole_iteration
 from tune_ego.results.driver import DRIVER_FILE, claim_id, driving, refuse_driven, stop_uri
@@ -24,7 +23,8 @@ from tune_ego.results.tracking import check_trackers, run_tracked
 from tune_ego.runs.concurrency import runs_at_a_time
 from tune_ego.runs.job import Job
 from tune_ego.runs.launch import check_same_data, fit, resolve_run
-from tune_ego.runs.placement import cluster_nodes, gpus_per_worker, worker_resources
+from tune_ego.runs.placement import cluster_nodes, gpus_per_worker
+from tune_ego.runs.worker_task import call_on_worker
 
 _READ_EVERY = 1.0
 """Seconds between two reads of the run's files."""
@@ -80,29 +80,16 @@ def train_final(
 
 
 def _test(config: Config, data: str, run: str, gpus: float) -> None:
-    """Test a run's final weights in a Ray task with a worker's resources: this machine may have no GPU."""
-    import ray  # late: seconds to import
-    from ray.exceptions import RayError
-
+    """Test a run's final weights."""
     from tune_ego.evaluation.tables import show  # torch
-    from tune_ego.training.hardware import set_up_torch
 
     def work() -> dict[str, Any]:
         from tune_ego.evaluation.evaluate import evaluate  # torch
 
-        set_up_torch(config, gpus)
         return evaluate(run, data)
 
-    resources = worker_resources(config, gpus)
     say(f"Testing on the test clips of split {config.data.split}")
-    try:
-        task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(work)
-        result = ray.get(task.remote())
-    except KeyboardInterrupt:
-        end_interrupted(_RESUME_COMMAND)
-    except RayError as error:
-        raise user_error_in(error) or error from error
-    show(result)
+    show(call_on_worker(work, config, gpus, _RESUME_COMMAND))
 
 
 def _started(run: str) -> Config | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import datetime, timezone
 from typing import Any
 
@@ -48,11 +48,13 @@ def start_search(
     *,
     track: Sequence[str] = (),
     node_types: Sequence[str] = (),
+    resume_command: str = "",
 ) -> Experiment:
     """Run a new search in the folder or URI `root`. Raises `UserError` where the folder is in use.
 
     `changes` are keys of the search space set on the command line. `track` names the trackers
-    (`tracking.make_trackers`) that record the trials.
+    (`tracking.make_trackers`) that record the trials. `resume_command` is printed if the search was interrupted;
+    `tune-ego resume` by default.
     """
     check_trackers(track, root)
     space, changes = resolved_space(space_name, changes, seed)
@@ -87,7 +89,7 @@ def start_search(
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
         }
-        return _drive(Experiment(root, spec, []), address)
+        return _drive(Experiment(root, spec, []), address, resume_command)
 
 
 def resume_search(
@@ -99,11 +101,13 @@ def resume_search(
     samples: int | None = None,
     iterations: int | None = None,
     concurrent: int | None = None,
+    resume_command: str = "",
 ) -> Experiment:
     """Resume a search: unfinished trials from their last checkpoint; trials that have ended stay as they are.
 
     `data` is the new place of the shards if they were moved. With more `samples` further configurations are drawn. With
     more `iterations` finished trials continue to the new budget; trials that the scheduler stopped stay stopped.
+    `resume_command` is that of `start_search`.
     """
     search = reading.read_experiment(root)
     if search.spec["version"] != __version__:
@@ -135,7 +139,7 @@ def resume_search(
     driver.refuse_driven(search.root)
     with ray_session(address):
         _decide_gpus(resumed, address, node_types)
-        return _drive(resumed, address, again)
+        return _drive(resumed, address, resume_command, again)
 
 
 def _checked_data(search: Experiment, data: str | None) -> str:
@@ -170,13 +174,13 @@ def _resume_note(trial: Trial) -> str:
     return ", starts from scratch" if saved is None else f", resumes from iteration {saved}"
 
 
-def _drive(search: Experiment, address: str | None, again: set[str] = frozenset()) -> Experiment:  # type: ignore[assignment]
+def _drive(search: Experiment, address: str | None, resume_command: str, again: Set[str] = frozenset()) -> Experiment:
     """Run the trials of a search that have not ended, and trials in one of the states `again`."""
     root, spec, space = search.root, search.spec, search.space
     config, gpus = any_config(space), spec["gpus_per_worker"]
     nodes = cluster_nodes(address, spec.get("node_types", ()))
     at_a_time = runs_at_a_time(config, gpus, nodes, space.trials, spec["concurrent"])
-    resume_command = shlex.join(["tune-ego", "resume", root])
+    resume_command = resume_command or shlex.join(["tune-ego", "resume", root])
     with driver.driving(root, resume_command) as interruption:
         records = TrialRecords(root)
         records.reopen(again)  # before the budget is raised: a trial that has finished with less is taken for damaged
