@@ -20,8 +20,8 @@ from tune_ego.own_cluster import ended_processes, own_cluster, ray_folder
 # Seconds.
 _ANSWER_WITHIN = 4.0
 """To connect to a cluster's address, and for its first answer."""
-_HEALTHY_WITHIN = 10.0
-"""For a cluster's answer to a real request, with the start of the process that makes it."""
+_HEALTHY_WITHIN = 14.0
+"""For both, and for a cluster's answer to a real request, with the start of the process that makes it."""
 _STARTS_WITHIN = 120.0
 """For Ray to start on this machine, or to connect."""
 _CHECK_EVERY = 2.0
@@ -83,10 +83,11 @@ def check_address(address: str | None) -> str:
     host, separator, port = rest.rpartition(":")
     if not separator or not port.isdecimal():
         raise UserError(f"{given}: not an address; write auto, HOST:PORT or ray://HOST:PORT")
+    end = time.monotonic() + _HEALTHY_WITHIN
     reason = _refusal(host.strip("[]"), int(port))
     if not reason and os.environ.get("RAY_USE_TLS") != "1":  # with TLS Ray itself has the certificates
         answers = ray_private.client_server_refusal if scheme == "ray" else ray_private.cluster_refusal
-        reason = answers(rest, _HEALTHY_WITHIN)
+        reason = answers(rest, end - time.monotonic())
     if reason:
         raise UserError(f"{given}: no Ray cluster answers there ({reason})")
     return given

@@ -31,48 +31,77 @@ _LONGEST_PAUSE = 10.0
 _NO_RETRY_HELPS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _no_check() -> None:
+    """Allow a further attempt to write."""
+
+
 _patience = 0.0
+_check_before_writing_again: Callable[[], None] = _no_check
+_this_thread = threading.local()
+"""Has the attribute `tries` while a function tries again in this thread."""
 
 
 @contextmanager
-def patience(seconds: float = _PATIENCE) -> Iterator[None]:
+def patience(seconds: float = _PATIENCE, before_writing_again: Callable[[], None] = _no_check) -> Iterator[None]:
     """Try failing reads and writes again for so many seconds while the body runs, in all threads of this process.
 
     A full disk, a lost mount or an object store that is overloaded may be back within this time.
+    `before_writing_again` is called before each further attempt to write; what it raises ends the attempts.
     """
-    global _patience
-    before, _patience = _patience, seconds
+    global _patience, _check_before_writing_again
+    before = _patience, _check_before_writing_again
+    _patience, _check_before_writing_again = seconds, before_writing_again
     try:
         yield
     finally:
-        _patience = before
+        _patience, _check_before_writing_again = before
 
 
-def _patient(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function try again under `patience`, with pauses of 0.5 s, 1 s, 2 s, ..., 10 s."""
+def _patient(*, writes: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function try again under `patience`, with pauses of 0.5 s, 1 s, 2 s, ..., 10 s.
 
-    @functools.wraps(function)
-    def with_patience(*arguments: P.args, **named: P.kwargs) -> R:
-        end, pause, said = time.monotonic() + _patience, 0.5, False
-        while True:
+    A call within such a call is made once: the outer one tries again.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def with_patience(*arguments: P.args, **named: P.kwargs) -> R:
+            if getattr(_this_thread, "tries", False):
+                return function(*arguments, **named)
+            _this_thread.tries = True
             try:
-                result = function(*arguments, **named)
-            except (OSError, StorageError) as error:
-                cause = error.__cause__ if isinstance(error, StorageError) else error
-                left = end - time.monotonic()
-                if left <= 0 or isinstance(cause, _NO_RETRY_HELPS):
-                    raise
-                if not said:
-                    say(f"{arguments[0]}: {describe_error(cause or error)}; trying again for {left:.0f} s")
-                    said = True
-                time.sleep(min(pause, left))
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            if said:
-                say(f"{arguments[0]}: can be reached again")
-            return result
+                return _try_patiently(lambda: function(*arguments, **named), arguments[0], writes=writes)
+            finally:
+                _this_thread.tries = False
 
-    return with_patience
+        return with_patience
+
+    return decorate
+
+
+def _try_patiently(call: Callable[[], R], uri: object, *, writes: bool) -> R:
+    end, pause, failed = time.monotonic() + _patience, 0.5, False
+    while True:
+        try:
+            if failed and writes:
+                _check_before_writing_again()
+            result = call()
+        except (OSError, StorageError) as error:
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            left = end - time.monotonic()
+            if left <= 0 or isinstance(cause, _NO_RETRY_HELPS):
+                raise
+            if not failed:
+                say(f"{uri}: {describe_error(cause or error)}; trying again for {left:.0f} s")
+                failed = True
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        if failed:
+            say(f"{uri}: can be reached again")
+        return result
 
 
 def _interruptible(function: Callable[P, R]) -> Callable[P, R]:
@@ -184,21 +213,21 @@ def describe_error(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}..."
 
 
-@_patient
+@_patient()
 @_interruptible
 def exists(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
-@_patient
+@_patient()
 @_interruptible
 def is_file(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
-@_patient
+@_patient(writes=True)
 def remove(uri: str | Path) -> None:
     """Delete a file, if it exists."""
     if is_file(uri):
@@ -213,7 +242,7 @@ def remove_folder(uri: str | Path) -> None:
         filesystem.delete_dir(path)
 
 
-@_patient
+@_patient()
 @_interruptible
 def list_names(uri: str | Path) -> list[str]:
     """Return the names directly below a folder, sorted; an absent folder has none."""
@@ -237,7 +266,7 @@ def find_files(uri: str | Path, suffix: str | tuple[str, ...]) -> list[SourceFil
     ]
 
 
-@_patient
+@_patient()
 @_interruptible
 def read_bytes(uri: str | Path, size: int | None = None) -> bytes:
     """Read a whole file, or its first `size` bytes."""
@@ -250,7 +279,7 @@ def read_text(uri: str | Path) -> str:
     return read_bytes(uri).decode()
 
 
-@_patient
+@_patient(writes=True)
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Write a whole file atomically: no reader sees a part of it. Raises `StorageError` where writing fails.
 

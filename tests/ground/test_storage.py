@@ -354,3 +354,31 @@ def test_a_uri_with_options_is_refused(uri: str) -> None:
     """Names are appended to it: all files would be one object."""
     with pytest.raises(UserError, match=r"a URI with options \(\?\.\.\.\) is not supported"):
         storage.join_name(uri, "a")
+
+
+def test_what_checks_before_a_further_write_ends_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[str] = []
+
+    def refuse() -> None:
+        checks.append("asked")
+        raise UserError("lost")
+
+    def fail(uri: str) -> Any:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "a").write_text("former")
+    with storage.patience(20, refuse):
+        storage.write_text(tmp_path / "b", "x")
+        assert not checks  # the first attempt needs no check
+        monkeypatch.setattr(storage, "resolve", fail)
+        with pytest.raises(UserError, match=r"^lost$"):
+            storage.write_text(tmp_path / "a", "x")
+        with pytest.raises(UserError, match=r"^lost$"):
+            storage.remove(tmp_path / "a")
+    assert checks == ["asked"] * 2 and (tmp_path / "a").read_text() == "former"
+    start = time.monotonic()
+    with storage.patience(0.7, refuse), pytest.raises(OSError, match="Input/output error"):
+        storage.exists(tmp_path / "a")  # reading harms nobody
+    with storage.patience(0.7), pytest.raises(OSError, match="Input/output error"):
+        storage.remove(tmp_path / "a")  # within it, `is_file` is called once an attempt
+    assert len(checks) == 2 and time.monotonic() - start < 3

@@ -186,6 +186,59 @@ def test_a_driver_whose_folder_was_taken_over_ends_and_writes_nothing_more(
     assert (tmp_path / "stop").exists()
 
 
+def test_a_driver_that_was_taken_over_unnoticed_leaves_the_files_of_the_other(tmp_path: Path) -> None:
+    """It was suspended, and ends before its next heartbeat: by itself, and at a signal."""
+    with driving(str(tmp_path), ""):
+        write_driver(tmp_path, id="other")
+        (tmp_path / "stop").write_text("of the other")
+    assert json.loads((tmp_path / "driver.json").read_text())["id"] == "other"
+    assert (tmp_path / "stop").read_text() == "of the other"
+    (tmp_path / "stop").unlink()
+    (tmp_path / "driver.json").unlink()
+    with driving(str(tmp_path), "") as interruption:
+        write_driver(tmp_path, id="other")
+        signal.raise_signal(signal.SIGTERM)
+        interruption.end()
+    assert not (tmp_path / "stop").exists() and (tmp_path / "driver.json").exists()
+
+
+def test_a_write_that_is_tried_again_is_not_made_in_a_folder_that_was_lost_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[OSError] = []
+    fsync = os.fsync
+
+    def fail(number: int) -> None:
+        if left:
+            write_driver(tmp_path, id="other")
+            raise left.pop()
+        fsync(number)
+
+    def drive() -> None:
+        with driving(str(tmp_path), ""):
+            monkeypatch.setattr(os, "fsync", fail)
+            left.append(OSError(5, "Input/output error"))
+            storage.write_text(tmp_path / "trials.json", "late")
+
+    (tmp_path / "trials.json").write_text("of the other")
+    with pytest.raises(FolderLost):
+        drive()
+    assert (tmp_path / "trials.json").read_text() == "of the other"
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmounted disk: the folder is empty, or not there."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
+
+    def drive() -> None:
+        with driving(str(tmp_path / "search"), "do this"):
+            (tmp_path / "search" / "driver.json").unlink()
+            time.sleep(30)
+
+    with pytest.raises(UserError, match=r"search: the folder is gone or empty: .*\. To resume .*, run: do this$"):
+        drive()
+
+
 def test_a_driver_that_was_suspended_reads_its_claim_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,9 +265,9 @@ def test_a_driver_that_was_suspended_reads_its_claim_before_it_writes(
         drive()
 
 
-@pytest.mark.parametrize("error", [ClusterLost("Ray died"), StorageError("disk full")])
+@pytest.mark.parametrize("error", [ClusterLost("Ray died"), StorageError("disk full"), OSError("not read")])
 def test_the_first_cause_is_shown_with_the_resume_command(
-    tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever fails while the driver leaves."""
     words = f"^{error}. To resume from the last checkpoint, run: do this$"

@@ -26,6 +26,7 @@ from tune_ego.results.experiment import (
     learning_rates,
     read_failure,
     read_metrics,
+    read_run_record,
     write_failure,
     write_metrics,
 )
@@ -166,6 +167,30 @@ def test_files_of_a_run_read_back(tmp_path: Path) -> None:
     write_failure(run, Failure("nan", final=True))
     assert storage.read_json(tmp_path / "failure.json") == {"reason": "nan", "final": True}
     assert read_failure(run) == Failure("nan", True)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"reason": "x"', "[]", "{}", '{"reason": 1, "final": true}', '{"reason": "x", "final": 1}', "\xff"]
+)
+def test_a_damaged_failure_is_none_and_this_is_said(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failure.json").write_bytes(text.encode("latin-1"))
+    assert read_failure(str(tmp_path)) is None
+    assert capsys.readouterr().out == f"{tmp_path}/failure.json: damaged, and ignored\n"
+
+
+@pytest.mark.parametrize("text", ['{"data": "x"', "[]", "{}", '{"data": 1}', '{"data": "x", "resumed_with": [1]}'])
+def test_a_damaged_record_of_a_run_is_none_and_this_is_said(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_run_record(str(tmp_path)) is None
+    (tmp_path / "run.json").write_text(text)
+    assert read_run_record(str(tmp_path)) is None
+    assert capsys.readouterr().out == f"{tmp_path}/run.json: damaged, and ignored\n"
+    whole = {"data": "x", "data_fingerprint": "y", "version": "0.1.0", "resumed_with": ["0.2.0"], "later": 3}
+    storage.write_json(tmp_path / "run.json", whole)
+    assert read_run_record(str(tmp_path)) == whole
 
 
 def test_decisions_of_a_search_are_in_the_order_of_their_making(tmp_path: Path) -> None:

@@ -166,15 +166,15 @@ def _best_config(search: Experiment) -> Config | None:
 
 def _open_run(uri: str) -> _Run | None:
     """Read the run in a folder; None where the folder has no readable configuration."""
-    config_uri, run_uri = (storage.join(uri, file) for file in (experiment.CONFIG_FILE, experiment.RUN_FILE))
+    config_uri = storage.join(uri, experiment.CONFIG_FILE)
     if not storage.is_file(config_uri):
         return None
     try:
         config = load_config(config_uri)
-        content = storage.read_json(run_uri) if storage.is_file(run_uri) else None
     except UserError:
         return None
-    return _Run(uri, config, content.get("data") if isinstance(content, dict) else None)
+    record = experiment.read_run_record(uri)
+    return _Run(uri, config, record["data"] if record is not None else None)
 
 
 def _config_differences(run: _Run, search: Experiment, best: Config) -> list[str]:

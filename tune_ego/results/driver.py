@@ -103,11 +103,16 @@ class Interruption:
         self._event.set()
         say(f"Interrupted: writing checkpoints, {_CHECKPOINTS_WITHIN:.0f} s at most; interrupt again to end at once")
         # In a thread: a signal handler should not wait for an object store.
-        self._writer = threading.Thread(target=storage.write_text, args=(stop_uri(self._root), ""), daemon=True)
+        self._writer = threading.Thread(target=self._write_stop, daemon=True)
         self._writer.start()
         self._timer = threading.Timer(_CHECKPOINTS_WITHIN, _thread.interrupt_main)
         self._timer.daemon = True
         self._timer.start()
+
+    def _write_stop(self) -> None:
+        """Write the stop file, unless it would stop the runs of another driver."""
+        if not (self._root in _claims and is_taken_over(self._root, claim_id(self._root))):
+            storage.write_text(stop_uri(self._root), "")
 
     def end(self) -> None:
         """Cancel the time limit of the checkpoints, and wait for the stop file, which would else appear later."""
@@ -154,7 +159,7 @@ class _Claim:
         storage.write_json(self._uri, self._record)
 
     def confirm(self, after: float) -> None:
-        """Raise `FolderLost` if another driver has taken the folder over.
+        """Raise `FolderLost` if another driver has taken the folder over, `StorageError` if the folder is gone.
 
         The file is read if this was last confirmed more than `after` seconds ago: a process that was suspended, or
         could not reach its storage, does not know.
@@ -162,6 +167,8 @@ class _Claim:
         with self._lock:
             if not self.lost and time.monotonic() - self._confirmed >= after:
                 record = _record(self.root)
+                if record is None and not storage.list_names(self.root):
+                    raise StorageError(f"{self.root}: the folder is gone or empty: removed, or not mounted any more?")
                 self.lost = record is None or record["id"] != self.id
                 self._confirmed = time.monotonic()
         if self.lost:
@@ -206,7 +213,8 @@ class _Claim:
                 raise
 
     def remove_files(self) -> None:
-        if not self.lost:
+        """Remove the files of the driver unless the folder is lost, also where this is not known yet."""
+        if not self.lost and not is_taken_over(self.root, self.id):
             for file in (DRIVER_FILE, STOP_FILE):
                 storage.remove(storage.join(self.root, file))
 
@@ -302,21 +310,23 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
             storage.remove(stop_uri(root))
             storage.remove_partial(root)
             threading.Thread(target=claim.keep, daemon=True).start()
-            with last_act(leave), storage.patience():
+            with last_act(leave), storage.patience(before_writing_again=lambda: claim.confirm(after=0.0)):
                 yield interruption
             failed = False
         except (KeyboardInterrupt, Interrupted):
             if not claim.held:
                 raise
             end_interrupted(resume_command)
-        except (ClusterLost, StorageError, SystemError) as error:
+        except (ClusterLost, StorageError, SystemError, OSError) as error:
             # Compiled code of Ray makes a `SystemError` of what `abort` raises in it.
             cause = error.__cause__ or error.__context__ if isinstance(error, SystemError) else error
-            if not claim.held or not isinstance(cause, UserError):  # nothing to resume, or a fault of another kind
+            # Else there is nothing to resume, or it is a fault of another kind.
+            if not claim.held or not isinstance(cause, (UserError, OSError)):
                 raise
             if isinstance(cause, FolderLost):
                 raise cause from error
-            raise UserError(f"{cause}. {_how_to_resume(resume_command)}") from error
+            text = str(cause) if isinstance(cause, UserError) else storage.describe_error(cause)
+            raise UserError(f"{text}. {_how_to_resume(resume_command)}") from error
         finally:
             interruption.end()
             claim.release(hide_errors=failed)

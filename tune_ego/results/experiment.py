@@ -13,8 +13,11 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from tune_ego import __version__, storage
 from tune_ego.config import Config
+from tune_ego.console import say_once
 from tune_ego.errors import UserError
 from tune_ego.results import trial_records
 from tune_ego.results.decisions import Decision
@@ -118,14 +121,44 @@ class Failure(NamedTuple):
 
 
 def read_failure(run: str) -> Failure | None:
-    """Return the recorded failure of a run, or None."""
-    uri = storage.join(run, FAILURE_FILE)
-    return Failure(**storage.read_json(uri)) if storage.exists(uri) else None
+    """Return the recorded failure of a run, or None. A damaged record is none, and a printed line says so."""
+    record = _read_record(storage.join(run, FAILURE_FILE), _FailureRecord)
+    return None if record is None else Failure(**record)
 
 
 def write_failure(run: str, failure: Failure) -> None:
     """Record the failure of a run."""
     storage.write_json(storage.join(run, FAILURE_FILE), failure._asdict())
+
+
+def read_run_record(run: str) -> dict[str, Any] | None:
+    """Return the content of a run's `run.json`, or None. A damaged one is none, and a printed line says so."""
+    return _read_record(storage.join(run, RUN_FILE), _RunRecord)
+
+
+class _FailureRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    reason: str
+    final: bool
+
+
+class _RunRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    data: str
+    data_fingerprint: str = ""
+    version: str = ""
+    resumed_with: tuple[str, ...] = Field((), strict=False)
+
+
+def _read_record(uri: str, model: type[BaseModel]) -> dict[str, Any] | None:
+    """Return the content of a JSON file that fits a model, without the model's defaults; else None."""
+    if not storage.exists(uri):
+        return None
+    try:
+        return model.model_validate(storage.read_json(uri)).model_dump(mode="json", exclude_unset=True)
+    except (UserError, ValidationError):
+        say_once(f"{uri}: damaged, and ignored")
+        return None
 
 
 _COLLAPSED = 1e-3  # share of the initial learning rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -228,7 +229,8 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
         return [("run", "starts" if state == "running" else f"{state}; nothing is logged"), ("results", run)]
     last, total = lines[-1], config.train.iterations
     rows = [] if state == "running" else [("run", state)]
-    rows += [("iteration", f"{last['iteration']:,} of {total:,}"), ("training loss", f"{last['train_loss']:.3f}")]
+    rows.append(("iteration", f"{last['iteration']:,} of {total:,}"))
+    rows.append(("training loss", f"{last.get('train_loss', math.nan):.3f}"))
     validated = [line for line in lines if METRIC in line]
     if validated:
         best = max(validated, key=lambda line: line[METRIC])
@@ -241,8 +243,8 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
         memory = f", {last[GPU_BYTES] / 2**30:.1f} GiB of GPU memory" if GPU_BYTES in last else ""
         rows.append(("speed", f"{1 / pace.seconds:.2f} iterations/s, {pace.clips_per_second:.1f} clips/s{memory}"))
         rows.append(("left, about", duration((total - last["iteration"]) * pace.seconds)))
-    uri = storage.join(run, experiment.RUN_FILE)
-    if storage.exists(uri) and (versions := experiment.describe_versions(storage.read_json(uri))):
+    record = experiment.read_run_record(run)
+    if record is not None and (versions := experiment.describe_versions(record)):
         rows.append(("versions", versions))
     return [*rows, ("results", run)]
 

@@ -41,6 +41,7 @@ class _Spec(BaseModel):
     concurrent: Optional[_Count] = None
     track: list[str] = []
     node_types: list[str] = []
+    resumed_with: list[str] = []
 
 
 def say_damaged(search: Experiment) -> None:

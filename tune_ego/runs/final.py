@@ -107,7 +107,7 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
                 f"{run}: the name is already used by a run of another configuration ({', '.join(other)}); choose "
                 f"another --name, or train {storage.join(run, experiment.CONFIG_FILE)} to resume it"
             )
-        record = storage.read_json(storage.join(run, experiment.RUN_FILE))
+        record = experiment.read_run_record(run) or {"data": data}
         if "data_fingerprint" in record:
             check_same_data(open_shards(data), record["data_fingerprint"], run)
         elif record["data"] != data:  # of an earlier version
@@ -118,7 +118,7 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
 
 def _write_record(run: str, data: str) -> None:
     uri = storage.join(run, experiment.RUN_FILE)
-    before = storage.read_json(uri) if storage.exists(uri) else {}
+    before = experiment.read_run_record(run) or {}
     record = {**before, "data": data, "data_fingerprint": open_shards(data).fingerprint}
     storage.write_json(uri, experiment.note_version(record))
 
