@@ -21,7 +21,7 @@ _READERS = 16
 """Threads that read files."""
 MOST = 10**9
 """Bound on counts in records: more is damage."""
-_NAME = re.compile(r"[0-9]{5,9}(-[0-9]{1,9})?")
+_NAME = re.compile(r"[0-9]{5,12}(-[0-9]{1,9})?")
 """Form of `trial_name`."""
 TRIALS_FILE = "trials.json"
 
