@@ -162,6 +162,20 @@ def test_train_overrides_the_configuration(
 
 
 @pytest.mark.parametrize(
+    ("workers", "note"), [(1, ""), (4, "Note: 4 workers: 3 samples in a forward pass instead of 12")]
+)
+def test_train_notes_smaller_passes_than_those_of_its_file(
+    workers: int, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tune_ego.runs.final.train_final", lambda *_, **__: None)
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {batch_size: 12}\n")
+    assert run(monkeypatch, "train", str(file), *PLACES, "--set", f"compute.workers={workers}") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(note) and bool(printed) == bool(note)
+
+
+@pytest.mark.parametrize(
     ("options", "positional", "shown"),
     [
         ([], ("c", "D", None, None, None), {"sweep": False, "compare": False}),

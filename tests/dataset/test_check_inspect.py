@@ -16,7 +16,18 @@ import pytest
 import torch
 
 from tests.dataset.test_irregular_videos import encoded, grey
-from tests.dataset.test_write_task import MOVING, SESSION, SHORT, STILL, rows_of, task_of, write_folder, write_shards
+from tests.dataset.test_write_task import (
+    MOVING,
+    SESSION,
+    SHORT,
+    STILL,
+    rows_of,
+    still_frames,
+    task_of,
+    write_folder,
+    write_shards,
+    write_video,
+)
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.check import Estimate, _print_estimate, _size, check
 from tune_ego.dataset.flow import FlowMethod, FlowName
@@ -261,6 +272,20 @@ def test_what_prepare_would_refuse_is_refused(folder: Path, tmp_path: Path) -> N
     cut_in_the_middle(cut)
     with pytest.raises(UserError, match="3 of 40 clips cannot be used"):
         check(str(folder), SETTINGS)
+
+
+def test_clips_most_of_which_are_not_as_long_as_named_are_refused_after_the_table(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three; with one of them the folder is ready."""
+    write_video(small / "cropped_clips" / f"{MOVING}.mp4", still_frames(15))
+    check(str(small), Settings((64, 48)))
+    assert "Ready: prepare would keep 3 clips" in capsys.readouterr().out
+    write_video(small / "cropped_clips" / f"{STILL}.mp4", still_frames(30))
+    with pytest.raises(UserError, match=f"{small}: 2 of 3 clips are not as long as their names say, first {MOVING}"):
+        check(str(small), Settings((64, 48)))
+    printed = capsys.readouterr().out
+    assert "30 frames, its name says 20" in printed and "Ready" not in printed
 
 
 def test_check_and_prepare_find_the_same(folder: Path, tmp_path: Path) -> None:

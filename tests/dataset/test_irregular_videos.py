@@ -6,7 +6,9 @@ import io
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -297,6 +299,32 @@ def test_the_log_of_ffmpeg_is_off_again_afterwards(clip: bytes) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert av.logging.get_level() is None
+
+
+def test_damage_is_reported_to_the_thread_that_decodes_the_clip(clip: bytes) -> None:
+    """A damaged and a whole clip at the same time, five times: each as if it were alone."""
+    offset, size = packets_of(clip)[0]
+    damaged = bytearray(clip)
+    damaged[offset + size // 3 : offset + size // 3 + 32] = bytes(32)
+    start = threading.Barrier(2)
+
+    def reports(data: bytes) -> list[str]:
+        facts = video.probe(data, 29, keep_damaged=True)
+        damage = [remark.reason for remark in facts.remarks]
+        assert len(list(video.decode(data, SIZE, facts, damage))) == 29
+        return damage
+
+    def repeated(data: bytes) -> list[list[str]]:
+        found = []
+        for _ in range(5):
+            start.wait(10)
+            found.append(reports(data))
+        return found
+
+    alone = reports(bytes(damaged))
+    assert alone and reports(clip) == []
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(repeated, (bytes(damaged), clip))) == [[alone] * 5, [[]] * 5]
 
 
 def test_messages_outside_a_log_are_not_printed() -> None:

@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import COMMAND
-from tests.dataset.test_write_task import MOVING, SESSION, SETTINGS, SHORT, STILL, write_folder
+from tests.dataset.test_write_task import (
+    MOVING,
+    SESSION,
+    SETTINGS,
+    SHORT,
+    STILL,
+    still_frames,
+    write_folder,
+    write_video,
+)
 from tune_ego.bench.resume import descendants
 from tune_ego.dataset import video
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
@@ -169,6 +178,24 @@ def test_missing_clips_are_counted_where_allowed(tmp_path: Path, made: list[str]
     assert [info[name] for name in ("clips", "frames", "clips_left_out", "clips_without_gaze")] == [2, 23, 1, 2]
     rows = {row["clip"]: row["frames"] for row in open_shards(str(tmp_path / "out")).table.to_pylist()}
     assert rows == {STILL: 20, SHORT: 3}
+
+
+def test_clips_most_of_which_are_not_as_long_as_named_end_the_run(tmp_path: Path, made: list[str]) -> None:
+    """Two of three; with one of them the data set is finished."""
+    root, out = write_folder(tmp_path / "egtea"), tmp_path / "out"
+    write_video(root / "cropped_clips" / f"{MOVING}.mp4", still_frames(15))
+    prepare(str(root), str(out), SETTINGS)
+    write_video(root / "cropped_clips" / f"{STILL}.mp4", still_frames(30))
+    (out / "problems.parquet").unlink()
+    message = f"{out}: 2 of 3 clips are not as long as their names say, first {MOVING}: 15 frames, its name says 10.*"
+    with pytest.raises(UserError, match=f"{message}--allow-missing; full list: {out}/problems.parquet"):
+        prepare(str(root), str(out), SETTINGS)
+    problems = pq.read_table(out / "problems.parquet").to_pylist()
+    assert [row["clip"] for row in problems if row["stage"] == "length"] == [MOVING, SHORT, STILL]
+    with pytest.raises(UserError, match="no finished data set"):
+        open_shards(str(out))
+    info = prepare(str(root), str(out), SETTINGS, allow_missing=True)
+    assert (info["clips"], info["clips_of_another_length"]) == (3, 3)
 
 
 def test_a_gaze_file_of_neither_layout_ends_the_run(egtea: Path, tmp_path: Path) -> None:

@@ -49,10 +49,17 @@ def test_a_session_s_settings_do_not_replace_the_user_s(ray_cluster: None, monke
 def test_settings_without_which_nothing_works_are_set_in_any_case(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "0")
-    monkeypatch.setenv("TUNE_DISABLE_STRICT_METRIC_CHECKING", "0")
+    required = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    }
+    for name, value in required.items():
+        monkeypatch.setenv(name, "0" if value == "1" else "1")
     with ray_session():
-        assert os.environ["RAY_TRAIN_V2_ENABLED"] == os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] == "1"
+        assert {name: os.environ[name] for name in required} == required
     code = "import tune_ego.search.tune, ray.train; print(ray.train.RunConfig.__doc__ is not None, ray.train.v2)"
     script = "import tune_ego, ray.train; print(ray.train.FailureConfig(max_preemption_failures=-1))"
     environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parents[2])}

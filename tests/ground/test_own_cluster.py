@@ -20,16 +20,18 @@ from tune_ego.own_cluster import _Folders, ray_folder
 from tune_ego.processes import processes_of_sessions, this_process
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, threading
 from tune_ego.cluster import ray_session
 from tune_ego.errors import ClusterLost
 from tune_ego.own_cluster import ray_folder
+asked = threading.Event()
+signal.signal(signal.SIGUSR1, lambda *_: asked.set())
 try:
     with ray_session():
         import ray
         ray.get(ray.remote(num_cpus=0)(lambda: 1).remote())
         print(*ray_folder().glob(f"session_*_{os.getpid()}"), flush=True)
-        time.sleep(100)
+        asked.wait(100)
 except ClusterLost as error:
     print(error, file=sys.stderr)
     sys.exit(2)
@@ -100,10 +102,12 @@ def test_a_folder_of_another_process_with_the_same_pid_stays(folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("victim", "code"), [("group", 130), ("raylet", 2), ("gcs_server", 2)], ids=["group", "raylet", "gcs_server"]
+    ("victim", "code"),
+    [("nobody", 0), ("group", 130), ("raylet", 2), ("gcs_server", 2)],
+    ids=["nobody", "group", "raylet", "gcs_server"],
 )
 def test_nothing_is_left_of_a_session(victim: str, code: int, folder: Path) -> None:
-    """After SIGTERM to the driver's process group, and after the death of a process of Ray, within 30 s."""
+    """After its end, SIGTERM to the driver's process group, and the death of a process of Ray, within 30 s."""
     driver = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         stdout=subprocess.PIPE,
@@ -119,15 +123,17 @@ def test_nothing_is_left_of_a_session(victim: str, code: int, folder: Path) -> N
     groups = {os.getsid(pid) for pid in pids}
     assert len(pids) >= 4 and driver.pid not in groups
     start = time.monotonic()
-    if victim == "group":
+    if victim == "nobody":
+        driver.send_signal(signal.SIGUSR1)  # the body ends
+    elif victim == "group":
         os.killpg(driver.pid, signal.SIGTERM)
     else:
         target = min(pid for pid in pids if f"/{victim} " in commands[pid])  # a fork of it may be there, too
         os.kill(target, signal.SIGKILL)
     _, errors = driver.communicate(timeout=40)
     assert driver.returncode == code and time.monotonic() - start < 30
-    assert session.exists() == (victim != "group")
-    if victim != "group":
+    assert session.exists() == (code == 2)
+    if code == 2:
         assert f"a process of Ray died: {victim}; its logs: {folder}/session_latest/logs" in errors
     end = time.monotonic() + 5
     while left := [pid for pid in processes_of_sessions(groups) if _command(Path(f"/proc/{pid}"))]:

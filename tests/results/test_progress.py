@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from io import StringIO
 from pathlib import Path
@@ -16,7 +18,7 @@ from tests.six_trials import GIB, write_six_trials
 from tests.specs import search_spec
 from tests.stub_experiment import write_experiment
 from tests.test_cli import call
-from tune_ego import storage
+from tune_ego import __version__, storage
 from tune_ego.config_io import dump_config
 from tune_ego.results import experiment, progress, trial_records
 from tune_ego.results.experiment import GPU_BYTES, METRIC, VALIDATION_SECONDS, Trial
@@ -245,6 +247,32 @@ def test_status_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert call(monkeypatch, "status", str(tmp_path)) == 0
     shown_text = capsys.readouterr().out
     assert "finished" in shown_text and "iterations/s" not in shown_text and "left" not in shown_text
+
+
+@pytest.mark.parametrize("kind", ["search", "run"])
+@pytest.mark.parametrize(("version", "later"), [("0.0.1", []), ("0.0.1", ["0.0.2", __version__]), (__version__, [])])
+def test_status_shows_the_versions_that_ran_a_search_or_run(
+    kind: str,
+    version: str,
+    later: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only where this version is not the one that ran all of it."""
+    record = {"data": "/nowhere/shards", "version": version, **({"resumed_with": later} if later else {})}
+    if kind == "search":
+        write_six_trials(tmp_path)
+        file = tmp_path / experiment.EXPERIMENT_FILE
+        file.write_text(json.dumps({**json.loads(file.read_text()), **record}))
+    else:
+        (tmp_path / experiment.CONFIG_FILE).write_text(dump_config(tiny_config()))
+        experiment.write_metrics(str(tmp_path), [{"iteration": 1, "train_loss": 2.0, "clips_per_second": 8.0}])
+        storage.write_json(tmp_path / experiment.RUN_FILE, record)
+    assert call(monkeypatch, "status", str(tmp_path)) == 0
+    shown_rows = re.findall(r"^versions +(.*?) *$", capsys.readouterr().out, re.MULTILINE)
+    words = ", then ".join([version, *later])
+    assert shown_rows == ([] if version == __version__ else [f"tune_ego {words}; this is {__version__}"])
 
 
 def test_facts_of_a_run(tmp_path: Path) -> None:

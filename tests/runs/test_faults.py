@@ -1,4 +1,4 @@
-"""Faults inside a search: the other trials go on, the fault is reported, and nothing is left behind."""
+"""Faults inside a search or run: other trials go on, the fault is reported, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from tests.conftest import tiny_config
 from tests.search.test_search import assert_it_went_on, assert_nothing_is_left, live_actors, write_space
+from tune_ego.errors import UserError
 from tune_ego.results.checkpoint_files import checkpoint_iterations
-from tune_ego.results.experiment import read_metrics
+from tune_ego.results.driver import stop_uri
+from tune_ego.results.experiment import read_failure, read_metrics
 from tune_ego.results.trial_records import run_folder
+from tune_ego.runs.job import Job
+from tune_ego.runs.launch import fit
 from tune_ego.search.export import export_best
 from tune_ego.search.tune import resume_search, start_search
 
@@ -93,6 +99,34 @@ def test_a_trial_that_may_not_fail_again_has_failed_with_its_reason(
     assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
     assert_it_went_on(before, resumed.trials[0].metrics)
     assert "00000: failed, resumes from iteration" in capsys.readouterr().out
+    assert_nothing_is_left()
+
+
+def test_a_lack_of_gpu_memory_ends_a_run_at_its_first_start(
+    tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other errors of a worker are tried again. The step that lacks memory is replaced in the worker's process."""
+    starts = tmp_path / "starts"
+
+    def work(settings: dict[str, Any]) -> None:
+        from tune_ego.runs import worker
+        from tune_ego.training.trainer import Trainer
+
+        def step(*_: Any) -> Any:
+            with starts.open("a") as file:
+                file.write("started\n")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of ...")
+
+        Trainer.step = step  # type: ignore[assignment, method-assign]
+        worker.work(settings["job"])
+
+    monkeypatch.setattr("tune_ego.runs.launch._work", work)
+    config, run = tiny_config(streams="rgb", compute__max_failures=3), str(tmp_path / "run")
+    reason = r"the GPU's memory is not enough \(CUDA out of memory\); raise train.accumulate, lower"
+    with pytest.raises(UserError, match=reason) as caught:
+        fit(Job(config, shards, run, 0, stop_uri(run), final=False))
+    assert starts.read_text() == "started\n"
+    assert read_failure(run) == (str(caught.value), False)
     assert_nothing_is_left()
 
 

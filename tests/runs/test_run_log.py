@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_config
-from tune_ego import cli, storage
+from tune_ego import __version__, cli, storage
 from tune_ego.config_io import dump_config
 from tune_ego.console import say
 from tune_ego.errors import StorageError
@@ -38,6 +38,7 @@ def test_output_warnings_and_the_traceback_are_recorded(tmp_path: Path, capsys: 
     assert (sys.stdout, sys.stderr, list(logging.getLogger().handlers)) == before
     first, *lines = log_of(tmp_path).splitlines()
     assert first.startswith("--- ") and ": worker 0 starts on " in first
+    assert first.endswith(f", tune_ego {__version__}")
     assert [line for line in lines if line in ("said", "printed", "WARNING library: warned")] == [
         "said",
         "printed",

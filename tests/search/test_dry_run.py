@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.search.test_search import assert_nothing_is_left, write_space
+from tests.test_cli import call
 from tune_ego.bench.search import draw_curves, run_asha
 from tune_ego.errors import UserError
 from tune_ego.results import experiment
@@ -188,3 +190,16 @@ def test_a_plan_without_a_probe_has_no_hours_and_refuses_what_cannot_be(
     assert "hours_at_most" not in show_plan(space, shards, str(tmp_path / "s"), {}, 0, None, None)
     with pytest.raises(UserError, match=r"ask for 64\.25 CPUs"):
         show_plan(space, shards, str(tmp_path / "s"), {"compute.cpus_per_worker": 64.0}, 0, None, None)
+
+
+def test_the_plan_of_a_billion_samples_is_printed_at_once(
+    tmp_path: Path, shards: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = Path(write_space(tmp_path))
+    space.write_text(space.read_text() + "samples: 1000000000\n")
+    search = ["tune", str(space), "--data", shards, "--storage", str(tmp_path), "--name", "search", "--dry-run"]
+    start = time.monotonic()
+    assert call(monkeypatch, *search) == 0
+    assert time.monotonic() - start < 15
+    assert re.search(r"^trials +2,000,000,000, \d+ at a time", capsys.readouterr().out, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == [space]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.conftest import COMMAND
+from tests.test_cli import call
 from tune_ego import __version__, storage
 from tune_ego.config import Config
 from tune_ego.config_io import load_config, override_config
@@ -120,3 +126,20 @@ def test_the_schedule_is_laid_out_for_the_final_run(tmp_path: Path, schedule: st
     content = yaml.safe_load((tmp_path / "best.yaml").read_text())
     assert expected.items() <= content["schedule"].items()
     assert load_config(tmp_path / "best.yaml").horizon == (expected.get("horizon") or 3000)
+
+
+def test_a_pipe_or_the_standard_output_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe stays one."""
+    search, pipe = str(tmp_path / "search"), tmp_path / "pipe"
+    write_search(tmp_path / "search", 1, {"00000": [0.5]})
+    export_best(search, str(tmp_path / "best.yaml"))
+    expected = (tmp_path / "best.yaml").read_text()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert call(monkeypatch, "export", search, "--out", str(pipe)) == 0
+    assert os.read(reader, 1 << 16).decode() == expected and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.yaml", "pipe", "search"]
+    command = [sys.executable, "-c", COMMAND, "export", search, "--out", "/dev/stdout"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(expected) and printed[len(expected) :].startswith("/dev/stdout: trial 00000, ")

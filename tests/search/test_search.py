@@ -22,6 +22,8 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import COMMAND, TINY, tiny_config
 from tests.searches import KnownSearch
+from tests.specs import search_spec
+from tune_ego import storage
 from tune_ego.bench.resume import descendants
 from tune_ego.config import Config
 from tune_ego.config_io import load_config, override_config
@@ -31,11 +33,13 @@ from tune_ego.evaluation.evaluate import evaluate
 from tune_ego.model import build_stream, load_weights
 from tune_ego.results.checkpoint_files import checkpoint_iterations
 from tune_ego.results.decisions import read_decisions
-from tune_ego.results.experiment import METRIC, TIMES, read_metrics
+from tune_ego.results.experiment import METRIC, TIMES, Failure, read_metrics, write_failure, write_metrics
 from tune_ego.results.reading import read_experiment
+from tune_ego.results.trial_records import TrialRecords, run_folder
 from tune_ego.runs.final import train_final
 from tune_ego.search.export import export_best
 from tune_ego.search.tune import resume_search, start_search
+from tune_ego.space_io import parse_space
 
 SPACE = {
     "base": {"data": {}, "model": {}, "train": {}},
@@ -310,6 +314,39 @@ def test_a_search_that_ended_is_resumed_for_more_iterations_alone(
     assert "00000: finished, resumes from iteration 6" in output and "00001: stopped\n" in output
     assert "00002: failed for good: iteration" in output
     assert "00001: starts" not in output
+    assert_nothing_is_left()
+
+
+def test_a_trial_named_as_the_folder_of_another_run_is_left_out(
+    tmp_path: Path, shards: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search deletes the checkpoints of stopped trials at its end. Its own have finished, or failed for good."""
+    root, others = tmp_path / "search", tmp_path / "others"
+    for name in ("stopped", "pending"):
+        for file in ("config.yaml", "iteration-000006/checkpoint.pt", "iteration-000006/checkpoint.json"):
+            storage.write_text(others / name / file, "of another run")
+    before = {path: path.stat().st_mtime_ns for path in others.rglob("*")}
+    changes: dict[str, Any] = {"compute.cpus_per_worker": 0.5}
+    text = Path(write_space(tmp_path, **changes)).read_text()
+    settings = open_shards(shards).info["settings"]
+    spec = search_spec(text, samples=2, trials=4, data=shards, data_settings=settings)
+    storage.write_json(root / "experiment.json", spec)
+    foreign = {"../../others/pending": "pending", "../../others/stopped": "stopped"}
+    own = {"00000": "failed", "00001": "failed", "00002": "finished", "00003": "finished"}
+    records, sampled = TrialRecords(str(root)), parse_space(text, "s").draw(0, 0)
+    records.add([{"trial": name, "repeat": 0, "sampled": sampled} for name in (*foreign, *own)])
+    for name, state in {**foreign, **own}.items():
+        records.note(name, state)
+    for name in ("00000", "00001"):
+        write_failure(run_folder(str(root), name), Failure("nan", final=True))
+    for name in ("00002", "00003"):
+        write_metrics(run_folder(str(root), name), [{"iteration": 6, METRIC: 0.5}])
+    resumed = resume_search(str(root), None)
+    assert {path: path.stat().st_mtime_ns for path in others.rglob("*")} == before
+    output = capsys.readouterr().out
+    assert all(f"{name!r} is no name of a trial" in output for name in foreign)
+    assert {trial.id: trial.state for trial in resumed.trials} == own
+    assert list(json.loads((root / "trials.json").read_text())) == list(own)
     assert_nothing_is_left()
 
 

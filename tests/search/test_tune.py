@@ -155,7 +155,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, s
     monkeypatch.setattr(tune, "cluster_nodes", lambda address, node_types: Nodes([{"CPU": 4.0}], [], False))
     same = SimpleNamespace(info={"settings": {"flow": "dis"}}, root="/shards")
     monkeypatch.setattr(tune, "open_shards", lambda data: same)
-    monkeypatch.setattr(tune, "_drive", lambda found, address, again: calls.append((found, again)))
+    monkeypatch.setattr(tune, "_drive", lambda found, address, command, again: calls.append((found, again)))
     return calls
 
 
@@ -213,6 +213,25 @@ def test_the_states_of_a_resumed_search_are_printed(
         assert (spec["version"], spec["resumed_with"]) == ("0.0.1", [__version__])
         assert describe_versions(spec) == f"tune_ego 0.0.1, then {__version__}; this is {__version__}"
     assert describe_versions(note_version({"version": __version__})) == describe_versions({}) == ""
+
+
+def test_a_search_is_resumed_where_records_of_its_trials_are_cut_short(
+    tmp_path: Path, driven: list[tuple[Any, set[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failure that cannot be read is none: the trial starts anew."""
+    for name, last in (("00000-1", 20), ("00001-1", 30), ("00002-0", 10)):
+        write_metrics(run_folder(str(tmp_path), name), [{"iteration": 10 * n} for n in range(1, last // 10 + 1)])
+    write_failure(run_folder(str(tmp_path), "00002-1"), Failure("nan", final=True))
+    metrics, failure = tmp_path / "runs/00000-1/metrics.jsonl", tmp_path / "runs/00002-1/failure.json"
+    for file in (metrics, failure):
+        file.write_bytes(file.read_bytes()[:-7])
+    tune.resume_search(str(tmp_path), None)
+    ((resumed, again),) = driven
+    assert again == {"pending", "running", "interrupted", "failed"}
+    assert [trial.id for trial in resumed.trials] == ["00000-0", "00001-0", "00001-1", "00002-0", "00002-1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{failure}: damaged, and ignored" in lines and "  00002-1: failed, starts from scratch" in lines
+    assert lines[-1].startswith(f"  00000-1: its records are damaged: {metrics}: damaged: line 2: ")
 
 
 @pytest.mark.parametrize(
