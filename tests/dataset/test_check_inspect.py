@@ -286,6 +286,8 @@ def test_clips_most_of_which_are_not_as_long_as_named_are_refused_after_the_tabl
         check(str(small), Settings((64, 48)))
     printed = capsys.readouterr().out
     assert "30 frames, its name says 20" in printed and "Ready" not in printed
+    check(str(small), Settings((64, 48)), allow_missing=True)
+    assert "Ready: prepare would keep 3 clips" in capsys.readouterr().out
 
 
 def test_check_and_prepare_find_the_same(folder: Path, tmp_path: Path) -> None:

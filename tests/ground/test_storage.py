@@ -281,9 +281,14 @@ def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> No
     assert os.read(reader, 99) == b"content" and stat.S_ISFIFO(pipe.stat().st_mode)
     os.close(reader)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
-    (tmp_path / "null").symlink_to("/dev/null")
-    storage.write_text(tmp_path / "null", "content")
-    assert (tmp_path / "null").is_symlink() and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    controller, terminal = os.openpty()  # no device that others need, such as /dev/null: this test may fail as root
+    device = os.ttyname(terminal)
+    (tmp_path / "device").symlink_to(device)
+    storage.write_text(tmp_path / "device", "content")
+    assert os.read(controller, 99) == b"content" and stat.S_ISCHR(os.stat(device).st_mode)
+    assert (tmp_path / "device").is_symlink()
+    os.close(terminal)
+    os.close(controller)
     code = "from tune_ego import storage; storage.write_text('/dev/stdout', 'content')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "content"

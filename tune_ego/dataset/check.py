@@ -64,7 +64,7 @@ class CheckResult(NamedTuple):
     """None where no clip can be used."""
 
 
-def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult:
+def check(egtea: str, settings: Settings, out: str | None = None, *, allow_missing: bool = False) -> CheckResult:
     """Print and return the facts and problems of an EGTEA folder.
 
     Every video is read to its end and its first frame decoded; every gaze file is parsed. Damage inside later frames is
@@ -74,6 +74,7 @@ def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult
         egtea: Path or URI of the folder.
         settings: Settings that `prepare` would get.
         out: Path or URI where the shards would go; its free space is printed.
+        allow_missing: That of `prepare`.
 
     Raises:
         UserError: `prepare` would refuse the folder. The table is printed before.
@@ -103,9 +104,11 @@ def check(egtea: str, settings: Settings, out: str | None = None) -> CheckResult
     }
     result = CheckResult(folder_facts, problems + gaze_problems, estimate)
     lengths = describe_lengths(annotations.clips, {name: fact.frames for name, fact in facts.items()})
-    _print_result(egtea, result, settings, out, ready=not broken and not lengths)
+    _print_result(egtea, result, settings, out, ready=not broken and (allow_missing or not lengths))
     if broken:
         raise UserError(f"{len(broken)} gaze files cannot be used, first {broken[0]}")
+    if allow_missing:
+        return result
     check_missing_limit([problem for problem in problems if not problem.kept], len(annotations.clips), egtea)
     if lengths:
         raise UserError(f"{egtea}: {lengths}")

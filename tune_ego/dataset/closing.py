@@ -63,7 +63,8 @@ def write_dataset(
         # A data set that was finished with --allow-missing keeps its files.
         if not storage.exists(storage.join(out, shards.DATASET_FILE)):
             storage.write_bytes(storage.join(out, shards.PROBLEMS_FILE), files[shards.PROBLEMS_FILE])
-        print_table(f"Cannot be used ({len(left_out):,})", ["", ""], _rows_of_clips(left_out))
+        if left_out:
+            print_table(f"Cannot be used ({len(left_out):,})", ["", ""], _rows_of_clips(left_out))
         raise UserError(f"{error}; full list: {storage.join(out, shards.PROBLEMS_FILE)}") from error
     info = _describe(annotations, records, problems, settings, files)
     if not _is_up_to_date(info, out):

@@ -92,7 +92,7 @@ def prepare(
     if check:
         from tune_ego.dataset.check import check as run_check
 
-        run_check(egtea, settings, shards)
+        run_check(egtea, settings, shards, allow_missing=allow_missing)
     elif shards is None:
         raise UserError("prepare EGTEA SHARDS: give a folder or URI for the shards, or --check")
     else:

@@ -225,8 +225,11 @@ def status_table(search: Experiment) -> tuple[list[str], list[list[str]]]:
 
 def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[str, str]]:
     lines = experiment.read_metrics(run)
+    record = experiment.read_run_record(run)
+    versions = "" if record is None else experiment.describe_versions(record)
+    ending = [*([("versions", versions)] if versions else []), ("results", run)]
     if not lines:
-        return [("run", "starts" if state == "running" else f"{state}; nothing is logged"), ("results", run)]
+        return [("run", "starts" if state == "running" else f"{state}; nothing is logged"), *ending]
     last, total = lines[-1], config.train.iterations
     rows = [] if state == "running" else [("run", state)]
     rows.append(("iteration", f"{last['iteration']:,} of {total:,}"))
@@ -243,10 +246,7 @@ def run_facts(config: Config, run: str, state: str = "running") -> list[tuple[st
         memory = f", {last[GPU_BYTES] / 2**30:.1f} GiB of GPU memory" if GPU_BYTES in last else ""
         rows.append(("speed", f"{1 / pace.seconds:.2f} iterations/s, {pace.clips_per_second:.1f} clips/s{memory}"))
         rows.append(("left, about", duration((total - last["iteration"]) * pace.seconds)))
-    record = experiment.read_run_record(run)
-    if record is not None and (versions := experiment.describe_versions(record)):
-        rows.append(("versions", versions))
-    return [*rows, ("results", run)]
+    return [*rows, *ending]
 
 
 def run_view(config: Config, run: str) -> RenderableType:
