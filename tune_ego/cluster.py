@@ -21,7 +21,9 @@ from tune_ego.own_cluster import ended_processes, own_cluster, ray_folder
 _ANSWER_WITHIN = 4.0
 """To connect to a cluster's address, and for its first answer."""
 _HEALTHY_WITHIN = 14.0
-"""For both, and for a cluster's answer to a real request, with the start of the process that makes it."""
+"""For all of the check of an address: connection, first answer, and a real request by a process of its own."""
+_REQUEST_WITHIN = 5.0
+"""For the real request at least, where the address itself was slow."""
 _STARTS_WITHIN = 120.0
 """For Ray to start on this machine, or to connect."""
 _CHECK_EVERY = 2.0
@@ -87,7 +89,7 @@ def check_address(address: str | None) -> str:
     reason = _refusal(host.strip("[]"), int(port))
     if not reason and os.environ.get("RAY_USE_TLS") != "1":  # with TLS Ray itself has the certificates
         answers = ray_private.client_server_refusal if scheme == "ray" else ray_private.cluster_refusal
-        reason = answers(rest, end - time.monotonic())
+        reason = answers(rest, max(_REQUEST_WITHIN, end - time.monotonic()))
     if reason:
         raise UserError(f"{given}: no Ray cluster answers there ({reason})")
     return given

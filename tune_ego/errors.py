@@ -23,6 +23,10 @@ class FolderLost(UserError):
     """The folder of a search or run that another driver has taken over."""
 
 
+class FolderGone(FolderLost):
+    """The folder of a search or run without the record of its driver: removed, unmounted, or taken over and left."""
+
+
 class Interrupted(Exception):
     """A run that was stopped before its last iteration, after its checkpoint was written."""
 

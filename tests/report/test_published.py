@@ -45,7 +45,7 @@ def accuracies(rgb: float, fused: float, classes: int = 106, **more: Any) -> dic
         name: {"mean_class_accuracy": value, "micro_accuracy": value / 2}
         for name, value in (("rgb", rgb), ("fused", fused))
     }
-    return {**streams, "classes": [{}] * classes, **more}
+    return {**streams, "classes": [{}] * classes, "split": 1, **more}
 
 
 def two_searches(folder: Path, classes: int = 106) -> list[Experiment]:
@@ -86,17 +86,23 @@ def test_means_intervals_and_differences(tmp_path: Path) -> None:
 
     assert rows["lu_v", "rgb"]["reference"] == "RGB, no attention (-o)" and attention["seeds"] == 3
     assert attention["published_from_reference"] == pytest.approx(0.5530 - 0.5489)
-    assert attention["from_reference"] == {**interval([0.05, 0.03]), "size": 2, "holds_zero": True}
+    assert attention["from_reference"] == {"mean": pytest.approx((0.55 + 0.57 + 0.9) / 3 - 0.52), "low": None}
+    gaze = rows["lu_a", "rgb"]["mean_class"]
+    assert gaze["from_reference"] == {**interval([0.01, 0.01]), "size": 2, "holds_zero": False}
     micro = rows["lu_v", "rgb"]["micro"]
     assert micro["published"] == pytest.approx(0.6266)
-    assert micro["from_reference"] == {**interval([0.025, 0.015]), "size": 2, "holds_zero": True}
-    assert rows["lu_a", "fused"]["mean_class"]["from_reference"]["mean"] == pytest.approx(0.0)
+    fused = rows["lu_a", "fused"]["mean_class"]["from_reference"]
+    assert fused == {**interval([0.1, -0.1]), "size": 2, "holds_zero": True}
+    assert rows["lu_a", "fused"]["micro"]["from_reference"]["high"] == pytest.approx(fused["high"] / 2)
     assert rows["lu_a", "fused"]["mean_class"]["seeds"] == 2
 
     flow = rows["lu_o", "flow"]["mean_class"]  # no test has this stream
     assert (flow["mean"], flow["seeds"], flow["from_published"]) == (None, 0, None)
     assert rows["3_stacked_stam", "rgb"]["mean_class"]["mean"] is None
-    assert numbers["comparable"] is True
+    assert numbers["not_comparable"] == ""
+    (_, later) = numbers["searches"]
+    assert (later["iterations"], later["seeds"], later["starts_from"]) == ([3000], [0, 1, 2], ["random weights"])
+    assert (later["data"], later["versions"], later["changes"]) == ("/nowhere/shards", ["0"], {})
 
 
 def test_the_page_has_each_number_and_says_what_cannot_be_compared(tmp_path: Path) -> None:
@@ -105,11 +111,17 @@ def test_the_page_has_each_number_and_says_what_cannot_be_compared(tmp_path: Pat
     page = (tmp_path / "page.html").read_text()
     assert json.loads((tmp_path / "page.json").read_text()) == numbers
     assert page.count("RGB, no gaze loss (-v)") == 4  # a row of both tables, and the reference of another in both
-    assert 'data-key="rows/3/mean_class/from_reference/low"' in page and "+4.0" in page  # of 5 and 3 points
-    assert "0 is within" in page and "Not comparable" not in page
+    assert 'data-key="rows/6/mean_class/from_reference/low"' in page and ">+1.0</span>" in page
+    assert 'data-key="rows/3/mean_class/from_reference/mean"' in page
+    assert 'data-key="rows/3/mean_class/from_reference/low"' not in page
+    assert "0 is within" in page and "Not comparable" not in page and "random weights" in page
     write_reproduction(searches, str(tmp_path / "page.html"))  # its own numbers may be overwritten
     write_reproduction(two_searches(tmp_path / "few", classes=12), str(tmp_path / "few.html"))
-    assert "Not comparable" in (tmp_path / "few.html").read_text()
+    assert "Not comparable: 12 classes here, 106 in EGTEA" in (tmp_path / "few.html").read_text()
+    searches[0].trials[0].run = str(tmp_path / "second")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "evaluation.json").write_text(json.dumps(accuracies(0.5, 0.5, split=2)))
+    assert reproduction_numbers(searches)["not_comparable"].startswith("tested on split 2")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other.json, which no report wrote"):
         write_reproduction(searches, str(tmp_path / "other.html"))

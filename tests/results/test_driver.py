@@ -165,25 +165,46 @@ def test_a_driver_renews_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert json.loads((tmp_path / "driver.json").read_text())["id"] == first["id"]
 
 
-@pytest.mark.parametrize("taken", [driver_record(elsewhere=True, id="other"), None], ids=["taken", "taken and left"])
 def test_a_driver_whose_folder_was_taken_over_ends_and_writes_nothing_more(
-    tmp_path: Path, taken: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its heartbeat notices, in the middle of a call that would last for ever."""
     monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
+    taken = driver_record(elsewhere=True, id="other")
 
     def drive() -> None:
         with driving(str(tmp_path), ""):
-            (tmp_path / "driver.json").unlink()
-            if taken is not None:
-                (tmp_path / "driver.json").write_text(json.dumps(taken))
+            (tmp_path / "driver.json").write_text(json.dumps(taken))
             (tmp_path / "stop").write_text("")
             time.sleep(30)
 
     with pytest.raises(FolderLost, match="another driver has taken this over"):
         drive()
-    assert json.loads((tmp_path / "driver.json").read_text()) == taken if taken else not is_alive(str(tmp_path))
+    assert json.loads((tmp_path / "driver.json").read_text()) == taken
     assert (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize("case", ["unmounted", "written to meanwhile", "removed"])
+def test_a_folder_without_the_driver_s_record_is_named_as_gone(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unmounted disk: an empty folder is left, or one with what a worker has written since. Nothing is written."""
+    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
+    root = tmp_path / "search"
+
+    def drive() -> None:
+        with driving(str(root), "do this"):
+            (root / "driver.json").unlink()
+            if case == "removed":
+                root.rmdir()
+            elif case == "written to meanwhile":
+                (root / "stop").write_text("")
+            time.sleep(30)
+
+    with pytest.raises(UserError, match=r"driver.json is gone: .*\. To resume .*, run: do this$"):
+        drive()
+    left = sorted(path.name for path in root.iterdir()) if root.exists() else None
+    assert left == {"unmounted": [], "written to meanwhile": ["stop"], "removed": None}[case]
 
 
 def test_a_driver_that_was_taken_over_unnoticed_leaves_the_files_of_the_other(tmp_path: Path) -> None:
@@ -224,19 +245,6 @@ def test_a_write_that_is_tried_again_is_not_made_in_a_folder_that_was_lost_meanw
     with pytest.raises(FolderLost):
         drive()
     assert (tmp_path / "trials.json").read_text() == "of the other"
-
-
-def test_a_folder_that_is_gone_is_not_taken_for_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unmounted disk: the folder is empty, or not there."""
-    monkeypatch.setattr(driver, "_HEARTBEAT_EVERY", 0.05)
-
-    def drive() -> None:
-        with driving(str(tmp_path / "search"), "do this"):
-            (tmp_path / "search" / "driver.json").unlink()
-            time.sleep(30)
-
-    with pytest.raises(UserError, match=r"search: the folder is gone or empty: .*\. To resume .*, run: do this$"):
-        drive()
 
 
 def test_a_driver_that_was_suspended_reads_its_claim_before_it_writes(

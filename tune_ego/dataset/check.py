@@ -30,7 +30,7 @@ from tune_ego.dataset.annotations import (
 from tune_ego.dataset.gaze import Gaze, no_gaze, read_gaze
 from tune_ego.dataset.prepare import NO_USABLE_GAZE, Settings
 from tune_ego.dataset.shards import Problem
-from tune_ego.dataset.sources import MISSING_LIMIT, READERS, check_missing_limit, describe_lengths, length_mismatch
+from tune_ego.dataset.sources import READERS, check_missing_limit, describe_lengths, length_mismatch
 from tune_ego.errors import UserError
 from tune_ego.storage import SourceFile
 
@@ -74,7 +74,7 @@ def check(egtea: str, settings: Settings, out: str | None = None, *, allow_missi
         egtea: Path or URI of the folder.
         settings: Settings that `prepare` would get.
         out: Path or URI where the shards would go; its free space is printed.
-        allow_missing: That of `prepare`.
+        allow_missing: Whether `prepare` would get `--allow-missing`.
 
     Raises:
         UserError: `prepare` would refuse the folder. The table is printed before.
@@ -103,16 +103,36 @@ def check(egtea: str, settings: Settings, out: str | None = None, *, allow_missi
         **gaze_facts,
     }
     result = CheckResult(folder_facts, problems + gaze_problems, estimate)
-    lengths = describe_lengths(annotations.clips, {name: fact.frames for name, fact in facts.items()})
-    _print_result(egtea, result, settings, out, ready=not broken and (allow_missing or not lengths))
-    if broken:
-        raise UserError(f"{len(broken)} gaze files cannot be used, first {broken[0]}")
-    if allow_missing:
-        return result
-    check_missing_limit([problem for problem in problems if not problem.kept], len(annotations.clips), egtea)
-    if lengths:
-        raise UserError(f"{egtea}: {lengths}")
+    frames = {name: fact.frames for name, fact in facts.items()}
+    refusal = _refusal(egtea, annotations, result, frames, broken, allow_missing)
+    _print_result(egtea, result, settings, out, ready=refusal is None)
+    if refusal is not None:
+        raise refusal
     return result
+
+
+def _refusal(
+    egtea: str,
+    annotations: Annotations,
+    result: CheckResult,
+    frames: dict[str, int],
+    broken: list[str],
+    allow_missing: bool,
+) -> UserError | None:
+    """Return the error with which `prepare` would refuse the folder; None if it would not.
+
+    `frames` is clip name -> session frames of the usable clips, `broken` the gaze files that cannot be used.
+    """
+    if broken:
+        return UserError(f"{len(broken)} gaze files cannot be used, first {broken[0]}")
+    if not allow_missing:
+        try:
+            check_missing_limit([one for one in result.problems if not one.kept], len(annotations.clips), egtea)
+        except UserError as error:
+            return error
+        if lengths := describe_lengths(annotations.clips, frames):
+            return UserError(f"{egtea}: {lengths}")
+    return None if frames else UserError(f"{egtea}: not one clip could be read")
 
 
 def _look_at_videos(
@@ -271,7 +291,7 @@ def _print_result(egtea: str, result: CheckResult, settings: Settings, out: str 
     if result.estimate is not None:
         _print_estimate(result.estimate, settings, out)
     left_out = sum(not problem.kept for problem in result.problems)
-    if ready and left_out <= MISSING_LIMIT * result.facts["clips annotated"]:
+    if ready:
         say(f"Ready: prepare would keep {result.facts['clips usable']:,} clips and leave out {left_out:,}.")
 
 

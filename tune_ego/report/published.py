@@ -26,16 +26,18 @@ class Row(NamedTuple):
     stream: str
     """Stream of their test that is compared."""
     reference: tuple[str, str] | None = None
-    """(label, stream) of the row from which it is to differ; None for such a row."""
+    """(label, stream) of the row that it is compared with."""
+    paired: bool = True
+    """Whether runs of both rows with one seed belong together: they start from the same weights."""
 
 
 ROWS = (
     Row("RGB, no attention (-o)", LU, "lu_o", "rgb"),
     Row("flow, no attention (-o)", LU, "lu_o", "flow"),
     Row("fused, no attention (-o)", LU, "lu_o", "fused"),
-    Row("RGB, no gaze loss (-v)", LU, "lu_v", "rgb", ("lu_o", "rgb")),
-    Row("flow, no gaze loss (-v)", LU, "lu_v", "flow", ("lu_o", "flow")),
-    Row("fused, no gaze loss (-v)", LU, "lu_v", "fused", ("lu_o", "fused")),
+    Row("RGB, no gaze loss (-v)", LU, "lu_v", "rgb", ("lu_o", "rgb"), paired=False),
+    Row("flow, no gaze loss (-v)", LU, "lu_v", "flow", ("lu_o", "flow"), paired=False),
+    Row("fused, no gaze loss (-v)", LU, "lu_v", "fused", ("lu_o", "fused"), paired=False),
     Row("RGB (-a)", LU, "lu_a", "rgb", ("lu_v", "rgb")),
     Row("flow (-a)", LU, "lu_a", "flow", ("lu_v", "flow")),
     Row("fused (-a)", LU, "lu_a", "fused", ("lu_v", "fused")),
@@ -51,8 +53,8 @@ def reproduction_numbers(searches: list[Experiment]) -> dict[str, Any]:
     """Return the published and our test accuracies, as fractions, for each of `ROWS`.
 
     Ours are means over seeds with 95 % intervals. `from_published` is our mean minus the published value, with the
-    interval of our mean. `from_reference` is the paired difference from the row that the experiment is compared with,
-    beside the published difference. A row without tested trials has None.
+    interval of our mean. `from_reference` is the difference from the row that this one is compared with, beside the
+    published difference; it has an interval where the runs of both are pairs. A row without tested trials has None.
 
     Args:
         searches: Searches whose finished trials `evaluate` has tested. A trial's `label` says which row it belongs to.
@@ -60,17 +62,44 @@ def reproduction_numbers(searches: list[Experiment]) -> dict[str, Any]:
     tested: dict[str, dict[int, dict[str, Any]]] = {}
     for search in searches:
         for configuration in by_configuration(search.trials):
-            tests = {trial.config.seed: _read_test(trial.run) for trial in configuration.trials}
+            finished = [trial for trial in configuration.trials if trial.state == "finished"]
+            tests = {trial.config.seed: _read_test(trial.run) for trial in finished}
             tested[configuration.config.label] = {seed: test for seed, test in tests.items() if test is not None}
-    classes = {len(test["classes"]) for tests in tested.values() for test in tests.values()}
     return {
         "rows": [_row(row, tested) for row in ROWS],
         "sources": SOURCES,
-        "searches": [{"root": search.root, "version": search.spec["version"]} for search in searches],
-        "classes": max(classes, default=None),
-        "published_classes": PUBLISHED_CLASSES,
-        "comparable": classes <= {PUBLISHED_CLASSES},
+        "searches": [_conditions(search) for search in searches],
+        "not_comparable": _not_comparable([test for tests in tested.values() for test in tests.values()]),
     }
+
+
+def _conditions(search: Experiment) -> dict[str, Any]:
+    """Return what a search was run with: weights, iterations, seeds, data, changes of its search space, versions."""
+    configs = [trial.config for trial in search.trials]
+    starts = {uri for config in configs for uri in (config.init_from.rgb, config.init_from.flow) if uri is not None}
+    return {
+        "root": search.root,
+        "data": search.spec["data"],
+        "iterations": sorted({config.train.iterations for config in configs}),
+        "seeds": sorted({config.seed for config in configs}),
+        "starts_from": sorted(map(str, starts)) or ["random weights"],
+        "changes": {key: str(value) for key, value in search.spec["overrides"].items()},
+        "versions": [search.spec["version"], *search.spec.get("resumed_with", [])],
+    }
+
+
+def _not_comparable(tests: list[dict[str, Any]]) -> str:
+    """Return the reason why these tests are not those of the published results; "" if they are."""
+    classes, splits = ({count(test) for test in tests} for count in (lambda test: len(test["classes"]), _split))
+    if classes - {PUBLISHED_CLASSES}:
+        return f"{max(classes - {PUBLISHED_CLASSES})} classes here, {PUBLISHED_CLASSES} in EGTEA Gaze+."
+    if splits - {1}:
+        return f"tested on split {max(splits - {1})}, the published results are of split 1."
+    return ""
+
+
+def _split(test: dict[str, Any]) -> int:
+    return int(test["split"])
 
 
 def _read_test(run: str) -> dict[str, Any] | None:
@@ -112,11 +141,17 @@ def _row(row: Row, tested: dict[str, dict[int, dict[str, Any]]]) -> dict[str, An
         }
         if before is not None:
             theirs = _accuracies(tested, before.label, before.stream, metric)
-            difference = paired_difference(ours, theirs)
             numbers[metric]["published_from_reference"] = value - getattr(_published(before), metric) / 100
-            if difference is not None:
-                numbers[metric]["from_reference"] = {**difference._asdict(), "holds_zero": difference.holds_zero}
+            numbers[metric]["from_reference"] = _difference(ours, theirs, paired=row.paired)
     return numbers
+
+
+def _difference(ours: dict[int, float], theirs: dict[int, float], *, paired: bool) -> dict[str, Any] | None:
+    """Return the mean difference, with its interval if runs with one seed are pairs."""
+    if not paired:
+        return {"mean": mean(ours.values()) - mean(theirs.values()), "low": None} if ours and theirs else None
+    interval = paired_difference(ours, theirs)
+    return None if interval is None else {**interval._asdict(), "holds_zero": interval.holds_zero}
 
 
 def _published(row: Row) -> Published:

@@ -22,7 +22,7 @@ from typing import Any
 from tune_ego import storage
 from tune_ego.console import say, say_once
 from tune_ego.driver_signals import abort, end_interrupted, last_act, signals_handled
-from tune_ego.errors import ClusterLost, FolderLost, Interrupted, StorageError, UserError
+from tune_ego.errors import ClusterLost, FolderGone, FolderLost, Interrupted, StorageError, UserError
 from tune_ego.processes import is_running, this_process
 
 DRIVER_FILE = "driver.json"
@@ -127,7 +127,9 @@ class _Claim:
     def __init__(self, root: str) -> None:
         self.root = root
         self.lost = False
-        """Whether another driver has the folder. Nothing is written to it then."""
+        """Whether this process no longer has the folder. Nothing is written to it then."""
+        self.gone = False
+        """Whether it is lost and has no record of a driver."""
         self.held = False
         """Whether this process drives the folder now."""
         self.closed = False
@@ -159,7 +161,7 @@ class _Claim:
         storage.write_json(self._uri, self._record)
 
     def confirm(self, after: float) -> None:
-        """Raise `FolderLost` if another driver has taken the folder over, `StorageError` if the folder is gone.
+        """Raise `FolderLost` if another driver has taken the folder over, `FolderGone` if it has no record of one.
 
         The file is read if this was last confirmed more than `after` seconds ago: a process that was suspended, or
         could not reach its storage, does not know.
@@ -167,10 +169,14 @@ class _Claim:
         with self._lock:
             if not self.lost and time.monotonic() - self._confirmed >= after:
                 record = _record(self.root)
-                if record is None and not storage.list_names(self.root):
-                    raise StorageError(f"{self.root}: the folder is gone or empty: removed, or not mounted any more?")
                 self.lost = record is None or record["id"] != self.id
+                self.gone = record is None
                 self._confirmed = time.monotonic()
+        if self.gone:
+            raise FolderGone(
+                f"{self._uri} is gone: the folder was removed or is not mounted any more, or another driver has taken "
+                "it over and has ended. This driver writes nothing more"
+            )
         if self.lost:
             raise FolderLost(f"{self.root}: another driver has taken this over; this one ends and writes nothing more")
 
@@ -317,13 +323,13 @@ def driving(root: str, resume_command: str) -> Iterator[Interruption]:
             if not claim.held:
                 raise
             end_interrupted(resume_command)
-        except (ClusterLost, StorageError, SystemError, OSError) as error:
+        except (ClusterLost, FolderGone, StorageError, SystemError, OSError) as error:
             # Compiled code of Ray makes a `SystemError` of what `abort` raises in it.
             cause = error.__cause__ or error.__context__ if isinstance(error, SystemError) else error
             # Else there is nothing to resume, or it is a fault of another kind.
             if not claim.held or not isinstance(cause, (UserError, OSError)):
                 raise
-            if isinstance(cause, FolderLost):
+            if isinstance(cause, FolderLost) and not isinstance(cause, FolderGone):  # the other driver goes on
                 raise cause from error
             text = str(cause) if isinstance(cause, UserError) else storage.describe_error(cause)
             raise UserError(f"{text}. {_how_to_resume(resume_command)}") from error

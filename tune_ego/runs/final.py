@@ -107,7 +107,12 @@ def _check_same_run(config: Config, data: str, run: str) -> None:
                 f"{run}: the name is already used by a run of another configuration ({', '.join(other)}); choose "
                 f"another --name, or train {storage.join(run, experiment.CONFIG_FILE)} to resume it"
             )
-        record = experiment.read_run_record(run) or {"data": data}
+        record = experiment.read_run_record(run)
+        if record is None:
+            uri = storage.join(run, experiment.RUN_FILE)
+            raise UserError(
+                f"{uri}: absent or damaged; it says on which shards the run was started. Choose another --name"
+            )
         if "data_fingerprint" in record:
             check_same_data(open_shards(data), record["data_fingerprint"], run)
         elif record["data"] != data:  # of an earlier version
