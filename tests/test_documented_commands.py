@@ -112,7 +112,7 @@ def test_every_documented_command_runs(
     assert json.loads(Path("other.json").read_text())["split"] == 2
     assert "search" in printed
     assert Path(f"{clip}.png").stat().st_size > 10_000
-    assert Path("report.html").stat().st_size > 100_000
+    assert Path("report.html").stat().st_size > 20_000  # of two searches, the last one of the page
     assert Path(f"{clip}.mp4").stat().st_size > 1000
 
 
