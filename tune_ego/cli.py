@@ -349,7 +349,7 @@ def reproduce(
     if dry_run:
         show_plans(request, probe=probe, price=price)
     else:
-        run(request, "the same command")
+        run(request)
 
 
 app.command()(evaluate)

@@ -30,6 +30,7 @@ KINETICS = {"rgb": "rgb_imagenet.pt", "flow": "flow_imagenet.pt"}
 PUBLISHED_O = {"rgb": "rgb-o.pt", "flow": "flow-o.pt"}
 """Stream -> file with Lu's published "-o" weights."""
 PAGE = "reproduction.html"
+_RESUME_COMMAND = "the same command"
 
 
 class Request(NamedTuple):
@@ -49,16 +50,12 @@ class Request(NamedTuple):
     node_types: Sequence[str]
 
 
-def reproduce(request: Request, resume_command: str) -> dict[str, Any]:
+def reproduce(request: Request) -> dict[str, Any]:
     """Run the searches of `SPACES`, test all trials, and write the page; return its numbers.
 
     Searches and tests of an earlier call are resumed or kept. Without Lu's published "-o" weights, `lu` and `table1`
     start from the first trial of `lu_o`. Raises `UserError` for weights or changes that do not fit, before the first
     search starts.
-
-    Args:
-        request: Arguments of the command.
-        resume_command: Command that is printed if this one was interrupted.
     """
     data = storage.absolute(request.data)
     weights = _starting_weights(request.weights)
@@ -69,8 +66,8 @@ def reproduce(request: Request, resume_command: str) -> dict[str, Any]:
         for number, name in enumerate(weights, start=1):
             heading(f"{number}. {name}")
             start = weights[name] if weights[name] or name == STAGE_O else _weights_of_stage_o(searches[0])
-            search = _search(name, data, _changes(name, start, request), request, resume_command)
-            _test(search, data, request, resume_command)
+            search = _search(name, data, _changes(name, start, request), request)
+            _test(search, data, request)
             searches.append(search)
     numbers = write_reproduction(searches, storage.join(request.root, PAGE))
     _print_numbers(numbers)
@@ -130,6 +127,8 @@ def _pair(folder: str, files: dict[str, str]) -> dict[str, str]:
 
 def _weights_of_stage_o(search: Experiment) -> dict[str, str]:
     """Return the first trial of `lu_o` as the starting weights of both streams."""
+    for name, damage in search.damaged.items():
+        raise UserError(f"{search.root}: {name}: damaged: {damage}; the other searches start from the first trial")
     first = search.trials[0]
     if first.state != "finished":
         raise UserError(f"{first.run}: {first.state}; the other searches start from its weights: {first.reason}")
@@ -169,7 +168,7 @@ def _check(name: str, data: str, weights: dict[str, str], request: Request) -> N
         )
 
 
-def _search(name: str, data: str, changes: dict[str, Any], request: Request, resume_command: str) -> Experiment:
+def _search(name: str, data: str, changes: dict[str, Any], request: Request) -> Experiment:
     """Start a search, resume it, or read it where all of its trials have finished."""
     root = storage.join(request.root, name)
     if not storage.exists(storage.join(root, EXPERIMENT_FILE)):
@@ -182,7 +181,7 @@ def _search(name: str, data: str, changes: dict[str, Any], request: Request, res
             request.concurrent,
             request.address,
             node_types=request.node_types,
-            resume_command=resume_command,
+            resume_command=_RESUME_COMMAND,
         )
     search = read_experiment(root)
     if len(search.trials) == search.spec["trials"] and all(trial.state == "finished" for trial in search.trials):
@@ -194,16 +193,16 @@ def _search(name: str, data: str, changes: dict[str, Any], request: Request, res
         data=data,
         node_types=request.node_types,
         concurrent=request.concurrent,
-        resume_command=resume_command,
+        resume_command=_RESUME_COMMAND,
     )
 
 
-def _test(search: Experiment, data: str, request: Request, resume_command: str) -> None:
+def _test(search: Experiment, data: str, request: Request) -> None:
     """Test the finished trials, each on a worker's CPUs and GPUs."""
     config, nodes = any_config(search.space), cluster_nodes(request.address, request.node_types)
     gpus = gpus_per_worker(config, nodes)
     runs_at_a_time(config, gpus, nodes, beside=0)
-    evaluate_trials(search.root, data, call=lambda work: call_on_worker(work, config, gpus, resume_command))
+    evaluate_trials(search.root, data, call=lambda work: call_on_worker(work, config, gpus, _RESUME_COMMAND))
 
 
 def _print_numbers(numbers: dict[str, Any]) -> None:

@@ -183,10 +183,8 @@ def _drive(search: Experiment, address: str | None, resume_command: str, again: 
     resume_command = resume_command or shlex.join(["tune-ego", "resume", root])
     with driver.driving(root, resume_command) as interruption:
         records = TrialRecords(root)
-        if again:
-            records.reopen(
-                again
-            )  # before the budget is raised: a trial that has finished with less is taken for damaged
+        if again:  # before the budget is raised: a trial that has finished with less is taken for damaged
+            records.reopen(again)
         storage.write_json(storage.join(root, experiment.EXPERIMENT_FILE), spec)
         source = TrialSource(root, space, spec["seed"], records, at_a_time, interruption.__bool__)
         if source.left:
