@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -140,11 +141,31 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with signals_handled(), own_cluster() if local else nullcontext(), _loss_noticed(local) as watch:
         _start(given, {"address": "local", "include_dashboard": False} if local else {"address": address})
-        watch(ray.get_runtime_context().gcs_address)
+        watch.address = ray.get_runtime_context().gcs_address
         try:
             yield
         finally:
-            ray.shutdown()
+            _leave(watch)
+
+
+def _leave(watch: _Watch) -> None:
+    """Disconnect from Ray, and end its processes if they were started here.
+
+    Ray ends this process, without a message of ours, if a reference to one of its objects is deleted in another thread
+    while it disconnects. Ray Data leaves such references in cycles. They are collected before, and not meanwhile.
+    """
+    import ray  # late: seconds to import
+
+    if not _describe_dead(ray_private.dead_processes()):
+        watch.leaving.set()
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _start(given: str, options: dict[str, Any]) -> None:
@@ -165,39 +186,47 @@ def _start(given: str, options: dict[str, Any]) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
+class _Watch:
+    """State of a session, for the thread of `_loss_noticed`."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        """HOST:PORT of the cluster once Ray has started."""
+        self.leaving = threading.Event()
+        """Ray's processes were alive, and are now ended by us."""
+        self.ended = threading.Event()
+
+
 @contextmanager
-def _loss_noticed(local: bool) -> Iterator[Callable[[str], None]]:
+def _loss_noticed(local: bool) -> Iterator[_Watch]:
     """Raise `ClusterLost` in the main thread if the cluster does not start, or is lost while the body runs.
 
-    Ray itself would wait for ever, or end the process without a message. The body calls the yielded function with the
-    cluster's HOST:PORT once Ray has started.
+    Ray itself would wait for ever, or end the process without a message. The body says on the yielded `_Watch` when
+    Ray has started, and before it leaves Ray.
     """
-    started, ended, addresses = threading.Event(), threading.Event(), [""]
+    watch, deadline = _Watch(), time.monotonic() + _STARTS_WITHIN
 
-    def watch() -> None:
-        deadline = time.monotonic() + _STARTS_WITHIN
-        while not ended.wait(_CHECK_EVERY):
-            if started.is_set():
-                reason = _describe_dead(ray_private.dead_processes()) if local else _silence(addresses[0], ended)
+    def look() -> None:
+        while not watch.ended.wait(_CHECK_EVERY):
+            if watch.address:
+                reason = _describe_dead(ray_private.dead_processes()) if local else _silence(watch)
             elif time.monotonic() > deadline:
                 reason = f"Ray has not started in {_STARTS_WITHIN:.0f} s"
             else:  # Ray's own client would end this process after 60 s without a line of ours
                 reason = _describe_dead(ended_processes()) if local else ""
-            if reason and not ended.is_set():
+            if local and watch.leaving.is_set():  # after the look at the processes, which may have just been ended
+                return
+            if reason and not watch.ended.is_set():
                 logs = f"; its logs: {ray_folder()}/session_latest/logs" if local else ""
-                abort(ClusterLost(f"{reason}{logs}"), ended)
+                abort(ClusterLost(f"{reason}{logs}"), watch.ended)
                 return
 
-    def start(address: str) -> None:
-        addresses[0] = address
-        started.set()
-
     if threading.current_thread() is threading.main_thread():
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=look, daemon=True).start()
     try:
-        yield start
+        yield watch
     finally:
-        ended.set()
+        watch.ended.set()
 
 
 def _describe_dead(names: list[str]) -> str:
@@ -205,11 +234,11 @@ def _describe_dead(names: list[str]) -> str:
     return f"a process of Ray died: {', '.join(dead)}" if dead else ""
 
 
-def _silence(address: str, ended: threading.Event) -> str:
+def _silence(watch: _Watch) -> str:
     """Return a message if a cluster does not answer for `_LOST_AFTER` seconds; "" as soon as it answers."""
-    host, _, port = address.rpartition(":")
+    host, _, port = watch.address.rpartition(":")
     end = time.monotonic() + _LOST_AFTER
-    while (reason := _refusal(host.strip("[]"), int(port))) and not ended.wait(_CHECK_EVERY):
+    while (reason := _refusal(host.strip("[]"), int(port))) and not watch.ended.wait(_CHECK_EVERY):
         if time.monotonic() > end:
-            return f"the Ray cluster at {address} has not answered for {_LOST_AFTER:.0f} s ({reason})"
+            return f"the Ray cluster at {watch.address} has not answered for {_LOST_AFTER:.0f} s ({reason})"
     return ""

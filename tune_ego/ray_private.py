@@ -137,7 +137,10 @@ def dead_processes() -> list[str]:
     from ray._private import worker
 
     node = worker._global_node
-    return [name for name, _ in node.dead_processes()] if node is not None and node.is_head() else []
+    try:
+        return [name for name, _ in node.dead_processes()] if node is not None and node.is_head() else []
+    except RuntimeError:  # another thread starts or ends processes: the dictionary changes
+        return []
 
 
 def cluster_refusal(address: str, seconds: float) -> str:

@@ -17,7 +17,7 @@ import grpc
 import pytest
 import ray
 
-from tune_ego import cluster
+from tune_ego import cluster, ray_private
 from tune_ego.cluster import check_address, is_local, ray_session
 from tune_ego.driver_signals import end_interrupted, signals_handled
 from tune_ego.errors import ClusterLost, UserError
@@ -191,7 +191,7 @@ def lost(local: bool, started_at: str | None, monkeypatch: pytest.MonkeyPatch) -
     def wait() -> None:
         with signals_handled(), cluster._loss_noticed(local) as watch:
             if started_at is not None:
-                watch(started_at)
+                watch.address = started_at
             time.sleep(20)
 
     with pytest.raises(ClusterLost) as caught:
@@ -212,6 +212,30 @@ def test_a_cluster_that_does_not_start_or_is_silent_is_noticed(monkeypatch: pyte
     assert time.monotonic() - start < 15
     monkeypatch.undo()
     assert (cluster._STARTS_WITHIN, cluster._LOST_AFTER) == (120, 20)
+
+
+def test_a_process_that_we_end_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's shutdown ends its processes one after another, and the watching thread looks at them meanwhile."""
+    monkeypatch.setattr(cluster, "_CHECK_EVERY", 0.05)
+    dead: list[str] = []
+    monkeypatch.setattr(ray_private, "dead_processes", lambda: dead)
+
+    def shutdown() -> None:
+        dead.append("raylet")
+        time.sleep(0.5)
+
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    with signals_handled(), cluster._loss_noticed(local=True) as watch:
+        watch.address = DEAD
+        cluster._leave(watch)
+
+    def leave_after_a_loss() -> None:
+        with signals_handled(), cluster._loss_noticed(local=True) as watch:
+            watch.address = DEAD
+            cluster._leave(watch)
+
+    with pytest.raises(ClusterLost, match="raylet"):  # it may hang in Ray's shutdown
+        leave_after_a_loss()
 
 
 def test_ray_s_own_exit_at_sigterm_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,28 @@ except KeyboardInterrupt:
 """
 
 
+GARBAGE = """
+import gc, threading, time
+import ray
+from tune_ego.cluster import ray_session
+shutdown = ray.shutdown
+def collect():
+    time.sleep(0.1)
+    gc.collect()
+def leave():
+    threading.Thread(target=collect, daemon=True).start()
+    shutdown()
+ray.shutdown = leave
+with ray_session():
+    cycles = [[ray.put(number)] for number in range(100)]
+    for cycle in cycles:
+        cycle.append(cycle)
+    gc.collect()  # now only a full collection looks at them
+    del cycles, cycle
+print("on", gc.isenabled())
+"""
+
+
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Ray's folder, with a path that is short enough for Ray's sockets."""
@@ -139,6 +161,12 @@ def test_nothing_is_left_of_a_session(victim: str, code: int, folder: Path) -> N
     while left := [pid for pid in processes_of_sessions(groups) if _command(Path(f"/proc/{pid}"))]:
         assert time.monotonic() < end, left
         time.sleep(0.1)
+
+
+def test_references_in_cycles_do_not_end_the_process_when_it_leaves_ray(folder: Path) -> None:
+    """`prepare` once ended here without a word, and without its last files."""
+    run = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "on True\n"), run.stderr
 
 
 def test_ray_that_does_not_start_is_one_line(folder: Path) -> None:

@@ -157,7 +157,7 @@ def prepare(
         closing.mark_unfinished(out)
         finished_clips = sum(len(task.clips) for task in tasks if task.shard in finished)
         with ray_session(address), clip_progress(len(annotations.clips), finished_clips) as advance:
-            for task, result in zip(pending, _run(pending, out, settings, jobs)):
+            for task, result in zip(pending, _run(pending, out, settings, jobs), strict=True):
                 finished[task.shard] = result
                 advance(len(task.clips))
     records = [record for result in finished.values() for record in result.records]
