@@ -117,7 +117,19 @@ def test_every_documented_command_runs(
 
 
 @pytest.mark.slow
-def test_the_demo_runs(tmp_path: Path, ray_cluster: None) -> None:
+def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> None:
+    """Attention finds the gaze, both streams are needed, and the search has something to find."""
     run_demo(str(tmp_path / "demo"), 0)
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["evaluation"]["fused"]["mean_class_accuracy"] > 3 * summary["chance"]
+    results = summary["evaluation"]
+    attention = results["attention"]
+    for stream in ("rgb", "flow"):
+        assert attention[stream]["nss"] > attention["centre"]["nss"] + 0.1
+        assert attention[stream]["auc"] > attention["centre"]["auc"] + 0.05
+    accuracy = {name: results[name]["mean_class_accuracy"] for name in ("rgb", "flow", "fused")}
+    assert accuracy["fused"] >= 0.6
+    assert accuracy["fused"] > max(accuracy["rgb"], accuracy["flow"]) + 0.05
+    trials = summary["trials"]
+    assert any(trial["state"] == "stopped" for trial in trials)
+    best_of_trials = [trial["val_mean_class_accuracy"] for trial in trials]
+    assert max(best_of_trials) > min(best_of_trials) + 0.15

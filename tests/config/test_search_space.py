@@ -16,7 +16,7 @@ from tune_ego.space_schema import Domain
 
 SHIPPED = {
     "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
-    "demo": (4, SchedulerSettings("asha", 32, 2, 3, False)),
+    "demo": (4, SchedulerSettings("asha", 40, 2, 3, False)),
     "full": (64, SchedulerSettings("asha", 150, 3, 3, False)),
     "lu": (2, SchedulerSettings("fifo", 250, 3, 3, False)),
     "lu_o": (1, SchedulerSettings("fifo", 250, 3, 3, False)),
@@ -312,7 +312,7 @@ def test_of_too_many_combinations_2000_are_spread_evenly() -> None:
 
 def test_set_changes_the_base_and_nothing_that_is_searched() -> None:
     space = load_space("demo", {"train.iterations": 50})
-    assert space.base["train"] == {"iterations": 50, "batch_size": 8, "validate_every": 32, "log_every": 8}
+    assert space.base["train"] == {"iterations": 50, "batch_size": 6, "validate_every": 20, "log_every": 10}
     assert [config.train.iterations for config in configurations(space)] == [50] * 4
     larger = parse_space("samples: 2\nspace: {label: {choice: [a, b]}}", "s.yaml", {"repeats": 3, "samples": 4})
     assert (larger.samples, larger.repeats, larger.trials) == (4, 3, 12)

@@ -1,4 +1,4 @@
-"""`prepare`: EGTEA clips -> shards, as a Ray Data job with one task for each shard."""
+"""`prepare`: EGTEA clips -> shards, as a Ray Data job. Each task writes a shard, or several small ones."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
 """Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
+_FRAMES_PER_BLOCK = 500
+"""Least frames of a task of Ray Data, on average. A task costs a tenth of a second, so it takes several small shards."""
 _READER = "tune_ego video reader"
 """Entry of `ShardTask.sources` with the version of the code that reads videos."""
 NO_USABLE_GAZE = "no frame with usable gaze"
@@ -219,8 +221,9 @@ def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None)
     context.raise_original_map_exception = True
     context.execution_options.preserve_order = True
 
-    # One task for each shard, so that the output does not depend on the number of workers.
-    rows = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+    # Whatever the blocks and the number of workers, each row is a shard.
+    blocks = min(len(tasks), -(-sum(task.frames for task in tasks) // _FRAMES_PER_BLOCK))
+    rows = ray.data.range(len(tasks), override_num_blocks=blocks)
     share = _gpu_share(settings)
     if share:  # actors: Ray starts a new process, with a CUDA context, for each task that uses a GPU
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=_most_actors(share, jobs))
