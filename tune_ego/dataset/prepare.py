@@ -23,7 +23,7 @@ from tune_ego.storage import SourceFile
 FRAMES_PER_SHARD = 2000
 """Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
 _FRAMES_PER_BLOCK = 500
-"""Least frames of a task of Ray Data, on average. A task costs a tenth of a second, so it takes several small shards."""
+"""Frames of a task of Ray Data, on average at least. A task costs a tenth of a second."""
 _READER = "tune_ego video reader"
 """Entry of `ShardTask.sources` with the version of the code that reads videos."""
 NO_USABLE_GAZE = "no frame with usable gaze"
