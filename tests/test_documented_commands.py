@@ -117,6 +117,7 @@ def test_every_documented_command_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> None:
     """Attention finds the gaze, both streams are needed, and the search has something to find."""
     run_demo(str(tmp_path / "demo"), 0)

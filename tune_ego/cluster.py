@@ -27,6 +27,8 @@ _REQUEST_WITHIN = 5.0
 """For the real request at least, where the address itself was slow."""
 _STARTS_WITHIN = 120.0
 """For Ray to start on this machine, or to connect."""
+_LEAVES_WITHIN = 60.0
+"""For Ray on this machine to end."""
 _CHECK_EVERY = 2.0
 """Between two checks whether the cluster is still there."""
 _LOST_AFTER = 20.0
@@ -156,16 +158,18 @@ def _leave(watch: _Watch) -> None:
     """
     import ray  # late: seconds to import
 
-    if not _describe_dead(ray_private.dead_processes()):
-        watch.leaving.set()
-    gc.collect()
     collects = gc.isenabled()
-    gc.disable()
     try:
-        ray.shutdown()
+        if not _describe_dead(ray_private.dead_processes()):
+            watch.leaving.set()
+        gc.collect()
+        gc.disable()
     finally:
-        if collects:
-            gc.enable()
+        try:
+            ray.shutdown()
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _start(given: str, options: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ class _Watch:
         self.address = ""
         """HOST:PORT of the cluster once Ray has started."""
         self.leaving = threading.Event()
-        """Ray's processes were alive, and are now ended by us."""
+        """Set when Ray's processes, all alive until then, are ended on purpose."""
         self.ended = threading.Event()
 
 
@@ -201,8 +205,8 @@ class _Watch:
 def _loss_noticed(local: bool) -> Iterator[_Watch]:
     """Raise `ClusterLost` in the main thread if the cluster does not start, or is lost while the body runs.
 
-    Ray itself would wait for ever, or end the process without a message. The body says on the yielded `_Watch` when
-    Ray has started, and before it leaves Ray.
+    Ray itself would wait for ever, or end the process without a message. The body sets `address` of the yielded
+    `_Watch` once Ray has started, and `leaving` before it leaves Ray.
     """
     watch, deadline = _Watch(), time.monotonic() + _STARTS_WITHIN
 
@@ -214,8 +218,8 @@ def _loss_noticed(local: bool) -> Iterator[_Watch]:
                 reason = f"Ray has not started in {_STARTS_WITHIN:.0f} s"
             else:  # Ray's own client would end this process after 60 s without a line of ours
                 reason = _describe_dead(ended_processes()) if local else ""
-            if local and watch.leaving.is_set():  # after the look at the processes, which may have just been ended
-                return
+            if local and watch.leaving.is_set():  # checked last: it may have been set during the checks above
+                reason = "" if watch.ended.wait(_LEAVES_WITHIN) else f"Ray has not ended in {_LEAVES_WITHIN:.0f} s"
             if reason and not watch.ended.is_set():
                 logs = f"; its logs: {ray_folder()}/session_latest/logs" if local else ""
                 abort(ClusterLost(f"{reason}{logs}"), watch.ended)

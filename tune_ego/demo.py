@@ -71,7 +71,7 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
         with step("prepare", "prepare: frames, optical flow and gaze into Parquet shards"):
             prepare(egtea, shards, Settings(IMAGE_SIZE))
         with step("tune", "tune: SGD and Ranger with two learning rates each, with ASHA"):
-            search = start_search("demo", shards, str(root / "search"), {}, seed, None, None)
+            search = start_search("demo", shards, str(root / "search"), {}, seed, 2, None)
         with step("export", "export: the best configuration"):
             best = export.export_best(search.root, best_file)
             print_table("", ["", ""], [["trial", best.id], ["in", best_file]])

@@ -29,7 +29,7 @@ from tune_ego.bench.resume import descendants
 from tune_ego.dataset import video
 from tune_ego.dataset.annotations import find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import read_gaze
-from tune_ego.dataset.prepare import prepare
+from tune_ego.dataset.prepare import _block_count, prepare
 from tune_ego.dataset.shards import open_shards, read_clip
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
@@ -236,6 +236,14 @@ def watch(command: list[str], out: Path) -> list[tuple[int, int]]:
         process.kill()
     assert process.returncode == 0
     return seen
+
+
+def test_small_shards_share_tasks_and_every_job_has_one() -> None:
+    small = [40, 50, 60] * 100  # 15,000 frames
+    assert _block_count(small, 2) == 30
+    assert _block_count(small, 64) == 64
+    assert _block_count(small[:5], 64) == 5
+    assert _block_count([2000] * 700, 2) == 700
 
 
 def made_bytes(out: Path) -> int:

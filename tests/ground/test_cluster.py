@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -218,7 +219,8 @@ def test_a_process_that_we_end_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> No
     """Ray's shutdown ends its processes one after another, and the watching thread looks at them meanwhile."""
     monkeypatch.setattr(cluster, "_CHECK_EVERY", 0.05)
     dead: list[str] = []
-    monkeypatch.setattr(ray_private, "dead_processes", lambda: dead)
+    others = {*threading.enumerate()} - {threading.current_thread()}  # one of them watches the Ray of other tests
+    monkeypatch.setattr(ray_private, "dead_processes", lambda: [] if threading.current_thread() in others else [*dead])
 
     def shutdown() -> None:
         dead.append("raylet")
@@ -229,13 +231,33 @@ def test_a_process_that_we_end_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> No
         watch.address = DEAD
         cluster._leave(watch)
 
-    def leave_after_a_loss() -> None:
+    def leave() -> None:
         with signals_handled(), cluster._loss_noticed(local=True) as watch:
             watch.address = DEAD
             cluster._leave(watch)
 
-    with pytest.raises(ClusterLost, match="raylet"):  # it may hang in Ray's shutdown
-        leave_after_a_loss()
+    with pytest.raises(ClusterLost, match="a process of Ray died: raylet"):  # Ray's shutdown may hang after a loss
+        leave()
+    dead.clear()
+    monkeypatch.setattr(cluster, "_LEAVES_WITHIN", 0.1)
+    with pytest.raises(ClusterLost, match="Ray has not ended in 0 s; its logs: "):
+        leave()
+
+
+def test_ray_is_left_whatever_happens_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: left.append(gc.isenabled()))
+    with cluster._loss_noticed(local=False) as watch:
+        cluster._leave(watch)
+
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "_describe_dead", lambda names: interrupted())
+    with pytest.raises(KeyboardInterrupt), cluster._loss_noticed(local=False) as watch:
+        cluster._leave(watch)
+    assert left == [False, True]
+    assert gc.isenabled()
 
 
 def test_ray_s_own_exit_at_sigterm_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,8 +133,19 @@ def test_dead_processes(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert ray_private.dead_processes() == []
     assert worker._global_node.all_processes.keys() > _VITAL_PROCESSES
     (raylet,) = worker._global_node.all_processes["raylet"]
-    monkeypatch.setattr(raylet.process, "poll", lambda: -9)
+    here = threading.current_thread()  # another one watches the Ray of this session, and would end it
+    monkeypatch.setattr(raylet.process, "poll", lambda: -9 if threading.current_thread() is here else None)
     assert ray_private.dead_processes() == ["raylet"]
+
+    class ChangingNode:
+        def is_head(self) -> bool:
+            return True
+
+        def dead_processes(self) -> list[tuple[str, object]]:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(worker, "_global_node", ChangingNode())
+    assert ray_private.dead_processes() == []
     monkeypatch.setattr(worker, "_global_node", None)
     assert ray_private.dead_processes() == []
 

@@ -242,9 +242,10 @@ def _run_config(full: bool, iterations: int) -> Config:
 
 
 def _demo_config() -> Config:
-    """Return the configuration of the demo's first trial."""
+    """Return the configuration of the demo's first trial, with the threads of its final run."""
     space = load_space("demo")
-    return space.config(next(space.draws()))
+    config = space.config(next(space.draws()))
+    return override_config(config, {"compute.cpus_per_worker": 1.5}, "demo")
 
 
 def _model_facts(config: Config) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from tune_ego.storage import SourceFile
 
 FRAMES_PER_SHARD = 2000
 """Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
-_FRAMES_PER_BLOCK = 500
-"""Frames of a task of Ray Data, on average at least. A task costs a tenth of a second."""
+_FRAMES_PER_TASK = 500
+"""Frames of one of Ray Data's tasks, on average at least. A task costs 0.1 s."""
 _READER = "tune_ego video reader"
 """Entry of `ShardTask.sources` with the version of the code that reads videos."""
 NO_USABLE_GAZE = "no frame with usable gaze"
@@ -34,7 +34,7 @@ _MOST_TASKS_PER_GPU = 8  # each task holds a CUDA context of about half a gigaby
 
 
 class ShardTask(NamedTuple):
-    """Input of the task that writes one shard."""
+    """Clips and source files of one shard."""
 
     shard: str
     """Path of the shard, relative to the output folder."""
@@ -212,7 +212,8 @@ def _task(
 
 def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
     """Write the shards with Ray Data, and yield the results in the order of the tasks."""
-    import ray.data  # late: seconds to import
+    import ray  # late: seconds to import
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # here, because the import sets a level
     context = ray.data.DataContext.get_current()
@@ -222,8 +223,8 @@ def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None)
     context.execution_options.preserve_order = True
 
     # Whatever the blocks and the number of workers, each row is a shard.
-    blocks = min(len(tasks), -(-sum(task.frames for task in tasks) // _FRAMES_PER_BLOCK))
-    rows = ray.data.range(len(tasks), override_num_blocks=blocks)
+    at_a_time = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    rows = ray.data.range(len(tasks), override_num_blocks=_block_count([task.frames for task in tasks], at_a_time))
     share = _gpu_share(settings)
     if share:  # actors: Ray starts a new process, with a CUDA context, for each task that uses a GPU
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=_most_actors(share, jobs))
@@ -249,6 +250,11 @@ class _ShardWriter:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"result": json.dumps(write_task(self._tasks[int(row["id"])], self._out, self._settings))}
+
+
+def _block_count(shard_frames: list[int], jobs: int) -> int:
+    """Return the number of Ray Data's tasks: enough for `jobs` at a time, and no more than shards."""
+    return min(len(shard_frames), max(-(-sum(shard_frames) // _FRAMES_PER_TASK), jobs))
 
 
 def _most_actors(gpu_share: float, jobs: int | None) -> int:
