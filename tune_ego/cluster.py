@@ -154,7 +154,8 @@ def _leave(watch: _Watch) -> None:
     """Disconnect from Ray, and end its processes if they were started here.
 
     Ray ends this process, without a message of ours, if a reference to one of its objects is deleted in another thread
-    while it disconnects. Ray Data leaves such references in cycles. They are collected before, and not meanwhile.
+    while it disconnects. Ray Data leaves such references in cycles. So the garbage collector runs before, and is off
+    meanwhile.
     """
     import ray  # late: seconds to import
 
@@ -191,7 +192,7 @@ def _start(given: str, options: dict[str, Any]) -> None:
 
 
 class _Watch:
-    """State of a session, for the thread of `_loss_noticed`."""
+    """State of a Ray session, shared with the thread that watches it."""
 
     def __init__(self) -> None:
         self.address = ""

@@ -238,14 +238,6 @@ def watch(command: list[str], out: Path) -> list[tuple[int, int]]:
     return seen
 
 
-def test_small_shards_share_tasks_and_every_job_has_one() -> None:
-    small = [40, 50, 60] * 100  # 15,000 frames
-    assert _block_count(small, 2) == 30
-    assert _block_count(small, 64) == 64
-    assert _block_count(small[:5], 64) == 5
-    assert _block_count([2000] * 700, 2) == 700
-
-
 def made_bytes(out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("part-*.parquet"))
 
@@ -256,6 +248,14 @@ def proportional_set_size(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1000 for line in lines if line.startswith("Pss:"))
+
+
+def test_small_shards_share_tasks_and_every_job_has_one() -> None:
+    small = [40, 50, 60] * 100  # 15,000 frames
+    assert _block_count(small, 2) == 30
+    assert _block_count(small, 64) == 64
+    assert _block_count(small[:5], 64) == 5
+    assert _block_count([2000] * 700, 2) == 700
 
 
 @pytest.mark.slow

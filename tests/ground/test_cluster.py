@@ -226,16 +226,13 @@ def test_a_process_that_we_end_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> No
         dead.append("raylet")
         time.sleep(0.5)
 
-    monkeypatch.setattr(ray, "shutdown", shutdown)
-    with signals_handled(), cluster._loss_noticed(local=True) as watch:
-        watch.address = DEAD
-        cluster._leave(watch)
-
     def leave() -> None:
         with signals_handled(), cluster._loss_noticed(local=True) as watch:
             watch.address = DEAD
             cluster._leave(watch)
 
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    leave()
     with pytest.raises(ClusterLost, match="a process of Ray died: raylet"):  # Ray's shutdown may hang after a loss
         leave()
     dead.clear()

@@ -223,8 +223,9 @@ def test_mixed_precision_follows_float32(shards: str) -> None:
     """The same start and samples: rounding parts the losses of so small a net, but not by much."""
     losses = {}
     for precision in ("off", "bf16", "fp16"):
-        # The other scaling makes zeros and ones of a map of two cells: rounding would turn them about.
-        changes = {"optimizer__lr": 1e-3, "train__batch_size": 8, "model__attention_scale": "subtract_min"}
+        # The other scaling makes zeros and ones of a map of two cells: rounding would turn them about. With a learning
+        # rate of 1e-3 the runs part so far that bf16 was 7.6 % off on a CPU without AVX-512.
+        changes = {"optimizer__lr": 1e-4, "train__batch_size": 8, "model__attention_scale": "subtract_min"}
         config = tiny_config(train__precision=precision, **changes)
         trainer = Trainer(config, origin(shards), CPU)
         assert trainer.dtype == {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -239,7 +240,7 @@ def test_mixed_precision_follows_float32(shards: str) -> None:
     for precision, at_first in (("bf16", 0.03), ("fp16", 0.01)):
         assert losses[precision] != losses["off"]
         assert losses[precision][0] == pytest.approx(losses["off"][0], rel=at_first)
-        assert sum(losses[precision]) == pytest.approx(sum(losses["off"]), rel=0.12)  # 0.076 on a CPU without AVX-512
+        assert sum(losses[precision]) == pytest.approx(sum(losses["off"]), rel=0.06)
 
 
 def test_an_overflow_of_one_stream_skips_that_one_alone(shards: str) -> None:

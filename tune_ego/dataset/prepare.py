@@ -23,7 +23,7 @@ from tune_ego.storage import SourceFile
 FRAMES_PER_SHARD = 2000
 """Most frames in a shard: about 40 MB at 320 x 240, held in memory until the shard is written."""
 _FRAMES_PER_TASK = 500
-"""Frames of one of Ray Data's tasks, on average at least. A task costs 0.1 s."""
+"""Smallest mean number of frames in a task of Ray Data, unless jobs would idle. A task costs 0.1 s."""
 _READER = "tune_ego video reader"
 """Entry of `ShardTask.sources` with the version of the code that reads videos."""
 NO_USABLE_GAZE = "no frame with usable gaze"
@@ -212,8 +212,7 @@ def _task(
 
 def _run(tasks: list[ShardTask], out: str, settings: Settings, jobs: int | None) -> Iterator[ShardResult]:
     """Write the shards with Ray Data, and yield the results in the order of the tasks."""
-    import ray  # late: seconds to import
-    import ray.data
+    import ray.data  # late: seconds to import
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # here, because the import sets a level
     context = ray.data.DataContext.get_current()
