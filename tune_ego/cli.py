@@ -72,7 +72,7 @@ def demo(
     """Run every step on synthetic clips: prepare, tune, export, train, evaluate and report.
 
     Reads nothing. Writes egtea/, shards/, search/, best.yaml, final/, report.html and .json, and summary.json (200 MB).
-    Costs 4 to 7 minutes and 4.5 GB of memory on two CPU cores.
+    Costs 6 to 7 minutes on two virtual CPUs, and 4 GB of memory.
     """
     from tune_ego.demo import run_demo
 
