@@ -34,6 +34,8 @@ _ITERATIONS_PER_KILL = 12
 _MID_WRITE_EVERY = 2
 """Every second kill waits until a checkpoint is half written."""
 _POLL_SECONDS = 0.002
+_STOPPED_WITHIN = 0.01
+"""Seconds after SIGSTOP within which a process has stopped."""
 _COMMAND = "from tune_ego.cli import main; main()"
 
 
@@ -49,7 +51,6 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
     """
     iterations = _ITERATIONS_PER_KILL * (kills + 1)
     rng = random.Random(seed)
-    benchmark = Benchmark("resume", {"kills": kills, "iterations": iterations})
     with tempfile.TemporaryDirectory(prefix="tune-ego-bench-") as name:
         folder = Path(name)
         config = {**_CONFIG, "train": {**_CONFIG["train"], "iterations": iterations}}
@@ -69,7 +70,9 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
             # Measured speeds included: the lines up to the checkpoint must be the same lines, not repeated ones.
             if experiment.read_metrics(str(folder / "killed"))[: len(saved_lines)] != saved_lines:
                 raise UserError("the run did not resume from its last complete checkpoint")
-            _run_until_kill(process, folder / "killed", rng, mid_write=kill % _MID_WRITE_EVERY == 0)
+            _run_until_moment(process, folder / "killed", rng, mid_write=kill % _MID_WRITE_EVERY == 0)
+            if process.poll() is not None:
+                break
             kill_all(process)
             half_written = _is_half_written(folder / "killed", set())
             mid_write_kills += half_written
@@ -81,10 +84,8 @@ def bench_resume(kills: int = 20, seed: int = 0) -> Benchmark:
             say(f"kill {kill + 1} of {kills}, {moment}; last complete checkpoint: iteration {saved}")
         _run_to_end(log, *_train_arguments(folder, "killed"))
         _compare(folder / "whole", folder / "killed")
-    benchmark.facts |= {
-        "of these while a checkpoint was written": mid_write_kills,
-        "weights and metrics": "bit-identical",
-    }
+    facts = {"kills": len(lost), "iterations": iterations, "of these while a checkpoint was written": mid_write_kills}
+    benchmark = Benchmark("resume", {**facts, "weights and metrics": "bit-identical"})
     benchmark.add("from the start of the command to a new iteration", "s", until_first)
     benchmark.add("iterations repeated after a kill", "iterations", lost)
     return benchmark
@@ -140,23 +141,25 @@ def _is_newer(file: Path, moment: float) -> bool:
     return file.exists() and file.stat().st_mtime > moment
 
 
-def _run_until_kill(process: subprocess.Popen[bytes], run: Path, rng: random.Random, mid_write: bool) -> None:
+def _run_until_moment(process: subprocess.Popen[bytes], run: Path, rng: random.Random, mid_write: bool) -> None:
     """Wait for a random number of iterations, and then for a random part of a second.
 
-    With `mid_write`, wait for a half-written checkpoint instead of a part of a second, and kill the processes at once.
+    With `mid_write`, wait for a half-written checkpoint instead of a part of a second, and stop the processes there.
     """
     target = _last_logged(run) + rng.randrange(_ITERATIONS_PER_KILL // 2)
     _wait(process, lambda: _last_logged(run) >= target)
     if not mid_write:
         time.sleep(rng.uniform(0, 0.5))
         return
-    pids, complete = (
-        descendants(process.pid),
-        set[str](),
-    )  # listed beforehand: listing takes longer than writing a checkpoint
-    while process.poll() is None and not _is_half_written(run, complete):
-        pass  # no sleep: a checkpoint is half written for a short time only
-    _kill(reversed(pids))
+    pids, complete = descendants(process.pid), set[str]()  # listed now: that takes longer than writing a checkpoint
+    while process.poll() is None:
+        if not _is_half_written(run, complete):
+            continue  # no sleep: a checkpoint is half written for a short time only
+        _signal(reversed(pids), signal.SIGSTOP)
+        time.sleep(_STOPPED_WITHIN)
+        if _is_half_written(run, complete):
+            return
+        _signal(pids, signal.SIGCONT)  # the checkpoint was completed before its writer stopped: wait for the next one
 
 
 def _is_half_written(run: Path, complete: set[str]) -> bool:
@@ -176,14 +179,15 @@ def _is_half_written(run: Path, complete: set[str]) -> bool:
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """Send SIGKILL to a process and all its descendants, as if the machine lost power."""
-    _kill(descendants(process.pid))
+    _signal(descendants(process.pid), signal.SIGKILL)
     process.wait()
 
 
-def _kill(pids: Iterable[int]) -> None:
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to processes; those that have ended are passed over."""
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
 
