@@ -22,9 +22,14 @@ SHIPPED = {
     "lu_o": (1, SchedulerSettings("fifo", 250, 3, 3, False)),
     "optimizer": (24, SchedulerSettings("asha", 100, 3, 3, False)),
     "stam_depth": (20, SchedulerSettings("asha", 200, 3, 3, False)),
+    "study": (50, SchedulerSettings("fifo", 60, 3, 3, False)),
+    "study_asha": (9, SchedulerSettings("asha", 40, 3, 3, False)),
+    "study_lr": (8, SchedulerSettings("fifo", 60, 3, 3, False)),
     "table1": (4, SchedulerSettings("fifo", 250, 3, 3, False)),
 }
-"""Name -> (trials, scheduler); all are random searches without repeats."""
+"""Name -> (trials, scheduler); all are random searches."""
+REPEATS = {"study": 5}
+"""Name -> trials of each configuration, where it isn't 1."""
 
 BRANCHED = """
 space:
@@ -73,7 +78,7 @@ def configurations(space: SearchSpace, seed: int = 0) -> list[Config]:
 def test_shipped_spaces_give_different_configurations(name: str) -> None:
     space = load_space(name)
     assert (space.trials, space.scheduler) == SHIPPED[name]
-    assert (space.repeats, space.searcher) == (1, "random")
+    assert (space.repeats, space.searcher) == (REPEATS.get(name, 1), "random")
     assert len({config.model_dump_json() for config in configurations(space)}) == space.configurations
     header = space.text.split("base:")[0]
     assert all(f"# {word}:" in header for word in ("Command", "Cost", "Expect"))
@@ -335,7 +340,7 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
         load_space("nosuch")
     assert str(caught.value) == (
         "nosuch: no such file, nor a shipped search space "
-        "(activation, demo, full, lu, lu_o, optimizer, stam_depth, table1)"
+        "(activation, demo, full, lu, lu_o, optimizer, stam_depth, study, study_asha, study_lr, table1)"
     )
     for text, message in (("samples: 0", "samples: Input should be"), ("a: [", "not valid YAML: while parsing")):
         Path("wrong.yaml").write_text(text)
