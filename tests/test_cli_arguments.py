@@ -19,10 +19,13 @@ from tune_ego.dataset.prepare import Settings
 from tune_ego.driver_signals import end_interrupted
 from tune_ego.errors import UserError
 from tune_ego.options import parse_size
+from tune_ego.prediction.predict import PredictionSettings, WindowSettings
+from tune_ego.prediction.segments import SegmentSettings
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLACES = ["--data", "D", "--storage", "/s", "--name", "n"]
 SYNTHETIC = {"verbs": 3, "nouns": 4, "clips": 480, "seconds": 1.5, "size": (320, 240), "distractors": 1, "seed": 0}
+SYNTHETIC |= {"sessions": False}
 PREPARE = {"allow_missing": False, "jobs": None, "address": None}
 RESUME = {"data": None, "samples": None, "iterations": None, "concurrent": None}
 BOARD = {"track": ["tensorboard"]}
@@ -42,10 +45,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("demo --out o --seed 7", "demo.run_demo", ("o", 7), {}),
         ("synthesize out", "dataset.synthetic.synthesize", ("out",), SYNTHETIC),
         (
-            "synthesize out --verbs 5 --nouns 6 --clips 70 --seconds 2.5 --size 96x72 --distractors 0 --seed 9",
+            "synthesize out --verbs 5 --nouns 6 --clips 70 --seconds 2.5 --size 96x72 --distractors 0 --sessions"
+            " --seed 9",
             "dataset.synthetic.synthesize",
             ("out",),
-            {"verbs": 5, "nouns": 6, "clips": 70, "seconds": 2.5, "size": (96, 72), "distractors": 0, "seed": 9},
+            {"verbs": 5, "nouns": 6, "clips": 70, "seconds": 2.5, "size": (96, 72), "distractors": 0}
+            | {"sessions": True, "seed": 9},
         ),
         ("prepare e s", "dataset.prepare.prepare", ("e", "s", Settings((320, 240), "dis", None, 0)), PREPARE),
         (
@@ -103,11 +108,32 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
             ("/s/n", "auto"),
             {"data": "d", "samples": 5, "iterations": 60, "concurrent": 7},
         ),
-        ("report e", "report.write.write_report", ("e", "report.html", None, None, None), {}),
         (
-            "report e --out o.html --evaluation v --checkpoint c --data D",
+            "predict m v w",
+            "prediction.write.predict_files",
+            ("m", ["v", "w"], None, PredictionSettings(), []),
+            {"overlay": False},
+        ),
+        (
+            "predict m v --out o --stride 4 --crops 3 --flips --threshold 0.5 --smooth 0 --merge 1 --shortest 2"
+            " --nms 0.1 --overlay --truth t --truth u --flow-weights f",
+            "prediction.write.predict_files",
+            (
+                "m",
+                ["v"],
+                "o",
+                PredictionSettings(WindowSettings(4, 3, True), SegmentSettings(0.5, 0, 1, 2, 0.1), "f"),
+                ["t", "u"],
+            ),
+            {"overlay": True},
+        ),
+        ("package m o", "prediction.package.package", ("m", "o"), {"onnx": False}),
+        ("package m o --onnx", "prediction.package.package", ("m", "o"), {"onnx": True}),
+        ("report e", "report.write.write_report", ("e", "report.html", None, None, None, None), {}),
+        (
+            "report e --out o.html --evaluation v --checkpoint c --data D --reference 00003",
             "report.write.write_report",
-            ("e", "o.html", "v", "c", "D"),
+            ("e", "o.html", "v", "c", "D", "00003"),
             {},
         ),
         ("report e f --out o.html", "report.write.write_comparison", (("e", "f"), "o.html"), {}),
@@ -217,6 +243,7 @@ BENCHES = {
     "step.bench_step": "step",
     "loop.bench_loop": "loop",
     "prepare.bench_prepare": "prepare",
+    "predict.bench_predict": "predict",
     "search.bench_search": "search",
     "resume.bench_resume": "resume",
     "resume.bench_resume_search": "resume-search",
@@ -233,6 +260,7 @@ BENCHES = {
         ("step", [("step", 224, None, 5)]),
         ("step --side 64 --batch 3 --repeats 2", [("step", 64, 3, 2)]),
         ("prepare e", [("prepare", "e")]),
+        ("predict --width 0.25 --repeats 2", [("predict", 0.25, 2)]),
         ("search", [("search", 1000, 20)]),
         ("search --trials 16 --seeds 2", [("search", 16, 2)]),
         ("resume", [("resume", 20, 0)]),
@@ -241,8 +269,8 @@ BENCHES = {
         ("resume --search --kills 2", [("resume-search", 2, 0)]),
         (
             "all",
-            [("step",), ("feed",), ("loop",), ("search", 1000, 20), ("prepare",), ("resume", 20, 0)]
-            + [("resume-search", 5, 0)],
+            [("step",), ("feed",), ("loop",), ("search", 1000, 20), ("prepare",), ("predict",)]
+            + [("resume", 20, 0), ("resume-search", 5, 0)],
         ),
     ],
 )

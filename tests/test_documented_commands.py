@@ -28,6 +28,7 @@ from tune_ego.results.reading import read_experiment
 REPLACED = {
     "s3://bucket/egtea-shards": "SHARDS",
     "s3://bucket/results": "RESULTS",
+    "RUN": "RESULTS/final",
     "480": "40",
     "320x240": "96x72",
     "96": "3",
@@ -38,7 +39,7 @@ ADDED = {
     "train": ["--iterations", "4"],
 }
 ORDER = ["synthesize", "prepare", "inspect", "tune", "resume", "export", "train", "evaluate", "status", "report"]
-ORDER += ["visualize"]
+ORDER += ["visualize", "predict", "package"]
 ELSEWHERE = ["bench", "demo", "reproduce"]
 
 
@@ -98,6 +99,8 @@ def test_every_documented_command_runs(
         if words[0] == "train" and not Path("recipe.yaml").exists():
             shutil.copy("best.yaml", "recipe.yaml")
             shutil.copytree("RESULTS/full", "RESULTS/other")
+        if words[0] == "predict" and not Path("VIDEO.mp4").exists():
+            shutil.copy(next(Path("EGTEA").rglob("*.mp4")), "VIDEO.mp4")
         command = local(words, clip)
         if command not in done:
             done.add(command)
@@ -111,6 +114,8 @@ def test_every_documented_command_runs(
         assert 0 <= json.loads(Path(f"RESULTS/{run}/evaluation.json").read_text())["fused"]["mean_class_accuracy"] <= 1
     assert json.loads(Path("other.json").read_text())["split"] == 2
     assert "search" in printed
+    assert Path("VIDEO.mp4.html").stat().st_size > 5000 and Path("RESULTS/detection.json").exists()
+    assert Path("MODEL/model.pt2").exists() and Path("PACKAGE/model.onnx").exists()
     assert Path(f"{clip}.png").stat().st_size > 10_000
     assert Path("report.html").stat().st_size > 20_000  # of two searches, the last one of the page
     assert Path(f"{clip}.mp4").stat().st_size > 1000

@@ -9,7 +9,17 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tune_ego.api import Prediction, TrainedModel, load_model, open_shards, read_experiment, train
+    from tune_ego.api import (
+        Prediction,
+        PredictionSettings,
+        SegmentSettings,
+        TrainedModel,
+        WindowSettings,
+        load_model,
+        open_shards,
+        read_experiment,
+        train,
+    )
     from tune_ego.config import Config
     from tune_ego.config_io import load_config
     from tune_ego.errors import UserError
@@ -20,8 +30,11 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "Prediction",
+    "PredictionSettings",
+    "SegmentSettings",
     "TrainedModel",
     "UserError",
+    "WindowSettings",
     "__version__",
     "load_config",
     "load_model",

@@ -14,6 +14,7 @@ from tune_ego.driver_signals import FAILED, INTERRUPTED, EndedInterrupted
 from tune_ego.errors import UserError
 from tune_ego.evaluation.commands import evaluate
 from tune_ego.options import Address, Data, Name, NodeType, Seed, Set, Storage, Track, parse_changes
+from tune_ego.prediction.commands import package, predict
 from tune_ego.report.commands import report, visualize
 
 app = typer.Typer(
@@ -111,7 +112,8 @@ def tune(
     space: Annotated[
         str,
         typer.Argument(
-            help="Search space: a YAML file, or demo, optimizer, activation, stam_depth, table1, lu_o, lu, full."
+            help="Search space: a YAML file, or the name of a shipped one: demo, optimizer, activation, stam_depth, "
+            "table1, lu_o, lu, study, full (docs/search.md)."
         ),
     ],
     data: Data,
@@ -353,6 +355,8 @@ def reproduce(
 
 
 app.command()(evaluate)
+app.command()(predict)
+app.command()(package)
 app.command()(report)
 app.command()(visualize)
 app.add_typer(bench, name="bench")

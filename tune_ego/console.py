@@ -56,37 +56,39 @@ def percent(fraction: float | None) -> str:
 
 
 @contextmanager
-def clip_progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show progress over clips: a bar on a terminal, else a line every minute.
+def progress(unit: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress with the time left: a bar on a terminal, else a line every minute.
 
     Args:
-        total: Number of clips.
-        done: Clips that were finished before.
+        unit: What is counted, e.g. `clips`.
+        total: Number of units; None where it is not known.
+        done: Units that were finished before.
 
     Yields:
-        A function that takes the number of clips just finished.
+        A function that takes the number of units just finished. Any thread may call it.
     """
     columns = (
-        TextColumn("clips"),
+        TextColumn(unit),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, speed_estimate_period=_SPEED_PERIOD) as progress:
-        task = progress.add_task("clips", total=total, completed=done, speed="")
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_PERIOD) as bar:
+        task = bar.add_task(unit, total=total, completed=done, speed="")
         last_line = time.monotonic()
 
         def advance(count: int) -> None:
             nonlocal last_line
-            progress.advance(task, count)
-            state = progress.tasks[0]
-            speed = f"{state.speed:.1f} clips/s" if state.speed else ""
-            progress.update(task, speed=speed)
-            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY and state.time_remaining:
+            bar.advance(task, count)
+            state = bar.tasks[0]
+            speed = f"{state.speed:.1f} {unit}/s" if state.speed else ""
+            bar.update(task, speed=speed)
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY and speed:
                 last_line = time.monotonic()
-                left = timedelta(seconds=round(state.time_remaining))
-                say(f"{int(state.completed):,} of {total:,} clips, {speed}, {left} left")
+                of = f" of {total:,}" if total is not None else ""
+                left = f", {timedelta(seconds=round(state.time_remaining))} left" if state.time_remaining else ""
+                say(f"{int(state.completed):,}{of} {unit}, {speed}{left}")
 
         yield advance

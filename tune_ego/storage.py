@@ -6,15 +6,16 @@ import functools
 import json
 import os
 import re
+import shutil
 import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -296,19 +297,26 @@ def _write_bytes(uri: str | Path, data: bytes) -> None:
         with open(uri, "wb") as stream:
             stream.write(data)
         return
-    filesystem, path = resolve(uri)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
+    with _open_output(*resolve(uri)) as stream:
         # An object appears when its stream is closed, and leaving this block closes the stream on every path. All
         # bytes are written in one call, which the exception of a signal cannot split. If the store rejected a part of
         # them, closing fails as well.
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-        return
+        stream.write(data)
+
+
+def _open_output(filesystem: pafs.FileSystem, path: str) -> AbstractContextManager[Any]:
+    """Open a file for writing; it has its new content when it is closed."""
+    return _replacing(path) if isinstance(filesystem, pafs.LocalFileSystem) else filesystem.open_output_stream(path)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """Open a new file that takes the place of a local one when the block ends without an exception."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # a machine that fails after the rename has the content, not an empty file
         os.replace(partial, path)
@@ -328,6 +336,16 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(number)
     finally:
         os.close(number)
+
+
+@_patient(writes=True)
+def write_file(uri: str | Path, source: str | Path) -> None:
+    """Write a copy of a local file, a piece of it in memory at a time; atomically, as `write_bytes` does."""
+    try:
+        with open(source, "rb") as file, _open_output(*resolve(uri)) as stream:
+            shutil.copyfileobj(file, stream, 1 << 22)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be written ({describe_error(error)})") from error
 
 
 def is_special(uri: str | Path) -> bool:

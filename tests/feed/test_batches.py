@@ -17,10 +17,10 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import (
     ClipBatch,
-    _made_ahead,
     _read_ahead,
     batches_to_device,
     blank_batch,
+    made_ahead,
     prefetch_first,
     to_device,
 )
@@ -233,7 +233,7 @@ def test_few_items_are_made_before_they_are_needed() -> None:
             made.append(number)
             yield number
 
-    items = _made_ahead(source(), 2)
+    items = made_ahead(source(), 2)
     for expected in range(10):
         assert next(items) == expected
         time.sleep(0.02)
@@ -241,7 +241,7 @@ def test_few_items_are_made_before_they_are_needed() -> None:
     items.close()  # type: ignore[attr-defined]
     time.sleep(0.05)
     assert len(made) == 12
-    assert list(_made_ahead(range(7), 3)) == list(range(7))
+    assert list(made_ahead(range(7), 3)) == list(range(7))
 
 
 def test_an_error_of_what_is_made_ahead_comes_behind_what_was_made() -> None:
@@ -250,7 +250,7 @@ def test_an_error_of_what_is_made_ahead_comes_behind_what_was_made() -> None:
         yield 2
         raise ValueError("broken")
 
-    items = _made_ahead(source(), 5)
+    items = made_ahead(source(), 5)
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(ValueError, match="broken"):
         next(items)

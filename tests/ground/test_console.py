@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tune_ego.console import clip_progress, percent, print_table, say
+from tune_ego.console import percent, print_table, progress, say
 
 
 def test_percent_has_one_decimal() -> None:
@@ -34,7 +34,7 @@ def test_progress_counts_clips_and_says_the_time_left(
     now = 1000.0
     monkeypatch.setattr("tune_ego.console.time.monotonic", lambda: now)
     monkeypatch.setattr("tune_ego.console.console.get_time", lambda: now)
-    with clip_progress(100, 10) as advance:
+    with progress("clips", 100, 10) as advance:
         for _ in range(3):
             now += 40
             advance(20)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.report.test_report_choices import BOLD, PLAIN, REPEATS, make_search, repeated, validation
+from tune_ego.errors import UserError
 from tune_ego.report.numbers import experiment_numbers
 from tune_ego.report.page import render
 from tune_ego.report.repeats import repeats_numbers
@@ -56,6 +57,18 @@ def test_configurations_are_compared_at_the_last_validation_by_seed() -> None:
     assert plain["values"] == ["plain", "sgd", "0.9"]
 
 
+def test_another_configuration_can_be_the_reference() -> None:
+    numbers = repeats_numbers(three_seeds(), "00000")
+    bold, plain = numbers["rows"]
+    assert numbers["reference"] == "00000" and plain["difference"] is None
+    assert bold["difference"] == {**interval([0.1, 0.0, 0.1]), "size": 3, "holds_zero": True}
+    with pytest.raises(UserError, match=r"--reference 7: no validated configuration; there are 00001, 00000"):
+        repeats_numbers(three_seeds(), "7")
+    once = make_search(REPEATS.replace("repeats: 2", "repeats: 1"), {"00000": (PLAIN, [validation(20, 0.5)])})
+    with pytest.raises(UserError, match="the search has no repeats"):
+        repeats_numbers(once, "00000")
+
+
 def test_a_missing_repeat_pairs_with_none_and_comes_behind() -> None:
     rows = repeats_numbers(repeated())["rows"]
     assert [row["configuration"] for row in rows] == ["00000", "00001"]
@@ -99,6 +112,6 @@ def test_the_page_has_the_table_and_the_chart(tested: bool) -> None:
     if tested:
         numbers["repeats"]["rows"][0]["test"] = {"mean": 0.6123, "low": 0.5, "high": 0.7, "size": 3}
     page = render(numbers, [])
-    assert "paired difference from the best, mean and 95 % interval" in page
+    assert "paired difference from 00001, mean and 95 % interval" in page
     assert 'data-key="repeats/rows/1/difference/low"' in page
     assert ("61.2 %" in page) == tested and ("No trial was tested" in page) != tested

@@ -85,6 +85,7 @@ def bench_all(
     """Run every benchmark, one after another. The help of each says how long it takes."""
     from tune_ego.bench.feed import bench_feed as feed
     from tune_ego.bench.loop import bench_loop as loop
+    from tune_ego.bench.predict import bench_predict as predict
     from tune_ego.bench.prepare import bench_prepare as prepare
     from tune_ego.bench.resume import bench_resume, bench_resume_search
     from tune_ego.bench.search import bench_search as search
@@ -96,6 +97,7 @@ def bench_all(
         "loop": loop,
         "search": lambda: search(SEARCH_TRIALS, SEARCH_SEEDS),
         "prepare": prepare,
+        "predict": predict,
         "resume": lambda: bench_resume(KILLS, 0),
         "resume-search": lambda: bench_resume_search(SEARCH_KILLS, 0),
     }
@@ -117,6 +119,21 @@ def bench_prepare(
     from tune_ego.bench.prepare import bench_prepare as run
 
     _show_and_write(run(egtea), out)
+
+
+@bench.command("predict")
+def bench_predict(
+    width: Annotated[float, typer.Option(min=0.01, help="Width of the model, `model.width`.")] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats.")] = 3,
+    out: Record = None,
+) -> None:
+    """Measure `predict` on a short video beside the model's forward pass and the optical flow, measured apart.
+
+    Writes temporary files and --out only. Takes about 5 minutes on two CPU cores; run nothing else meanwhile.
+    """
+    from tune_ego.bench.predict import bench_predict as run
+
+    _show_and_write(run(width, repeats), out)
 
 
 @bench.command("resume")

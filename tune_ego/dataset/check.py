@@ -16,7 +16,7 @@ import numpy as np
 
 from tune_ego import storage
 from tune_ego.config import WINDOW_FRAMES
-from tune_ego.console import clip_progress, percent, print_table, say
+from tune_ego.console import percent, print_table, progress, say
 from tune_ego.dataset import flow, video
 from tune_ego.dataset.annotations import (
     AnnotatedClip,
@@ -152,7 +152,7 @@ def _look_at_videos(
 
     facts: dict[str, video.VideoFacts] = {}
     problems = []
-    with ThreadPoolExecutor(READERS) as pool, clip_progress(len(annotations.clips)) as advance:
+    with ThreadPoolExecutor(READERS) as pool, progress("clips", len(annotations.clips)) as advance:
         for clip, facts_or_reason in zip(annotations.clips, pool.map(probe_clip, annotations.clips)):
             name = clip.name.name
             if isinstance(facts_or_reason, str):

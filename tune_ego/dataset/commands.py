@@ -26,6 +26,9 @@ def synthesize(
     seconds: Annotated[float, typer.Option(help="Mean length of a clip.")] = 1.5,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the videos, pixels.")] = "320x240",
     distractors: Annotated[int, typer.Option(min=0, help="Objects in each clip that are not acted on.")] = 1,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="Write the untrimmed session videos too, with idle time between clips.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Make a synthetic data set in the file layout of EGTEA Gaze+.
@@ -42,6 +45,7 @@ def synthesize(
         seconds=seconds,
         size=parse_size(size),
         distractors=distractors,
+        sessions=sessions,
         seed=seed,
     )
 

@@ -6,6 +6,8 @@ or doubled, so that its frame i is not the clip's session frame i. No video is r
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,10 @@ _TIE = 1e-6
 """Difference of two times, seconds, below which they are equal."""
 _LARGEST_GAP = 10.0
 """Longest time between two frames, seconds. Longer ones are damaged time stamps."""
+_LARGEST_STEP_BACK = 1.0
+"""Longest time, seconds, by which a frame of a stream may be before the one that is displayed before it."""
+_RECENT = 24
+"""Frames whose median duration is the usual one."""
 
 
 class Placement(NamedTuple):
@@ -96,3 +102,58 @@ def _frames_lost_at_the_start(seconds: np.ndarray, duration: float, named: int |
     end = seconds[-1] + duration
     from_first, from_zero = _session_frames(end - seconds[0]), _session_frames(end)
     return round(FPS * float(seconds[0])) if from_zero == named != from_first else 0
+
+
+class SessionClock:
+    """Placement of the frames of a video that is read once, from its first frame on, without its end in sight.
+
+    Each session frame gets the displayed frame that is nearest in time, as in `place_frames`. A frame that is up to a
+    second before the latest one, or at its time, takes its place. Where the times jump backward by more, or forward by
+    over 10 s, the clock continues after the usual duration of a frame.
+    """
+
+    def __init__(self, duration: float) -> None:
+        """Start the clock. `duration` is that of a frame, in seconds, where times are absent."""
+        self._duration = duration
+        self._first: float | None = None
+        self._last = 0.0
+        """Time of the latest frame since the first one, seconds."""
+        self._shift = 0.0
+        self._given = 0
+        """Session frames that have their displayed frame."""
+        self._recent: list[float] = []
+        """Latest durations of frames, seconds."""
+        self.jumps = 0
+        """Number of times that were not plausible."""
+
+    def add(self, seconds: float | None) -> int:
+        """Add the next displayed frame by its presentation time. Return how many session frames show the one before."""
+        if self._first is None:
+            self._first = seconds or 0.0
+            return 0
+        time = None if seconds is None else seconds - self._first + self._shift
+        step = None if time is None else time - self._last
+        if step is not None and -_LARGEST_STEP_BACK < step <= 0:
+            return 0
+        if step is None or not 0 < step <= _LARGEST_GAP:
+            usual = statistics.median(self._recent) if self._recent else self._duration
+            if time is not None:
+                self.jumps += 1
+                self._shift += self._last + usual - time
+            step = usual
+        self._recent = [*self._recent[-_RECENT:], step]
+        middle = self._last + step / 2
+        self._last += step
+        return self._give(math.ceil((middle - _TIE) * FPS))
+
+    def end(self) -> int:
+        """Return how many session frames show the last displayed frame."""
+        if self._first is None:
+            return 0
+        usual = statistics.median(self._recent) if self._recent else self._duration
+        return self._give(max(1, round(FPS * (self._last + usual))))
+
+    def _give(self, until: int) -> int:
+        count = max(until - self._given, 0)
+        self._given += count
+        return count

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tune_ego import storage
 from tune_ego.cluster import ray_session
-from tune_ego.console import clip_progress, say
+from tune_ego.console import progress, say
 from tune_ego.dataset import closing, flow, shards, video
 from tune_ego.dataset.annotations import AnnotatedClip, Annotations, find_clips, find_gaze, read_annotations
 from tune_ego.dataset.gaze import Gaze, check_gaze_layout, no_gaze, read_gaze
@@ -158,7 +158,7 @@ def prepare(
         storage.write_json(storage.join(out, _SETTINGS_FILE), output_settings)
         closing.mark_unfinished(out)
         finished_clips = sum(len(task.clips) for task in tasks if task.shard in finished)
-        with ray_session(address), clip_progress(len(annotations.clips), finished_clips) as advance:
+        with ray_session(address), progress("clips", len(annotations.clips), finished_clips) as advance:
             for task, result in zip(pending, _run(pending, out, settings, jobs), strict=True):
                 finished[task.shard] = result
                 advance(len(task.clips))

@@ -7,6 +7,8 @@ target. So neither a single frame (no verb), nor flow (no colour), nor the whole
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,17 +18,16 @@ import av
 import cv2
 import numpy as np
 
-from tune_ego.console import clip_progress, say
+from tune_ego.console import progress, say
 from tune_ego.dataset.annotations import SPLITS
 from tune_ego.dataset.gaze import FPS
+from tune_ego.dataset.synthetic_drawing import background, draw_hand, draw_object
 from tune_ego.errors import UserError
 
 VERBS = ("Slide", "Lift", "Stir")
 NOUNS = ("red_disc", "blue_square", "yellow_triangle", "green_cross", "purple_diamond", "white_bar")
-_COLOURS = ((210, 40, 40), (50, 80, 220), (235, 210, 50), (40, 170, 70), (160, 60, 190), (245, 245, 245))
-_SKIN = (226, 172, 138)
 _CLIPS_PER_SESSION = 36
-_GAP_FRAMES = 12  # between two clips of a session
+_GAP_FRAMES = 12  # before the first and after the last clip of a session, and between two clips without `sessions`
 _TEST_EVERY = 5  # every fifth clip of a class is a test clip of split 1, the clip after it of split 2, ...
 _SAMPLE_RATE = 30  # gaze samples a second
 _CALIBRATION = (1280, 960)
@@ -55,6 +56,7 @@ def synthesize(
     seconds: float = 1.5,
     size: tuple[int, int] = (320, 240),
     distractors: int = 1,
+    sessions: bool = False,
     seed: int = 0,
 ) -> None:
     """Write a synthetic EGTEA folder. The same arguments give the same bytes of annotations and gaze.
@@ -67,6 +69,7 @@ def synthesize(
         seconds: Mean length of a clip; lengths vary by a third.
         size: (width, height), pixels.
         distractors: Further objects in each clip.
+        sessions: Write the untrimmed videos of the sessions as well, with 1 to 3 s without an action between two clips.
         seed: Seed of all random draws.
 
     Raises:
@@ -83,38 +86,51 @@ def synthesize(
         raise UserError(f"--clips {clips}: {verbs * nouns} classes need at least {verbs * nouns * _TEST_EVERY}")
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another")
-    planned = _plan_clips(verbs, nouns, clips, seconds, seed)
+    planned = _plan_clips(verbs, nouns, clips, seconds, seed, idle=sessions)
     _write_annotations(root / "action_annotation", planned, verbs, nouns)
     track_random = np.random.default_rng((seed, 1))
     tracks = [_target_track(clip, track_random) for clip in planned]
     for session in range(planned[-1].session + 1):
         members = [(clip, track) for clip, track in zip(planned, tracks) if clip.session == session]
         _write_gaze(root / "gaze_data" / "gaze_data", members, np.random.default_rng((seed, 2, session)))
-    jobs = [
-        (
-            root / "cropped_clips" / _session_name(clip.session) / f"{clip.name}.mp4",
-            clip,
-            track,
-            nouns,
-            size,
-            distractors,
-            (seed, 3, index),
-        )
+    scenes = [
+        _Scene(clip, track, nouns, size, distractors, (seed, 3, index))
         for index, (clip, track) in enumerate(zip(planned, tracks))
     ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, clip_progress(len(jobs)) as advance:
-        for _ in pool.map(_write_clip, jobs, chunksize=8):
-            advance(1)
+    _write_videos(root, scenes, sessions=sessions)
     say(f"{len(planned)} clips of {verbs * nouns} actions in {root}")
+
+
+def _write_videos(root: Path, scenes: list[_Scene], *, sessions: bool) -> None:
+    """Write the clips, and with `sessions` the whole sessions, on all CPUs."""
+    clip_jobs = [
+        (root / "cropped_clips" / _session_name(scene.clip.session) / f"{scene.clip.name}.mp4", scene)
+        for scene in scenes
+    ]
+    session_jobs = [
+        (root / "videos" / f"{_session_name(session)}.mp4", list(members))
+        for session, members in itertools.groupby(scenes, lambda scene: scene.clip.session)
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        with progress("clips", len(clip_jobs)) as advance:
+            for _ in pool.map(_write_clip, clip_jobs, chunksize=8):
+                advance(1)
+        if sessions:
+            with progress("sessions", len(session_jobs)) as advance:
+                for _ in pool.map(_write_session, session_jobs):
+                    advance(1)
 
 
 def _session_name(session: int) -> str:
     return f"{'OP' if session % 2 == 0 else 'P'}{session + 1:02d}-R{session % 7 + 1:02d}-Synthetic"
 
 
-def _plan_clips(verbs: int, nouns: int, clips: int, seconds: float, seed: int) -> list[SyntheticClip]:
-    """Return the clips in session order, with class, session, place in the session and split roles."""
-    random = np.random.default_rng((seed, 0))
+def _plan_clips(verbs: int, nouns: int, clips: int, seconds: float, seed: int, *, idle: bool) -> list[SyntheticClip]:
+    """Return the clips in session order, with class, session, place in the session and split roles.
+
+    With `idle`, 1 to 3 s lie between two clips of a session, else half a second.
+    """
+    random, gaps = np.random.default_rng((seed, 0)), np.random.default_rng((seed, 5))
     classes = verbs * nouns
     order = random.permutation(clips)
     planned = []
@@ -123,7 +139,7 @@ def _plan_clips(verbs: int, nouns: int, clips: int, seconds: float, seed: int) -
         session = place // _CLIPS_PER_SESSION
         frames = max(6, round(seconds * FPS * random.uniform(2 / 3, 4 / 3)))
         first = next_frame.get(session, _GAP_FRAMES)
-        next_frame[session] = first + frames + _GAP_FRAMES
+        next_frame[session] = first + frames + (int(gaps.integers(FPS, 3 * FPS + 1)) if idle else _GAP_FRAMES)
         times = "-".join(str(round(frame * 1000 / FPS)) for frame in (first, first + frames))
         turn = index // classes % _TEST_EVERY
         planned.append(
@@ -200,24 +216,87 @@ def _target_track(clip: SyntheticClip, random: np.random.Generator) -> _Tracks:
 _X264 = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
 
 
-def _write_clip(job: tuple[Path, SyntheticClip, _Tracks, int, tuple[int, int], int, tuple[int, ...]]) -> None:
-    path, clip, tracks, nouns, (width, height), distractors, seed = job
-    random = np.random.default_rng(seed)
-    scenery = _background(np.random.default_rng((seed[0], 4, clip.session)), width, height)
-    others = [_distractor(clip, tracks, nouns, random) for _ in range(distractors)]
+class _Scene(NamedTuple):
+    """Everything that the images of a clip are drawn from."""
+
+    clip: SyntheticClip
+    tracks: _Tracks
+    nouns: int
+    size: tuple[int, int]
+    """(width, height), pixels."""
+    distractors: int
+    seed: tuple[int, ...]
+
+
+def _write_clip(job: tuple[Path, _Scene]) -> None:
+    path, scene = job
+    _write_video(path, scene.size, _clip_images(scene))
+
+
+def _write_video(path: Path, size: tuple[int, int], images: Iterable[np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=_X264)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for time in range(clip.frames):
-            shift = np.array([[1, 0, tracks.shake[time, 0] * width], [0, 1, tracks.shake[time, 1] * height]])
-            image = cv2.warpAffine(scenery, shift, (width, height), borderMode=cv2.BORDER_REFLECT)
-            for noun, track in others:
-                _draw_object(image, noun, track[time] * (width, height), 0.11 * height)
-            _draw_hand(image, tracks.target[time] * (width, height), 0.13 * height)
-            _draw_object(image, clip.noun, tracks.target[time] * (width, height), 0.13 * height)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def _clip_images(scene: _Scene) -> Iterator[np.ndarray]:
+    """Yield the images of a clip, RGB uint8 [H, W, 3]."""
+    clip, tracks, height = scene.clip, scene.tracks, scene.size[1]
+    scenery, others = _scenery(scene), _distractors(scene)
+    for time in range(clip.frames):
+        image = _shifted(scenery, tracks.shake[time])
+        for noun, track in others:
+            draw_object(image, noun, track[time] * scene.size, 0.11 * height)
+        draw_hand(image, tracks.target[time] * scene.size, 0.13 * height)
+        draw_object(image, clip.noun, tracks.target[time] * scene.size, 0.13 * height)
+        yield image
+
+
+def _idle_images(scene: _Scene, frames: int) -> Iterator[np.ndarray]:
+    """Yield images without an action: the objects of a clip lie still where they begin, the camera shakes."""
+    height, tracks = scene.size[1], scene.tracks
+    scenery, others = _scenery(scene), _distractors(scene)
+    objects = [(noun, track[0], 0.11 * height) for noun, track in others]
+    objects.append((scene.clip.noun, tracks.target[0], 0.13 * height))
+    for shake_2 in _shake(frames, np.random.default_rng((*scene.seed, 1))):
+        image = _shifted(scenery, shake_2)
+        for noun, place_2, radius in objects:
+            draw_object(image, noun, (place_2 - tracks.shake[0] + shake_2) * scene.size, radius)
+        yield image
+
+
+def _scenery(scene: _Scene) -> np.ndarray:
+    return background(np.random.default_rng((scene.seed[0], 4, scene.clip.session)), *scene.size)
+
+
+def _distractors(scene: _Scene) -> list[tuple[int, np.ndarray]]:
+    random = np.random.default_rng(scene.seed)
+    return [_distractor(scene.clip, scene.tracks, scene.nouns, random) for _ in range(scene.distractors)]
+
+
+def _shifted(scenery: np.ndarray, shake_2: np.ndarray) -> np.ndarray:
+    height, width = scenery.shape[:2]
+    shift = np.array([[1, 0, shake_2[0] * width], [0, 1, shake_2[1] * height]])
+    return cv2.warpAffine(scenery, shift, (width, height), borderMode=cv2.BORDER_REFLECT)
+
+
+def _write_session(job: tuple[Path, list[_Scene]]) -> None:
+    """Write the video of a whole session: its clips, with idle stretches between them."""
+    path, scenes = job
+    _write_video(path, scenes[0].size, _session_images(scenes))
+
+
+def _session_images(scenes: list[_Scene]) -> Iterator[np.ndarray]:
+    done = 0
+    for scene in scenes:
+        yield from _idle_images(scene, scene.clip.first_frame - done)
+        yield from _clip_images(scene)
+        done = scene.clip.first_frame + scene.clip.frames
+    yield from _idle_images(scenes[-1], _GAP_FRAMES)
 
 
 def _distractor(
@@ -230,56 +309,6 @@ def _distractor(
     while np.linalg.norm((centre := random.uniform((0.15, 0.15), (0.85, 0.85))) - middle) < 0.33:
         pass
     return noun, _track(verb, clip.frames, centre, 0.05, random) + tracks.shake
-
-
-def _background(random: np.random.Generator, width: int, height: int) -> np.ndarray:
-    coarse = random.uniform(70, 170, (6, 8, 3)) * 0.6 + random.uniform(90, 150) * 0.4
-    fine = random.normal(0, 9, (height // 4, width // 4, 1))
-    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.clip(image + cv2.resize(fine, (width, height))[..., None], 0, 255).astype(np.uint8)
-
-
-_SUBPIXEL = 4  # fractional bits of OpenCV's fixed-point coordinates
-
-
-def _fixed(points: np.ndarray) -> np.ndarray:
-    """Convert pixels to OpenCV's fixed-point coordinates."""
-    return np.rint(np.asarray(points) * (1 << _SUBPIXEL)).astype(np.int32)
-
-
-def _draw_object(image: np.ndarray, noun: int, centre: np.ndarray, radius: float) -> None:
-    shapes = {
-        1: [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-        2: [(0, -1.05), (1, 0.8), (-1, 0.8)],
-        3: [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35)]
-        + [(0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
-        4: [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],
-        5: [(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)],
-    }
-    for scale, colour in ((1.0, tuple(value // 3 for value in _COLOURS[noun])), (0.84, _COLOURS[noun])):
-        if noun == 0:
-            cv2.circle(
-                image,
-                _fixed(centre).tolist(),
-                int(_fixed(np.array(radius * scale))),
-                colour,
-                -1,
-                cv2.LINE_AA,
-                _SUBPIXEL,
-            )
-        else:
-            points = _fixed(centre + radius * scale * np.array(shapes[noun]))
-            cv2.fillPoly(image, [points], colour, cv2.LINE_AA, _SUBPIXEL)
-
-
-def _draw_hand(image: np.ndarray, target: np.ndarray, radius: float) -> None:
-    height, width = image.shape[:2]
-    palm = target + (0, 0.9 * radius)
-    wrist = np.array([0.5 * width + 0.3 * (palm[0] - 0.5 * width), height + radius])
-    cv2.line(
-        image, _fixed(palm).tolist(), _fixed(wrist).tolist(), _SKIN, max(2, round(0.9 * radius)), cv2.LINE_AA, _SUBPIXEL
-    )
-    cv2.circle(image, _fixed(palm).tolist(), int(_fixed(np.array(0.75 * radius))), _SKIN, -1, cv2.LINE_AA, _SUBPIXEL)
 
 
 _HEADER = """## [BeGaze]

@@ -91,24 +91,40 @@ def encode_frames(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> Enco
     """Encode consecutive BGR frames of one clip with their flow. Raises `UserError` where there are no frames."""
     cv2.setNumThreads(1)  # the job runs a task for each core
     encoded = EncodedClip([], [])
+    for rgb, motion in encode_each(frames, method):
+        encoded.rgb.append(rgb)
+        encoded.flow.append(motion)
+    return encoded
+
+
+def encode_each(frames: Iterable[np.ndarray], method: flow.FlowMethod) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the JPEG files of each frame and of its flow, as `encode_frames` returns them.
+
+    Up to `method.batch` frames are held. Raises `UserError` where there are no frames.
+    """
+    images: list[bytes] = []
     pending: list[np.ndarray] = []  # preprocessed frames without flow yet
-
-    def encode_pending_flow() -> None:
-        if len(pending) > 1:
-            encoded.flow.extend(_jpeg(flow.quantise(field)) for field in method.fields(pending))
-            del pending[:-1]
-
+    motion = b""
     for frame in frames:
-        encoded.rgb.append(_jpeg(frame))
+        images.append(_jpeg(frame))
         pending.append(method.preprocess(frame))
         if len(pending) > method.batch:
-            encode_pending_flow()
-    encode_pending_flow()
+            for motion in _encode_flow(pending, method):
+                yield images.pop(0), motion
+    if len(pending) > 1:
+        for motion in _encode_flow(pending, method):
+            yield images.pop(0), motion
     if not pending:
         raise UserError("the video holds no frame")
     still = np.zeros((*pending[-1].shape[:2], 2), np.float32)  # a single frame has no motion
-    encoded.flow.append(encoded.flow[-1] if encoded.flow else _jpeg(flow.quantise(still)))
-    return encoded
+    yield images[0], motion or _jpeg(flow.quantise(still))
+
+
+def _encode_flow(pending: list[np.ndarray], method: flow.FlowMethod) -> list[bytes]:
+    """Encode the flow between preprocessed frames, and remove all but the last frame from the list."""
+    files = [_jpeg(flow.quantise(field)) for field in method.fields(pending)]
+    del pending[:-1]
+    return files
 
 
 def decode(
@@ -129,7 +145,7 @@ def decode(
     sources, count = facts.placement.sources, 0
     last = -1  # position of the latest frame so far, among those that are displayed
     with _open(source) as container:
-        for frame in _decoded_frames(container, damage):
+        for frame in decoded_frames(container, damage):
             count += 1
             # Without a list for damage every frame has to be there, so that their count is their position.
             position = last + 1 if damage is None else facts.order.get(frame.pts, last + 1)
@@ -138,7 +154,7 @@ def decode(
             # Session frames of displayed frames that were lost get the next one.
             first, end = np.searchsorted(sources, [last + 1, position + 1])
             if first < end:
-                image = _resize(facts.orientation.apply(_to_bgr(frame)), image_size)
+                image = resize(facts.orientation.apply(to_bgr(frame)), image_size)
                 yield from [image] * int(end - first)
             last = max(last, position)
     if count < facts.shown:
@@ -148,10 +164,10 @@ def decode(
         damage.append(report)
 
 
-def _decoded_frames(container: av.container.InputContainer, damage: list[str] | None) -> Iterator[av.VideoFrame]:
+def decoded_frames(container: av.container.InputContainer, damage: list[str] | None) -> Iterator[av.VideoFrame]:
     """Yield the frames of the video stream. Reports about damage are collected, or without a list raise `UserError`."""
-    count = 0
-    packets = container.demux(_video_stream(container))
+    count, packet = 0, None
+    packets = container.demux(video_stream(container))
     while True:
         with DecoderLog() as log:
             try:
@@ -183,8 +199,9 @@ def probe(source: Source, named: int | None = None, *, keep_damaged: bool = Fals
     """
     with DecoderLog() as log, _open(source) as container:
         log.ignored = {stream.codec_context.name for stream in container.streams.audio}
-        stream = _video_stream(container)
-        declared, rate = stream.frames, stream.average_rate  # 0 frames where the index has no number
+        stream = video_stream(container)
+        declared = stream.frames  # 0 where the index has no number
+        rate = stream.guessed_rate or stream.average_rate  # of raw streams; their average rate is FFmpeg's default
         reorders = bool(stream.codec_context.has_b_frames)
         packets = _read_packets(container)
     whole = [packet for packet in packets if not packet.is_corrupt]
@@ -231,7 +248,7 @@ def _presentation_times(
 def _look_at_first_frame(source: Source, damage: list[str] | None) -> tuple[tuple[int, int], Orientation, str]:
     """Return ((width, height) of the displayed image, its orientation, the turn in words)."""
     with _open(source) as container:
-        frame = next(_decoded_frames(container, damage), None)
+        frame = next(decoded_frames(container, damage), None)
     if frame is None:
         raise UserError("the video holds no frame")
     orientation, turn = frame_orientation(frame)
@@ -242,7 +259,7 @@ def _look_at_first_frame(source: Source, damage: list[str] | None) -> tuple[tupl
 def _read_packets(container: av.container.InputContainer) -> list[av.Packet]:
     """Return the packets of the video stream."""
     try:
-        return [packet for packet in container.demux(_video_stream(container)) if packet.size]
+        return [packet for packet in container.demux(video_stream(container)) if packet.size]
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot be read ({error})") from error
 
@@ -261,14 +278,14 @@ def _open(source: Source, options: dict[str, str] | None = None) -> av.container
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(_describe_unreadable(source) or f"cannot be opened ({error})") from error
     try:
-        _video_stream(container).codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
+        video_stream(container).codec_context.thread_count = 1  # `DecoderLog` reads the log of this thread
     except UserError:
         container.close()
         raise
     return container
 
 
-def _video_stream(container: av.container.InputContainer) -> av.video.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.video.VideoStream:
     """Return the first video stream that is no attached picture, such as a thumbnail. Raises `UserError`."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -285,7 +302,7 @@ def _describe_unreadable(source: Source) -> str:
     return foreign and f"no video but {foreign}"
 
 
-def _to_bgr(frame: av.VideoFrame) -> np.ndarray:
+def to_bgr(frame: av.VideoFrame) -> np.ndarray:
     """Convert a frame to BGR, uint8 [H, W, 3].
 
     OpenCV converts the format of nearly all cameras in half the time of FFmpeg. FFmpeg converts all others.
@@ -296,7 +313,7 @@ def _to_bgr(frame: av.VideoFrame) -> np.ndarray:
     return frame.to_ndarray(format="bgr24")
 
 
-def _resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     if image.shape[1::-1] == image_size:
         return image
     shrinks = image.shape[1] >= image_size[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tune_ego import storage
 from tune_ego.config import Config
-from tune_ego.console import clip_progress
+from tune_ego.console import progress
 from tune_ego.dataset.annotations import ActionParts, split_actions
 from tune_ego.dataset.shards import Clip, Shards, open_shards
 from tune_ego.errors import UserError
@@ -131,7 +131,7 @@ def score_clips(
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     non_finite = _NonFiniteOutputs(clips, device)
-    with torch.inference_mode(), clip_progress(len(clips)) as advance:
+    with torch.inference_mode(), progress("clips", len(clips)) as advance:
         batches = _batches(reader, device, advance)
         for done, batch in enumerate(batches_to_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -168,11 +168,11 @@ def batches_to_device(batches: Iterable[Batch], device: torch.device) -> Iterato
             copied.record()
         return device_batch, copied
 
-    for device_batch, copied in _made_ahead(map(copy, batches), _COPIED_AHEAD):
+    for device_batch, copied in made_ahead(map(copy, batches), _COPIED_AHEAD):
         yield _wait_for_copies(device_batch, copied)
 
 
-def _made_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+def made_ahead(items: Iterable[T], count: int) -> Iterator[T]:
     """Yield items that a thread makes, up to `count` of them before they are needed. Its exceptions are raised here."""
     made: SimpleQueue[Callable[[], T]] = SimpleQueue()
     free, closed = threading.Semaphore(count), threading.Event()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -68,7 +70,9 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def load_tensors(uri: str | Path) -> Any:
-    """Read a file of `torch.save` with tensors, numpy values and plain containers; a file that runs code is refused.
+    """Read a file of `torch.save` with tensors, numpy values and plain containers, or a file of safetensors.
+
+    A file that runs code is refused.
 
     Arrays of numbers become tensors, and numpy's scalars those of Python. Raises `UserError` where the file cannot be
     read or is damaged.
@@ -77,7 +81,12 @@ def load_tensors(uri: str | Path) -> Any:
         data = read_verified(str(uri))
     except OSError as error:
         raise UserError(f"{uri}: cannot be read ({error})") from error
-    return load_safely(data, str(uri))
+    if not str(uri).endswith(".safetensors"):
+        return load_safely(data, str(uri))
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{uri}: cannot be read as weights ({error})") from error
 
 
 def load_safely(data: bytes, source: str) -> Any:

@@ -31,6 +31,14 @@ def report(
         Optional[str],
         typer.Option("--data", help="Folder or URI of the shards, to draw attention on the best and worst test clips."),
     ] = None,
+    reference: Annotated[
+        Optional[str],
+        typer.Option(
+            "--reference",
+            metavar="CONFIGURATION",
+            help="Configuration that the others are compared with over their repeats; default: the best one.",
+        ),
+    ] = None,
 ) -> None:
     """Write the results of a search, or a comparison of two, as one HTML page that needs no network.
 
@@ -40,10 +48,11 @@ def report(
     from tune_ego.report.write import write_comparison, write_report
 
     if other is None:
-        write_report(search, out, evaluation, checkpoint, data)
-    elif evaluation or checkpoint or data:
+        write_report(search, out, evaluation, checkpoint, data, reference)
+    elif evaluation or checkpoint or data or reference:
         raise UserError(
-            "report A B compares two searches: --evaluation, --checkpoint and --data are for a report of one"
+            "report A B compares two searches: --evaluation, --checkpoint, --data and --reference are for a report of "
+            "one"
         )
     else:
         write_comparison((search, other), out)

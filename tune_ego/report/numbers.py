@@ -39,13 +39,16 @@ SERIES = {
 """Key of metrics.jsonl -> title of its learning curves."""
 
 
-def experiment_numbers(search: Experiment, evaluation: dict[str, Any], options: list[str]) -> dict[str, Any]:
+def experiment_numbers(
+    search: Experiment, evaluation: dict[str, Any], options: list[str], reference: str | None = None
+) -> dict[str, Any]:
     """Return all numbers of one experiment.
 
     Args:
         search: The experiment.
         evaluation: The result of `read_evaluation`.
         options: Options of the `report` command, as words of its command line.
+        reference: Configuration that the others are compared with over their repeats; None: the best one.
     """
     trials = sorted(search.trials, key=lambda trial: -1 if trial.accuracy is None else trial.accuracy, reverse=True)
     best, importance = _best_configuration(search), importance_numbers(search)
@@ -55,7 +58,7 @@ def experiment_numbers(search: Experiment, evaluation: dict[str, Any], options: 
         "damaged": [{"trial": trial, "reason": reason} for trial, reason in sorted(search.damaged.items())],
         "answer": _answer(search, best),
         "choices": _choices(search),
-        "repeats": repeats_numbers(search),
+        "repeats": repeats_numbers(search, reference),
         "trials": [_trial_row(search, trial) for trial in trials],
         "curves": _curves(trials, best),
         "stopping": stopping_numbers(search),

@@ -90,13 +90,6 @@ def render_reproduction(numbers: dict[str, Any]) -> str:
 
 def _page(template: str, numbers: dict[str, Any], **variables: Any) -> str:
     """Fill a template; templates name the numbers `r`, and `n(path, format)` prints one of them."""
-    environment = Environment(
-        loader=PackageLoader("tune_ego.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
     def format_number(path: str, name: str) -> Markup:
         value = look_up(numbers, path)
@@ -104,7 +97,18 @@ def _page(template: str, numbers: dict[str, Any], **variables: Any) -> str:
             return Markup("&ndash;")
         return Markup('<span data-key="{}" data-format="{}">{}</span>').format(path, name, FORMATS[name](value))
 
-    return environment.get_template(template).render(r=numbers, n=format_number, **variables)
+    return template_environment().get_template(template).render(r=numbers, n=format_number, **variables)
+
+
+def template_environment() -> Environment:
+    """Return the templates of all pages; `base.html.jinja` has the style that they share."""
+    return Environment(
+        loader=PackageLoader("tune_ego.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def look_up(numbers: Any, path: str) -> Any:

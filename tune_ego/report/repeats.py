@@ -1,4 +1,4 @@
-"""Configurations with 95 % intervals over their repeats, and their paired differences from the best one."""
+"""Configurations with 95 % intervals over their repeats, and their paired differences from one of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ _STREAMS = ("fused", "rgb", "flow")
 """Streams of an evaluation, the one that counts first."""
 
 
-def repeats_numbers(search: Experiment) -> dict[str, Any]:
+def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[str, Any]:
     """Return a row for each validated configuration, the best one first; no rows where the search has no repeats.
 
     Configurations are ordered by the mean accuracy at the last validation of their repeats, and compared at it. The
     best of many validations, which is given too, is biased upwards. Differences are those of repeats with the same
     seed. A trial has a test accuracy where `evaluate` has tested it.
+
+    Args:
+        search: The search.
+        reference: Id of the configuration that the others are compared with; None: the best one.
+
+    Raises:
+        UserError: The search has no validated configuration of this id.
     """
     if search.space.repeats < 2:
+        if reference is not None:
+            raise UserError(f"--reference {reference}: the search has no repeats, so there are no paired differences")
         return {"reference": None, "rows": []}
     last = {one.id: last_accuracies(one) for one in by_configuration(search.trials)}
     tested = {one.id: _test_accuracies(one.trials) for one in by_configuration(search.trials)}
@@ -30,9 +39,12 @@ def repeats_numbers(search: Experiment) -> dict[str, Any]:
     validated.sort(
         key=lambda one: (len(last[one.id]) == search.space.repeats, mean(last[one.id].values())), reverse=True
     )
+    ids = [one.id for one in validated]
+    if reference is not None and reference not in ids:
+        raise UserError(f"--reference {reference}: no validated configuration; there are {', '.join(ids) or 'none'}")
     if not validated:
         return {"reference": None, "rows": []}
-    reference = validated[0].id
+    reference = reference or ids[0]
     return {
         "reference": reference,
         "rows": [

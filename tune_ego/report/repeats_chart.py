@@ -13,9 +13,9 @@ from tune_ego.report.drawing import BLUE, MUTED, ORANGE, WIDTH, as_svg, shorten
 _MOST_ROWS = 40
 
 
-@as_svg("repeats", "Accuracy of each configuration with its 95 % interval, and its difference from the best one")
+@as_svg("repeats", "Accuracy of each configuration with its 95 % interval, and its difference from one of them")
 def draw_repeats(numbers: dict[str, Any]) -> Figure | None:
-    """Draw a line for each configuration, best first: means with intervals, and the paired difference from the best."""
+    """Draw a line for each configuration, best first: means with intervals, and the paired difference from one."""
     rows = numbers["repeats"]["rows"][:_MOST_ROWS]
     if not rows:
         return None
@@ -31,7 +31,8 @@ def draw_repeats(numbers: dict[str, Any]) -> Figure | None:
     accuracies.set_yticks(places, names)
     accuracies.set_ylim(0.5, len(rows) + 0.5)
     accuracies.set_xlabel("mean class accuracy, mean and 95 % interval")
-    differences.set_xlabel("paired difference from the best, mean and 95 % interval")
+    reference = numbers["repeats"]["reference"]
+    differences.set_xlabel(f"paired difference from {reference}, mean and 95 % interval")
     for axis in (accuracies, differences):
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.grid(False, axis="y")

@@ -24,6 +24,7 @@ def write_report(
     evaluation: str | None = None,
     checkpoint: str | None = None,
     data: str | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """Write the page of one experiment, and its numbers beside the page; return the numbers.
 
@@ -33,6 +34,7 @@ def write_report(
         evaluation: An `evaluation.json` or its run; see `read_evaluation`.
         checkpoint: Checkpoint or run whose attention is drawn; None: the evaluated checkpoint.
         data: Folder or URI of the shards; None: no attention is drawn.
+        reference: Configuration that the others are compared with over their repeats; None: the best one.
 
     Raises:
         UserError: An input is missing or damaged, or `out` cannot be written.
@@ -41,9 +43,9 @@ def write_report(
     if checkpoint is not None and data is None:
         raise UserError("--checkpoint: attention is drawn on test clips; name their shards with --data")
     search = read_experiment(root)
-    given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data}
+    given = {"--evaluation": evaluation, "--checkpoint": checkpoint, "--data": data, "--reference": reference}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
-    numbers = experiment_numbers(search, read_evaluation(search, evaluation), options)
+    numbers = experiment_numbers(search, read_evaluation(search, evaluation), options, reference)
     cases, pictures = _attention(checkpoint or numbers["evaluation"].get("checkpoint"), data)
     numbers["attention_cases"] = cases
     _write_page(out, numbers_out, page.render(numbers, pictures), numbers)

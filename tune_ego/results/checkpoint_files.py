@@ -20,6 +20,8 @@ CHECKSUM_FILE = "checkpoint.json"
 """Size and SHA-256 of the checkpoint beside it. Written last: a checkpoint without this file is not whole."""
 MODEL_FILE = "final/model.pt"
 """Final weights, relative to the run's folder."""
+PACKAGE_FILE, PACKAGE_CONFIG = "model.safetensors", "config.json"
+"""Weights and configuration in a folder that `package` wrote."""
 _PREFIX = "iteration-"
 
 
@@ -114,21 +116,21 @@ def find_checkpoint(uri: str) -> str:
     """Return the file of weights that a path refers to.
 
     Args:
-        uri: A file, a checkpoint's folder or a run's folder. A run's folder refers to its final weights, or to its last
-            whole checkpoint if it has no final weights.
+        uri: A file, or the folder of a package, a checkpoint or a run. A run's folder refers to its final weights, or
+            to its last whole checkpoint if it has no final weights.
 
     Returns:
         The absolute path or URI of the file. A path that does not exist is returned as it is, made absolute.
 
     Raises:
-        UserError: The folder is neither a checkpoint's nor that of a run with a whole checkpoint.
+        UserError: The folder is neither a package's, nor a checkpoint's, nor that of a run with a whole checkpoint.
     """
     uri = storage.absolute(uri)
     if storage.is_file(uri) or not storage.exists(uri):
         return uri
-    for file in (storage.join(uri, MODEL_FILE), storage.join(uri, CHECKPOINT_FILE)):
-        if storage.is_file(file):
-            return file
+    for name in (PACKAGE_FILE, MODEL_FILE, CHECKPOINT_FILE):
+        if storage.is_file(storage.join(uri, name)):
+            return storage.join(uri, name)
     last = read_last_whole_checkpoint(uri)
     if last is None:
         raise UserError(f"{uri}: no whole checkpoint in this folder; give a run (in a search, a folder in runs/)")

@@ -18,6 +18,8 @@ from tune_ego.model.weights import load_safely, load_tensors, unusable
 from tune_ego.results.checkpoint_files import (
     CHECKPOINT_FILE,
     CHECKSUM_FILE,
+    PACKAGE_CONFIG,
+    PACKAGE_FILE,
     checkpoint_iterations,
     checkpoint_uri,
     checksum,
@@ -187,11 +189,7 @@ def check_content(content: Any, source: str, resumed: Config | None = None) -> N
     if content["format"] != FORMAT:
         raise UserError(f"{source}: a checkpoint of format {content['format']}; this tune_ego reads format {FORMAT}")
     _check_kinds(content, _KINDS | (_MORE_KINDS if resumed else {}), "", source)
-    sizes = content["image_size"]
-    if not all(isinstance(name, str) for name in content["actions"]) or not content["actions"]:
-        raise UserError(f"{source}: a damaged checkpoint: its actions are not names")
-    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(f"{source}: a damaged checkpoint: its image_size is {sizes}, not width and height")
+    _check_origin(content["actions"], content["image_size"], source)
     if resumed is None:
         return
     if not all(isinstance(losses, Tensor) for losses in content["losses"]):
@@ -204,6 +202,13 @@ def check_content(content: Any, source: str, resumed: Config | None = None) -> N
         theirs, ours = getattr(saved, part).name, getattr(resumed, part).name
         if theirs != ours:
             raise UserError(f"{source}: a checkpoint of a run with {part}.name: {theirs}, not {ours}")
+
+
+def _check_origin(actions: list[Any], sizes: list[Any], source: str) -> None:
+    if not all(isinstance(name, str) for name in actions) or not actions:
+        raise UserError(f"{source}: a damaged checkpoint: its actions are not names")
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{source}: a damaged checkpoint: its image_size is {sizes}, not width and height")
 
 
 def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type], above: str, source: str) -> None:
@@ -243,11 +248,13 @@ def load_model_state(model: TwoStream, state: Any, source: str) -> None:
 
 
 def load_trained(source: str) -> tuple[Config, Origin, TwoStream, int]:
-    """Return (configuration, data set, model, iteration) of a checkpoint's file or of a run's final weights.
+    """Return (configuration, data set, model, iteration) of the file of a checkpoint, a package or final weights.
 
     Final weights are a state dict alone: the configuration comes from the last whole checkpoint of their run. Raises
     `UserError` where there is none.
     """
+    if source.endswith(f"/{PACKAGE_FILE}"):
+        return _load_package(source)
     if not (is_final(source) and storage.is_file(source)):
         content = read_checkpoint(source)
         return *rebuild(content, source), content["iteration"]
@@ -257,3 +264,26 @@ def load_trained(source: str) -> tuple[Config, Origin, TwoStream, int]:
     config, origin, model = rebuild(*last)
     load_model_state(model, load_tensors(source), source)  # possibly the mean of several checkpoints
     return config, origin, model, config.train.iterations
+
+
+_PACKAGE_KINDS: dict[str, type] = {
+    "config": dict,
+    "classes": list,
+    "image_size": list,
+    "flow_method": str,
+    "iteration": int,
+}
+
+
+def _load_package(source: str) -> tuple[Config, Origin, TwoStream, int]:
+    """Return what `load_trained` does, of the weights in a folder that `package` wrote."""
+    uri = storage.join(source.rpartition("/")[0], PACKAGE_CONFIG)
+    if not storage.exists(uri):
+        raise UserError(f"{source}: its {PACKAGE_CONFIG} is missing; a package is a whole folder")
+    facts = storage.read_json(uri)
+    if not isinstance(facts, dict):
+        raise UserError(f"{uri}: not the configuration of a package")
+    _check_kinds(facts, _PACKAGE_KINDS, "", uri)
+    _check_origin(facts["classes"], facts["image_size"], uri)
+    config, origin, model = rebuild({**facts, "actions": facts["classes"], "model": load_tensors(source)}, source)
+    return config, origin, model, facts["iteration"]

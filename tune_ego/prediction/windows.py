@@ -1,0 +1,101 @@
+"""Windows of a video of any length, as the shards would hold them. No torch here.
+
+T frames of a window (16), V views (crops) of a window, H, W.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from tune_ego.config import WINDOW_FRAMES
+from tune_ego.dataset.flow import FlowMethod, split_components
+from tune_ego.dataset.video import encode_each
+from tune_ego.feed.augmentation import mirrored_flow_x
+
+
+class View(NamedTuple):
+    """Square crop of a window's images."""
+
+    top: int
+    left: int
+    flip: bool
+    """Mirrored after cropping."""
+
+
+class VideoWindow(NamedTuple):
+    """16 consecutive session frames with their flow, uncropped."""
+
+    start: int
+    """First session frame."""
+    rgb_THW3: np.ndarray
+    """uint8, RGB."""
+    flow_T2HW: np.ndarray
+    """uint8 levels, x before y."""
+
+
+def views(image_size: tuple[int, int], crop: int, crops: int = 1, *, flips: bool = False) -> list[View]:
+    """Return the crops of each window; the first is the centre crop of the test protocol.
+
+    Args:
+        image_size: (width, height) of the images, pixels.
+        crop: Side of a crop, pixels.
+        crops: 1: the centre; 3: the centre, the left end and the right end.
+        flips: Add the mirrored form of each.
+    """
+    width, height = image_size
+    top, lefts = (height - crop) // 2, [(width - crop) // 2, 0, width - crop][:crops]
+    return [View(top, left, flip) for flip in ((False, True) if flips else (False,)) for left in lefts]
+
+
+def crop_views(window: VideoWindow, chosen: list[View], crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the crops of a window: frames uint8 [V, T, crop, crop, 3] and flow uint8 [V, T, 2, crop, crop]."""
+    rgb, flow = [], []
+    for top, left, flip in chosen:
+        rows, columns = slice(top, top + crop), slice(left, left + crop)
+        rgb_THW3, flow_T2HW = window.rgb_THW3[:, rows, columns], window.flow_T2HW[:, :, rows, columns]
+        if flip:
+            rgb_THW3, flow_T2HW = rgb_THW3[:, :, ::-1], flow_T2HW[..., ::-1].copy()
+            flow_T2HW[:, 0] = mirrored_flow_x(flow_T2HW[:, 0])
+        rgb.append(rgb_THW3)
+        flow.append(flow_T2HW)
+    return np.stack(rgb), np.stack(flow)
+
+
+def video_windows(frames: Iterable[np.ndarray], method: FlowMethod, stride: int) -> Iterator[VideoWindow]:
+    """Yield the windows at frames 0, stride, 2 stride, ... and one that ends with the video.
+
+    Images and flow pass through JPEG files, as those of the shards do: a window of a clip's video has the bytes that
+    training and `evaluate` read. A video under 16 frames gives one window, which repeats its last frame.
+
+    Args:
+        frames: Session frames, BGR uint8 [H, W, 3].
+        method: Optical flow of the model's training shards.
+        stride: Frames between the starts of two windows, 1 to 16.
+
+    Raises:
+        UserError: There are no frames.
+    """
+    cv2.setNumThreads(1)  # the model computes beside this
+    latest: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW_FRAMES)
+    count = end = 0  # frames so far, frames up to the end of the last window
+
+    def window() -> VideoWindow:
+        images = [*latest, *[latest[-1]] * (WINDOW_FRAMES - len(latest))]
+        rgb_THW3, flow_T2HW = (np.stack(stream) for stream in zip(*images))
+        return VideoWindow(max(count - WINDOW_FRAMES, 0), rgb_THW3, flow_T2HW)
+
+    for rgb, flow in encode_each(frames, method):
+        levels_HW = simplejpeg.decode_jpeg(flow, "GRAY")[..., 0]
+        latest.append((simplejpeg.decode_jpeg(rgb, "RGB"), split_components(levels_HW)))
+        count += 1
+        if count >= WINDOW_FRAMES and (count - WINDOW_FRAMES) % stride == 0:
+            yield window()
+            end = count
+    if end < count:
+        yield window()
