@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -106,6 +107,17 @@ def test_python_and_command_give_the_same(run: str, sessions: Path, tmp_path: Pa
     assert table["action"].to_pylist() == [segment["action"] for segment in written] != []
     np.testing.assert_allclose(table["score"].to_pylist(), [segment["score"] for segment in written], atol=1e-3)
     assert table["top"].to_pylist()[0][0]["action"] == written[0]["top"][0]["action"]
+
+
+def test_the_example_of_the_page_runs(run: str, sessions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = str(sorted((sessions / "videos").iterdir())[1])
+    page = (Path(__file__).parents[2] / "docs" / "predict.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(example.replace('"RUN"', repr(run)).replace('"VIDEO.mp4"', repr(video)), scope)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(scope["model"].predict(video)) > 0 and " s: " in lines[0]
+    assert scope["table"].column_names == ["start", "end", "action", "score", "top"]
 
 
 def test_whole_images_are_cropped_in_the_centre(run: str) -> None:
