@@ -6,6 +6,7 @@ import io
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -114,6 +115,37 @@ def test_what_is_no_video_is_one_line(content: bytes | None, message: str, tmp_p
         (tmp_path / "v.mp4").write_bytes(content)
     with pytest.raises(UserError, match=rf"v\.mp4: {message}"):
         read(str(tmp_path / "v.mp4"))
+
+
+def test_ten_bits_and_very_wide_images(tmp_path: Path) -> None:
+    deep = str(tmp_path / "deep.mkv")
+    with av.open(deep, "w") as container:
+        track = container.add_stream("libx264", rate=24, options={"qp": "4"})
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p10le"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(grey(number), format="rgb24").reformat(format="yuv420p10le")
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    assert read(deep)[1] == list(range(20))
+    wide = write(tmp_path, encoded([np.full((432, 7680, 3), 16 + 4 * n, np.uint8) for n in range(2)]), "wide.mp4")
+    stream, shown = read(wide)
+    assert stream.size == (7680, 432) and shown == [0, 1]
+
+
+def test_files_without_frames(tmp_path: Path) -> None:
+    sound = str(tmp_path / "sound.mp4")
+    with av.open(sound, "w") as container:
+        track = container.add_stream("aac", rate=16000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        container.mux(track.encode(silence))
+        container.mux(track.encode(None))
+    with pytest.raises(UserError, match=r"sound\.mp4: the file holds no video stream"):
+        read(sound)
+    data = encoded([grey(n) for n in range(3)], format="matroska")
+    first_cluster = data.index(bytes.fromhex("1f43b675"))
+    with pytest.raises(UserError, match=r"none\.mkv: "):
+        read(write(tmp_path, data[:first_cluster], "none.mkv"))
 
 
 def test_a_stream_on_standard_input_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
