@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import stat
 import threading
 import time
@@ -340,10 +339,13 @@ def _sync_folder(folder: Path) -> None:
 
 @_patient(writes=True)
 def write_file(uri: str | Path, source: str | Path) -> None:
-    """Write a copy of a local file, a piece of it in memory at a time; atomically, as `write_bytes` does."""
+    """Write a copy of a local file that is not empty; atomically, as `write_bytes` does.
+
+    The file is mapped: it is not held in memory.
+    """
     try:
-        with open(source, "rb") as file, _open_output(*resolve(uri)) as stream:
-            shutil.copyfileobj(file, stream, 1 << 22)
+        with pa.memory_map(str(source)) as file, _open_output(*resolve(uri)) as stream:
+            stream.write(file.read_buffer())  # in one call, as above
     except OSError as error:
         raise StorageError(f"{uri}: cannot be written ({describe_error(error)})") from error
 

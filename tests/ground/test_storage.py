@@ -107,6 +107,23 @@ def test_a_write_that_fails_leaves_the_former_content_and_no_part(
     assert (tmp_path / "a").read_bytes() == b"later"
 
 
+def test_a_copied_file_replaces_the_former_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "below" / "target"
+    source.write_bytes(bytes(range(256)) * 1000)
+    storage.write_file(target, source)
+    assert target.read_bytes() == source.read_bytes()
+
+    def fail(*paths: object) -> None:
+        raise OSError("no space left")
+
+    before = target.read_bytes()
+    source.write_bytes(b"new")
+    monkeypatch.setattr("tune_ego.storage.os.replace", fail)
+    with pytest.raises(StorageError, match=r"target: cannot be written \(no space left\)"):
+        storage.write_file(target, source)
+    assert target.read_bytes() == before and [path.name for path in target.parent.iterdir()] == ["target"]
+
+
 def test_content_appears_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the moment of renaming, all bytes lie under another name of the same folder."""
     seen: list[tuple[Path, bytes, bytes]] = []

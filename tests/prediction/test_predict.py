@@ -22,9 +22,9 @@ from tests.evaluation.test_evaluate import checkpoint
 from tune_ego.cli import app
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
-from tune_ego.prediction.predict import PredictionSettings, WindowSettings
+from tune_ego.prediction.predict import PredictionSettings
 from tune_ego.prediction.segments import SegmentSettings
-from tune_ego.prediction.trained_model import TrainedModel, load_model
+from tune_ego.prediction.trained_model import load_model
 from tune_ego.prediction.truth import read_truth
 from tune_ego.prediction.window_file import attention_peak, read_windows
 from tune_ego.prediction.write import find_videos, predict_files
@@ -247,4 +247,3 @@ def test_flow_weights_go_with_raft(run: str) -> None:
     model.flow_method = "raft"
     with pytest.raises(UserError, match="give RAFT's weights"):
         model.predict("v.mp4")
-    assert isinstance(model, TrainedModel) and WindowSettings().stride == 8

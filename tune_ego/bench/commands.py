@@ -129,7 +129,7 @@ def bench_predict(
 ) -> None:
     """Measure `predict` on a short video beside the model's forward pass and the optical flow, measured apart.
 
-    Writes temporary files and --out only. Takes about 5 minutes on two CPU cores; run nothing else meanwhile.
+    Writes temporary files and --out only; run nothing else meanwhile.
     """
     from tune_ego.bench.predict import bench_predict as run
 

@@ -24,12 +24,11 @@ from tune_ego.dataset.video import resize
 from tune_ego.errors import UserError
 from tune_ego.prediction.predict import PredictionSettings, model_flow
 from tune_ego.prediction.scoring import score_windows
+from tune_ego.prediction.segments import top_classes
 from tune_ego.prediction.windows import video_windows, views
 
 if TYPE_CHECKING:
     from tune_ego.prediction.trained_model import TrainedModel
-
-_TOP = 5
 
 
 class Arrived(NamedTuple):
@@ -128,8 +127,8 @@ def predict_live(
         while (arrived := latest.take()) is not None:
             window = next(video_windows(arrived.images, method, 1))._replace(start=arrived.start)
             (scored,) = score_windows(model, [window], chosen)
-            order = np.argsort(-scored.main, kind="stable")[:_TOP].tolist()
-            top = [{"action": model.classes[label], "score": round(float(scored.main[label]), 4)} for label in order]
+            best = top_classes(scored.main, model.classes)
+            top = [{"action": action, "score": round(score, 4)} for action, score in best]
             line: dict[str, Any] = {
                 "start": round(scored.start / FPS, 3),
                 "end": round((scored.start + WINDOW_FRAMES) / FPS, 3),

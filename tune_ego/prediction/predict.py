@@ -116,7 +116,7 @@ def predict_video(
     on_window: Callable[[WindowScores], None] | None = None,
     show_progress: bool = False,
 ) -> Segments:
-    """Detect the actions of a video. Memory does not grow with its length, except for 1 kB for each frame's scores.
+    """Detect the actions of a video. Memory does not grow with its length, except for the class scores of each frame.
 
     Args:
         model: Trained model; it computes where it is.

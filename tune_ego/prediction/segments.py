@@ -109,7 +109,13 @@ def detect_segments(scores_FK: np.ndarray, classes: Sequence[str], settings: Seg
     proposals = sorted(candidates)
     scores = np.array([_contrast(sums[:, label], start, end, settings.threshold) for start, end, label in proposals])
     return [
-        Segment(start / FPS, end / FPS, classes[label], score, _top((sums[end] - sums[start]) / (end - start), classes))
+        Segment(
+            start / FPS,
+            end / FPS,
+            classes[label],
+            score,
+            top_classes((sums[end] - sums[start]) / (end - start), classes),
+        )
         for index in _suppress_overlaps(np.array(proposals).reshape(-1, 3)[:, :2], scores, settings.nms)
         for (start, end, label), score in [(proposals[index], float(scores[index]))]
     ]
@@ -174,6 +180,7 @@ def _contrast(sums_F: np.ndarray, start: int, end: int, background: float) -> fl
     return inside / (end - start) - outside
 
 
-def _top(scores_K: np.ndarray, classes: Sequence[str]) -> list[tuple[str, float]]:
+def top_classes(scores_K: np.ndarray, classes: Sequence[str]) -> list[tuple[str, float]]:
+    """Return the five classes with the highest scores [K], with these scores, highest first."""
     order = itertools.islice(np.argsort(-scores_K, kind="stable").tolist(), _TOP)
     return [(classes[label], float(scores_K[label])) for label in order]
