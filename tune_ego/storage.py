@@ -339,10 +339,7 @@ def _sync_folder(folder: Path) -> None:
 
 @_patient(writes=True)
 def write_file(uri: str | Path, source: str | Path) -> None:
-    """Write a copy of a local file that is not empty; atomically, as `write_bytes` does.
-
-    The file is mapped: it is not held in memory.
-    """
+    """Write a copy of a local file that is not empty, without reading it into memory; atomically, as `write_bytes`."""
     try:
         with pa.memory_map(str(source)) as file, _open_output(*resolve(uri)) as stream:
             stream.write(file.read_buffer())  # in one call, as above
