@@ -124,7 +124,7 @@ def test_every_documented_command_runs(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> None:
-    """Attention finds the gaze, both streams are needed, and the search has something to find."""
+    """Attention finds the gaze, both streams are needed, the search has something to find, actions are detected."""
     run_demo(str(tmp_path / "demo"), 0)
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     results = summary["evaluation"]
@@ -139,3 +139,8 @@ def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> Non
     assert any(trial["state"] == "stopped" for trial in trials)
     best_of_trials = [trial["val_mean_class_accuracy"] for trial in trials]
     assert max(best_of_trials) > min(best_of_trials) + 0.15
+    detection = summary["detection"]
+    assert detection["frame_accuracy"] >= 0.8 * accuracy["fused"] > 4 * summary["chance"]
+    assert detection["map"]["0.3"] > 2 * summary["chance"]
+    pages = list((tmp_path / "demo" / "prediction").glob("*.html"))
+    assert len(pages) == 1 and "data:image/jpeg" in pages[0].read_text()

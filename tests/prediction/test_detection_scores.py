@@ -88,6 +88,21 @@ def test_frames_and_the_seconds_of_the_confusion() -> None:
     }
 
 
+def test_the_confusion_of_segments() -> None:
+    """Of three true segments one is right, one is detected as another and one missed; two detections are left over."""
+    truth = {"v": [TrueSegment(1, 3, "cut"), TrueSegment(5, 7, "wash"), TrueSegment(8, 9, "cut")], "w": []}
+    detected = {
+        "v": [Segment(0, 1.2, "open", 0.2, []), Segment(1, 3.5, "cut", 0.9, []), Segment(6, 8, "open", 0.4, [])],
+        "w": [Segment(0, 1, "cut", 0.5, [])],
+    }
+    result = detection_scores(detected, truth, {"v": 10, "w": 2})
+    assert result["segments"] == {
+        BACKGROUND: {"cut": 1, "open": 1},
+        "cut": {BACKGROUND: 1, "cut": 1},
+        "wash": {"open": 1},
+    }
+
+
 def test_where_detections_overlap_the_higher_score_counts() -> None:
     truth = {"v": [TrueSegment(0, 2, "cut")]}
     low, high = Segment(0, 2, "cut", 0.3, []), Segment(0, 1, "wash", 0.8, [])

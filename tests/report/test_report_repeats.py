@@ -93,16 +93,56 @@ def test_the_test_accuracies_are_those_of_the_trials_evaluations(tmp_path: Path)
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / trial / "evaluation.json").write_text(text)
 
-    write("00000-0", {"rgb": {"mean_class_accuracy": 0.9}, "fused": {"mean_class_accuracy": 0.3}})
-    write("00000-1", {"rgb": {"mean_class_accuracy": 0.4}, "clips_trained_on": 0})
+    attention = {"rgb": {"nss": 1.5}, "flow": {"nss": 0.25}, "centre": {"nss": 0.5}}
+    both = {"rgb": {"mean_class_accuracy": 0.9}, "fused": {"mean_class_accuracy": 0.3}}
+    write("00000-0", {**both, "flow": {"mean_class_accuracy": 0.2}, "attention": attention})
+    write("00000-1", {"rgb": {"mean_class_accuracy": 0.4}, "clips_trained_on": 0, "attention": {}})
     write("00000-2", "{")
     write("00001-0", {"flow": {"mean_class_accuracy": 0.5}})
-    write("00001-1", {"flow": {"mean_class_accuracy": 0.7}})
+    write("00001-1", {"flow": {"mean_class_accuracy": 0.7}, "attention": None})
     write("00001-2", {"flow": {"mean_class_accuracy": 0.1}, "clips_trained_on": 3})
     bold, plain = repeats_numbers(search)["rows"]
     assert bold["test"] == {**interval([0.5, 0.7]), "size": 2}
     assert plain["test"] == {**interval([0.3, 0.4]), "size": 2}
     assert plain["test_difference"] == {**interval([-0.2, -0.3]), "size": 2, "holds_zero": True}
+    once = {"low": None, "high": None, "size": 1}
+    assert plain["streams"] == {
+        "rgb": {
+            "test": {**interval([0.9, 0.4]), "size": 2},
+            "test_difference": None,
+            "nss": {"mean": 1.0, **once},
+            "nss_difference": None,
+        },
+        "flow": {
+            "test": {"mean": 0.2, **once},
+            "test_difference": None,
+            "nss": {"mean": -0.25, **once},
+            "nss_difference": None,
+        },
+    }
+    assert bold["streams"]["flow"]["test"] == bold["test"] and bold["streams"]["rgb"]["test"] is None
+
+
+def test_streams_and_gaze_scores_are_compared_by_seed(tmp_path: Path) -> None:
+    search = three_seeds()
+    rgb = {"00000": [0.1, 0.2, 0.3], "00001": [0.2, 0.2, 0.5]}
+    nss = {"00000": [0.5, 0.5, 0.5], "00001": [1.5, 0.5, 1.0]}
+    for trial in search.trials:
+        trial.run = str(tmp_path / trial.id)
+        (tmp_path / trial.id).mkdir()
+        name, _, seed = trial.id.partition("-")
+        attention = {"rgb": {"nss": nss[name][int(seed)] + 0.25}, "centre": {"nss": 0.25}}
+        content = {"rgb": {"mean_class_accuracy": rgb[name][int(seed)]}, "attention": attention}
+        (tmp_path / trial.id / "evaluation.json").write_text(json.dumps(content))
+    numbers = experiment_numbers(search, {"why": "none"}, [], "00000")
+    bold, plain = numbers["repeats"]["rows"]
+    assert bold["streams"]["rgb"]["test_difference"] == {**interval([0.1, 0.0, 0.2]), "size": 3, "holds_zero": True}
+    assert bold["streams"]["rgb"]["nss"] == {**interval([1.5, 0.5, 1.0]), "size": 3}
+    assert bold["streams"]["rgb"]["nss_difference"] == {**interval([1.0, 0.0, 0.5]), "size": 3, "holds_zero": True}
+    assert plain["streams"]["rgb"]["test_difference"] is None
+    page = render({**numbers, "attention_cases": {"why": "none", "cases": []}}, [])
+    assert 'data-key="repeats/rows/0/streams/rgb/nss_difference/mean" data-format="score">0.500<' in page
+    assert "+10.0" in page
 
 
 @pytest.mark.parametrize("tested", [False, True])

@@ -8,6 +8,7 @@ monotonic and integrated over recall.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ def detection_scores(
         one with the highest score, where several hold the frame). `background_accuracy`: share of the frames outside
         that no segment holds; None without such frames. `map`: threshold as text -> mean average precision over the
         classes that occur. `confusion`: true action -> detected action -> seconds, with `BACKGROUND` for neither.
+        `segments`: the same in numbers of segments. A true segment counts for the detected one that overlaps it most,
+        by at least the lowest of `OVERLAPS`; without one, and for the detected segments left over, `BACKGROUND` counts.
     """
     confusion: dict[str, dict[str, float]] = {}
     for video, segments in truth.items():
@@ -70,7 +73,28 @@ def detection_scores(
             true: {name: round(value, 3) for name, value in sorted(row.items())}
             for true, row in sorted(confusion.items())
         },
+        "segments": _segment_confusion(detected, truth),
     }
+
+
+def _segment_confusion(
+    detected: Mapping[str, Sequence[Segment]], truth: Mapping[str, Sequence[TrueSegment]]
+) -> dict[str, dict[str, int]]:
+    """Return true action -> detected action -> number of segments."""
+    pairs = Counter[tuple[str, str]]()
+    for video, segments in truth.items():
+        spans_N2 = np.array([(one.start, one.end) for one in detected[video]]).reshape(-1, 2)
+        left_over = set(range(len(spans_N2)))
+        for true in segments:
+            ratios = interval_overlaps(np.array((true.start, true.end)), spans_N2)
+            best = int(ratios.argmax()) if len(ratios) and ratios.max() >= OVERLAPS[0] else None
+            pairs[true.action, BACKGROUND if best is None else detected[video][best].action] += 1
+            left_over.discard(-1 if best is None else best)
+        pairs.update((BACKGROUND, detected[video][index].action) for index in left_over)
+    confusion: dict[str, dict[str, int]] = {}
+    for (true_action, action), count in sorted(pairs.items()):
+        confusion.setdefault(true_action, {})[action] = count
+    return confusion
 
 
 def _score(segment: Segment) -> float:

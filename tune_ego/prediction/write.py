@@ -214,4 +214,4 @@ def _print_scores(scores: dict[str, Any], target: str) -> None:
             *([f"mAP at tIoU {threshold}", percent(scores["map"][str(threshold)])] for threshold in OVERLAPS),
         ],
     )
-    say(f"confusion by seconds, and these figures: {target}")
+    say(f"these figures, and the confusion in seconds and in segments: {target}")

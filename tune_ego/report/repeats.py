@@ -13,6 +13,8 @@ from tune_ego.results.tables import config_value
 
 _STREAMS = ("fused", "rgb", "flow")
 """Streams of an evaluation, the one that counts first."""
+_GAZE = "nss"
+"""Gaze score of an attention map: the normalised scanpath saliency, minus that of a Gaussian at the centre."""
 
 
 def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[str, Any]:
@@ -20,7 +22,8 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
 
     Configurations are ordered by the mean accuracy at the last validation of their repeats, and compared at it. The
     best of many validations, which is given too, is biased upwards. Differences are those of repeats with the same
-    seed. A trial has a test accuracy where `evaluate` has tested it.
+    seed. A trial has a test accuracy where `evaluate` has tested it; `streams` has that of rgb and flow, and the
+    gaze score `nss` of their attention, minus that of a Gaussian at the centre.
 
     Args:
         search: The search.
@@ -34,7 +37,7 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
             raise UserError(f"--reference {reference}: the search has no repeats, so there are no paired differences")
         return {"reference": None, "rows": []}
     last = {one.id: last_accuracies(one) for one in by_configuration(search.trials)}
-    tested = {one.id: _test_accuracies(one.trials) for one in by_configuration(search.trials)}
+    tested = {one.id: _tests(one.trials) for one in by_configuration(search.trials)}
     validated = [one for one in by_configuration(search.trials) if last[one.id]]
     validated.sort(
         key=lambda one: (len(last[one.id]) == search.space.repeats, mean(last[one.id].values())), reverse=True
@@ -55,9 +58,8 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
                 "iterations": sorted({trial.validations[-1]["iteration"] for trial in one.trials if trial.validations}),
                 "last": _summary(list(last[one.id].values())),
                 "best": _summary(one.accuracies),
-                "test": _summary(list(tested[one.id].values())),
                 "difference": _difference(last[one.id], last[reference]) if one.id != reference else None,
-                "test_difference": _difference(tested[one.id], tested[reference]) if one.id != reference else None,
+                **_compare_tests(tested[one.id], tested[reference] if one.id != reference else {}),
             }
             for one in validated
         ],
@@ -70,22 +72,54 @@ def last_accuracies(configuration: Configuration) -> dict[int, float]:
     return {trial.config.seed: trial.validations[-1][METRIC] for trial in validated}
 
 
-def _test_accuracies(trials: list[Trial]) -> dict[int, float]:
-    """Return seed -> test mean class accuracy of each trial that was tested."""
-    accuracies = {}
+def _tests(trials: list[Trial]) -> dict[str, dict[int, float]]:
+    """Return measure -> seed -> value of each trial that was tested.
+
+    Measures: `test`, the mean class accuracy that counts; for each stream `rgb/test`, and `rgb/nss` of its attention.
+    """
+    measures: dict[str, dict[int, float]] = {}
     for trial in trials:
         uri = storage.join(trial.run, EVALUATION_FILE)
         if not storage.exists(uri):
             continue
         try:
             content = storage.read_json(uri)
-            stream = next(name for name in _STREAMS if name in content)
-            accuracy = float(content[stream]["mean_class_accuracy"])
+            values = _test_values(content)
         except (UserError, LookupError, StopIteration, TypeError, ValueError):  # damaged: as if it was not there
             continue
-        if 0 <= accuracy <= 1 and not content.get("clips_trained_on"):
-            accuracies[trial.config.seed] = accuracy
-    return accuracies
+        if 0 <= values["test"] <= 1 and not content.get("clips_trained_on"):
+            for name, value in values.items():
+                measures.setdefault(name, {})[trial.config.seed] = value
+    return measures
+
+
+def _test_values(evaluation: dict[str, Any]) -> dict[str, float]:
+    streams = [name for name in _STREAMS if name in evaluation]
+    accuracies = {name: float(evaluation[name]["mean_class_accuracy"]) for name in streams}
+    attention = evaluation.get("attention") or {}
+    gaze = {name: float(attention[name][_GAZE] - attention["centre"][_GAZE]) for name in streams if name in attention}
+    return {
+        "test": next(iter(accuracies.values())),
+        **{f"{name}/test": value for name, value in accuracies.items() if name != "fused"},
+        **{f"{name}/{_GAZE}": value for name, value in gaze.items()},
+    }
+
+
+def _compare_tests(ours: dict[str, dict[int, float]], reference: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Return mean, interval and difference of each measure of `_tests`; those of streams under `streams`."""
+
+    def compare(measure: str, name: str) -> dict[str, Any]:
+        values = ours.get(measure, {})
+        difference = _difference(values, reference.get(measure, {}))
+        return {name: _summary(list(values.values())), f"{name}_difference": difference}
+
+    return {
+        **compare("test", "test"),
+        "streams": {
+            stream: {**compare(f"{stream}/test", "test"), **compare(f"{stream}/{_GAZE}", _GAZE)}
+            for stream in _STREAMS[1:]
+        },
+    }
 
 
 def _summary(values: list[float]) -> dict[str, Any] | None:
