@@ -47,6 +47,9 @@ class DataConfig(ConfigNode):
     """Tenth of the training clips that is used for validation."""
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
+    sampling: Literal["uniform", "square_root", "class_balanced"] = "uniform"
+    """Share of a class in the training samples: `uniform`: proportional to its clips, each clip once an epoch (Lu);
+    `square_root`: to the square root of their number; `class_balanced`: the same for all classes."""
     decode: Literal["auto", "cpu", "gpu"] = "cpu"
     """Device that decodes JPEG images in training and validation. `cpu`: in the readers. `gpu`: nvJPEG, for machines
     with few CPUs for each GPU; its pixels differ a little. `auto`: on the GPU where a run has one. `evaluate` always
@@ -157,6 +160,16 @@ class LossConfig(ConfigNode):
     gaze_sigma: Annotated[float, Field(gt=0, lt=1)] = 3 / LU_MAP_SIDE
     """Standard deviation of the gaze target, as a fraction of the attention map's side (Lu: 3 cells of 7). With 1 the
     target would be almost flat."""
+    logit_adjustment: Annotated[float, Field(ge=0)] = 0.0
+    """Factor (tau) on the logarithms of the classes' shares of the training samples, which training adds to the logits
+    (Menon et al., ICLR 2021, equation 10). 1 aims at the mean class accuracy, 0 at the micro accuracy."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weight of a class in the cross-entropy: one over its number of samples, or over its effective number (Cui et al.,
+    CVPR 2019). The mean weight of a sample is 1."""
+    effective_beta: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Beta of the effective number, (1 - beta^n) / (1 - beta); values near 1 approach `inverse`."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that is spread evenly over all classes in the target of the cross-entropy."""
 
 
 class TrainConfig(ConfigNode):

@@ -95,8 +95,8 @@ class FeedPlan:
             iteration += cycle * self.validate_every
             first = (iteration * self.passes + passes[turn]) * self.micro_batch
             samples = range(first, first + self.micro_batch)
-            size = sources.image_size
-            return True, [training_window(sources.train.clips, self.seed, n, size, self.data.crop) for n in samples]
+            form = (sources.image_size, self.data.crop, self.data.sampling)
+            return True, [training_window(sources.train.clips, self.seed, n, *form) for n in samples]
         # Workers take the batches of a validation in turn.
         first = ((place - training_items) * self.workers + self.rank) * self.micro_batch
         windows = sources.validation_windows[first : first + self.micro_batch]
@@ -106,6 +106,11 @@ class FeedPlan:
     def validation_labels(self) -> list[int]:
         """Label of each validation clip."""
         return [clip.label for clip in _sources(self).validation.clips]
+
+    @property
+    def training_labels(self) -> list[int]:
+        """Label of each training clip."""
+        return [clip.label for clip in _sources(self).train.clips]
 
     def read(self, item: int) -> dict[str, np.ndarray]:
         """Read the batch of an item (`WindowReader.read_batch`, or `read_encoded` if the plan is `encoded`)."""

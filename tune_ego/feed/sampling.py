@@ -1,13 +1,14 @@
 """Order of the training samples, and the clip, frames, crop and flip of each sample. No Ray and no torch here.
 
-All functions are pure. In a training set of N clips, sample n is the (n mod N)-th clip of a permutation seeded by
+All functions are pure. In a training set of N clips, sample n is the (n mod N)-th clip of an order seeded by
 (seed, n div N). Its window, crop and flip are drawn by a generator seeded by (seed, n).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip
 
 _EPOCH_ORDER, _WINDOW_DRAW = 0, 1  # independent random streams of one seed
+Sampling = Literal["uniform", "square_root", "class_balanced"]
+_SHARE_EXPONENTS: dict[Sampling, float] = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}
+"""Power of a class's number of clips to which its share of the samples is proportional."""
 EVALUATION_STEP = 8
 """Frames between the starts of two evaluation windows (Lu, Liao, Li, ICCV Workshops 2019)."""
 
@@ -33,19 +37,61 @@ class Window(NamedTuple):
     flip: bool
 
 
+def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EPOCH_ORDER, epoch)))
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, clips: int) -> np.ndarray:
     """Return the order of the clips in an epoch, int64 [clips]."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EPOCH_ORDER, epoch))).permutation(clips)
+    return _epoch_generator(seed, epoch).permutation(clips)
 
 
-def training_window(clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int) -> Window:
+def class_samples(labels: Sequence[int], classes: int, sampling: Sampling) -> np.ndarray:
+    """Return the mean number of samples of each class in an epoch, float64 [classes]; their sum is that of the clips.
+
+    Args:
+        labels: Label of each training clip, from 0.
+        classes: Number of classes. One without clips has 0 samples.
+        sampling: `DataConfig.sampling`.
+    """
+    clips_K = np.bincount(labels, minlength=classes).astype(np.float64)
+    shares_K = np.where(clips_K > 0, clips_K ** _SHARE_EXPONENTS[sampling], 0.0)
+    samples_K: np.ndarray = shares_K * (len(labels) / shares_K.sum())
+    return samples_K
+
+
+@lru_cache(maxsize=4)
+def _resampled_order(seed: int, epoch: int, labels: tuple[int, ...], sampling: Sampling) -> np.ndarray:
+    """Return the clips of an epoch in which clips have unequal shares, int64 [clips], some of them repeated.
+
+    Systematic resampling: a clip that is due x times on average occurs x times, rounded down or up. A class occurs
+    within one of its mean number of samples.
+    """
+    random = _epoch_generator(seed, epoch)
+    label_N = np.array(labels)
+    by_class_N = np.lexsort((random.random(len(label_N)), label_N))  # in random order within a class
+    clips_K = np.bincount(label_N)
+    due_K = class_samples(labels, len(clips_K), sampling) / np.maximum(clips_K, 1)
+    until_N = np.cumsum(due_K[label_N[by_class_N]])
+    until_N[-1] = len(label_N)  # without the rounding errors of the sum
+    times_N: np.ndarray = np.diff(np.floor(until_N + random.random()).astype(np.int64), prepend=0)
+    return random.permutation(np.repeat(by_class_N, times_N))
+
+
+def training_window(
+    clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int, sampling: Sampling = "uniform"
+) -> Window:
     """Return the window of a training sample, numbered from the start of the run. `image_size` is (width, height).
 
     The order of the random draws must not change: the same seed would give other samples.
     """
     epoch, place = divmod(sample, len(clips))
-    clip = int(_permutation(seed, epoch, len(clips))[place])
+    if sampling == "uniform":
+        order = _permutation(seed, epoch, len(clips))
+    else:
+        order = _resampled_order(seed, epoch, tuple(clip.label for clip in clips), sampling)
+    clip = int(order[place])
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_WINDOW_DRAW, sample)))
     start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
     top = int(random.integers(image_size[1] - crop + 1))

@@ -13,6 +13,7 @@ from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import StorageError, user_error_in
 from tune_ego.feed.batches import batches_to_device, prefetch_first, ray_batches
 from tune_ego.feed.feed_plan import FeedPlan
+from tune_ego.feed.sampling import class_samples
 from tune_ego.ray_private import throttling_callback
 from tune_ego.results import checkpoint_files, experiment
 from tune_ego.results.driver import is_taken_over
@@ -56,8 +57,12 @@ def _work(job: Job, rank: int, workers: int) -> None:
             readers = reader_count(job.config, job.gpus, node, batch_bytes)
             ahead = read_ahead_bytes(job.config, job.gpus, node)
             batches = prefetch_first(ray_batches(plan, first, readers, batch_bytes, throttling_callback, ahead))
+        samples = class_samples(plan.training_labels, len(shards.actions), job.config.data.sampling).tolist()
         trainer = Trainer(
-            job.config, _origin(shards), _device(job, workers), rank, resume=saved is not None, final=job.final
+            *(job.config, _origin(shards), _device(job, workers), rank),
+            class_samples=samples,
+            resume=saved is not None,
+            final=job.final,
         )
         if saved is not None:
             trainer.load(*saved)

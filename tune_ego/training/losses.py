@@ -6,13 +6,14 @@ K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_ego.config import LU_MAP_SIDE, MAP_SLICES
+from tune_ego.config import LU_MAP_SIDE, MAP_SLICES, LossConfig
 from tune_ego.model.two_stream import StreamOutput
 
 
@@ -84,6 +85,61 @@ def gaze_loss(
     return torch.where(valid_BT, error_BT, 0.0).sum() / divisor
 
 
+class ActionLoss:
+    """Cross-entropy of action scores, with the corrections for unequal classes that a configuration names.
+
+    - `logit_adjustment`: softmax cross-entropy of logits + tau x log(share of the class in the training samples)
+      (Menon et al., ICLR 2021, equation 10). Validation and test use the logits alone.
+    - `class_weights`: the loss of a sample is multiplied by the weight of its class.
+    - `label_smoothing`: the target is (1 - smoothing) x one-hot + smoothing / K.
+    """
+
+    def __init__(self, loss: LossConfig, class_samples: Sequence[float], device: torch.device) -> None:
+        """Compute the constants of each class.
+
+        Args:
+            loss: Configuration of the loss.
+            class_samples: Mean number of training samples of each class in an epoch (`feed.sampling.class_samples`). In
+                the logit adjustment a class without samples counts as one with a single sample.
+            device: Device of the logits.
+
+        Raises:
+            ValueError: A correction needs the samples of the classes, and `class_samples` is empty.
+        """
+        if len(class_samples) == 0 and (loss.logit_adjustment or loss.class_weights != "none"):
+            raise ValueError("logit adjustment and class weights need the number of samples of each class")
+        samples_K = torch.tensor(class_samples, dtype=torch.float64)
+        self._smoothing = loss.label_smoothing
+        self._offset_K = self._weight_K = None
+        if loss.logit_adjustment:
+            share_K = samples_K.clamp(min=1) / samples_K.sum()
+            self._offset_K = (loss.logit_adjustment * share_K.log()).float().to(device)
+        if loss.class_weights != "none":
+            self._weight_K = _class_weights(loss, samples_K).float().to(device)
+
+    def __call__(self, logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        """Return the mean loss of a batch; the logits are float32."""
+        if self._offset_K is not None:
+            logits_BK = logits_BK + self._offset_K
+        if self._weight_K is None:
+            return F.cross_entropy(logits_BK, label_B, label_smoothing=self._smoothing)
+        loss_B = F.cross_entropy(logits_BK, label_B, reduction="none", label_smoothing=self._smoothing)
+        return (self._weight_K[label_B] * loss_B).mean()  # not over the sum of weights: passes of a batch add up
+
+
+def _class_weights(loss: LossConfig, samples_K: Tensor) -> Tensor:
+    """Return the weight of each class, whose mean over the samples is 1; 0 for a class without samples."""
+    match loss.class_weights:
+        case "inverse":
+            number_K = samples_K
+        case "effective":
+            number_K = (1 - loss.effective_beta**samples_K) / (1 - loss.effective_beta)
+        case unknown:
+            raise ValueError(f"no class weights {unknown!r}")
+    weight_K = torch.where(samples_K > 0, 1 / number_K, 0.0)
+    return weight_K * (samples_K.sum() / (weight_K * samples_K).sum())
+
+
 class Losses(NamedTuple):
     total: Tensor
     action: Tensor
@@ -98,12 +154,13 @@ def stream_losses(
     gaze_weight: float,
     gaze_sigma: float,
     count: Tensor | None = None,
+    action_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Losses:
-    """Return the losses of one stream: the total is cross-entropy plus the weighted gaze loss of its attention.
+    """Return the losses of one stream: the total is the action loss plus the weighted gaze loss of its attention.
 
-    `count` is that of `gaze_loss`.
+    `count` is that of `gaze_loss`; `action_loss` is called with logits and labels.
     """
-    action = F.cross_entropy(output.logits_BK.float(), label_B)
+    action = action_loss(output.logits_BK.float(), label_B)
     if output.attention_BTHW is None:
         return Losses(action, action, torch.zeros_like(action))
     gaze = gaze_loss(output.attention_BTHW, gaze_BT2, valid_BT, gaze_sigma, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -21,7 +21,7 @@ from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
 from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, checkpoint_content, load_model_state
 from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_batch_norms
-from tune_ego.training.losses import slices_with_gaze, stream_losses
+from tune_ego.training.losses import ActionLoss, slices_with_gaze, stream_losses
 from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.training.optim import StreamOptimizer
 
@@ -69,6 +69,7 @@ class Trainer:
         device: torch.device,
         rank: int = 0,
         *,
+        class_samples: Sequence[float] = (),
         resume: bool = False,
         final: bool = True,
     ) -> None:
@@ -79,10 +80,12 @@ class Trainer:
             origin: Data set that the model is trained on.
             device: Device of this worker.
             rank: Number of this worker.
+            class_samples: Mean number of training samples of each class in an epoch, for losses that weigh the classes.
             resume: The caller loads a checkpoint next, and `init_from` is not read.
             final: This is a final run and no trial of a search.
         """
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
+        self.action_loss = ActionLoss(config.loss, class_samples, device)
         self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
         for modality in config.stream_names:
             source = getattr(config.init_from, modality)
@@ -197,7 +200,7 @@ class Trainer:
         """Run one forward pass; return the losses, [streams, (total, action, gaze)]."""
         outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
         loss = self.config.loss
-        gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices)
+        gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices, self.action_loss)
         losses = [torch.stack(stream_losses(output, batch.label_B, *gaze)) for output in outputs.values()]
         return torch.stack(losses)
 
