@@ -18,17 +18,19 @@ SHIPPED = {
     "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
     "demo": (4, SchedulerSettings("asha", 40, 2, 3, False)),
     "full": (64, SchedulerSettings("asha", 150, 3, 3, False)),
+    "long_tail": (24, SchedulerSettings("asha", 150, 3, 3, False)),
     "lu": (2, SchedulerSettings("fifo", 250, 3, 3, False)),
     "lu_o": (1, SchedulerSettings("fifo", 250, 3, 3, False)),
     "optimizer": (24, SchedulerSettings("asha", 100, 3, 3, False)),
     "stam_depth": (20, SchedulerSettings("asha", 200, 3, 3, False)),
     "study": (50, SchedulerSettings("fifo", 60, 3, 3, False)),
     "study_asha": (9, SchedulerSettings("asha", 40, 3, 3, False)),
+    "study_long_tail": (30, SchedulerSettings("fifo", 60, 3, 3, False)),
     "study_lr": (8, SchedulerSettings("fifo", 60, 3, 3, False)),
     "table1": (4, SchedulerSettings("fifo", 250, 3, 3, False)),
 }
 """Name -> (trials, scheduler); all are random searches."""
-REPEATS = {"study": 5}
+REPEATS = {"study": 5, "study_long_tail": 5}
 """Name -> trials of each configuration, where it isn't 1."""
 
 BRANCHED = """
@@ -340,7 +342,8 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
         load_space("nosuch")
     assert str(caught.value) == (
         "nosuch: no such file, nor a shipped search space "
-        "(activation, demo, full, lu, lu_o, optimizer, stam_depth, study, study_asha, study_lr, table1)"
+        "(activation, demo, full, long_tail, lu, lu_o, optimizer, stam_depth, study, study_asha, study_long_tail, "
+        "study_lr, table1)"
     )
     for text, message in (("samples: 0", "samples: Input should be"), ("a: [", "not valid YAML: while parsing")):
         Path("wrong.yaml").write_text(text)

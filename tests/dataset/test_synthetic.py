@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.dataset.test_gaze import literal
-from tune_ego.dataset.synthetic import synthesize
+from tune_ego.dataset.synthetic import _class_sizes, synthesize
 from tune_ego.errors import UserError
 
 CLASSES = [(verb, noun) for verb in ("Slide", "Lift", "Stir") for noun in ("red_disc", "blue_square")]
@@ -235,3 +235,32 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not empty"):
         synthesize(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("imbalance", "seed"), [(1.0, 0), (20.0, 0), (20.0, 3), (3.0, 1)])
+def test_classes_have_the_ratio_of_the_imbalance(imbalance: float, seed: int) -> None:
+    """The logarithms of the sizes are evenly spaced; the order of the classes is that of no verb and no noun."""
+    sizes = _class_sizes(720, 9, imbalance, seed)
+    assert sum(sizes) == 720
+    assert max(sizes) / min(sizes) == pytest.approx(imbalance, rel=0.06)
+    logarithms = np.log(sorted(sizes))
+    assert np.diff(logarithms) == pytest.approx(np.full(8, np.log(imbalance) / 8), abs=0.12)
+    if imbalance > 1:
+        assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
+        assert sizes != _class_sizes(720, 9, imbalance, seed + 1)
+
+
+def test_rare_classes_are_in_every_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_ego.dataset.synthetic._write_videos", lambda *_, **__: None)
+    synthesize(tmp_path / "egtea", **{**ARGUMENTS, "clips": 90}, imbalance=5)
+    sizes = _class_sizes(90, 6, 5, 5)
+    counts = Counter(action for action, _, _ in labels_of(tmp_path / "egtea").values())
+    assert counts == dict(enumerate(sizes, start=1))
+    for split in (1, 2, 3):
+        lines = (tmp_path / "egtea" / "action_annotation" / f"test_split{split}.txt").read_text().splitlines()
+        tested = Counter(int(line.split()[1]) for line in lines)
+        assert all(size // 5 <= tested[number] <= size // 5 + 1 for number, size in enumerate(sizes, start=1))
+    with pytest.raises(UserError, match="the smallest of 6 classes would have 3; it needs 5"):
+        synthesize(tmp_path / "other", **{**ARGUMENTS, "clips": 90}, imbalance=12)
+    with pytest.raises(UserError, match="--imbalance"):
+        synthesize(tmp_path / "other", **ARGUMENTS, imbalance=0.5)

@@ -26,6 +26,9 @@ def synthesize(
     seconds: Annotated[float, typer.Option(help="Mean length of a clip.")] = 1.5,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the videos, pixels.")] = "320x240",
     distractors: Annotated[int, typer.Option(min=0, help="Objects in each clip that are not acted on.")] = 1,
+    imbalance: Annotated[
+        float, typer.Option(metavar="RATIO", help="Clips of the largest class over those of the smallest one.")
+    ] = 1.0,
     sessions: Annotated[
         bool, typer.Option("--sessions", help="Write the untrimmed session videos too, with idle time between clips.")
     ] = False,
@@ -45,6 +48,7 @@ def synthesize(
         seconds=seconds,
         size=parse_size(size),
         distractors=distractors,
+        imbalance=imbalance,
         sessions=sessions,
         seed=seed,
     )

@@ -56,6 +56,7 @@ def synthesize(
     seconds: float = 1.5,
     size: tuple[int, int] = (320, 240),
     distractors: int = 1,
+    imbalance: float = 1.0,
     sessions: bool = False,
     seed: int = 0,
 ) -> None:
@@ -69,6 +70,8 @@ def synthesize(
         seconds: Mean length of a clip; lengths vary by a third.
         size: (width, height), pixels.
         distractors: Further objects in each clip.
+        imbalance: Clips of the most frequent class over those of the rarest one. The classes between them are spaced
+            evenly in the logarithm of their number (CIFAR-LT: Cao et al., NeurIPS 2019), in random order.
         sessions: Write the untrimmed videos of the sessions as well, with 1 to 3 s without an action between two clips.
         seed: Seed of all random draws.
 
@@ -82,11 +85,15 @@ def synthesize(
         raise UserError(f"--size {size[0]}x{size[1]}: both sides must be even and at least 48 pixels")
     if not 6 <= seconds * FPS <= 24 * 3600:
         raise UserError(f"--seconds {seconds}: a clip has from a quarter of a second to an hour")
-    if clips < verbs * nouns * _TEST_EVERY:
-        raise UserError(f"--clips {clips}: {verbs * nouns} classes need at least {verbs * nouns * _TEST_EVERY}")
+    if imbalance < 1:
+        raise UserError(f"--imbalance {imbalance:g}: the ratio of the largest class to the smallest is 1 or more")
+    clips_K = _class_sizes(clips, verbs * nouns, imbalance, seed)
+    if min(clips_K) < _TEST_EVERY:
+        smallest = f"the smallest of {verbs * nouns} classes would have {min(clips_K)}"
+        raise UserError(f"--clips {clips}: {smallest}; it needs {_TEST_EVERY}")
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another")
-    planned = _plan_clips(verbs, nouns, clips, seconds, seed, idle=sessions)
+    planned = _plan_clips(clips_K, nouns, seconds, seed, idle=sessions)
     _write_annotations(root / "action_annotation", planned, verbs, nouns)
     track_random = np.random.default_rng((seed, 1))
     tracks = [_target_track(clip, track_random) for clip in planned]
@@ -125,29 +132,41 @@ def _session_name(session: int) -> str:
     return f"{'OP' if session % 2 == 0 else 'P'}{session + 1:02d}-R{session % 7 + 1:02d}-Synthetic"
 
 
-def _plan_clips(verbs: int, nouns: int, clips: int, seconds: float, seed: int, *, idle: bool) -> list[SyntheticClip]:
+def _class_sizes(clips: int, classes: int, imbalance: float, seed: int) -> list[int]:
+    """Return the number of clips of each class."""
+    if imbalance == 1:
+        return [len(range(label, clips, classes)) for label in range(classes)]
+    rank_K = np.random.default_rng((seed, 6)).permutation(classes)
+    share_K = imbalance ** (-rank_K / max(classes - 1, 1))
+    until_K = np.rint(np.cumsum(share_K) / share_K.sum() * clips).astype(int)
+    return np.diff(until_K, prepend=0).tolist()
+
+
+def _plan_clips(clips_K: list[int], nouns: int, seconds: float, seed: int, *, idle: bool) -> list[SyntheticClip]:
     """Return the clips in session order, with class, session, place in the session and split roles.
 
     With `idle`, 1 to 3 s lie between two clips of a session, else half a second.
     """
     random, gaps = np.random.default_rng((seed, 0)), np.random.default_rng((seed, 5))
-    classes = verbs * nouns
-    order = random.permutation(clips)
+    # (number within the class, class), in an order that takes the classes in turn
+    numbered = sorted((number, label) for label, count in enumerate(clips_K) for number in range(count))
+    order = random.permutation(len(numbered))
     planned = []
     next_frame: dict[int, int] = {}
     for place, index in enumerate(order):
+        number, label = numbered[index]
         session = place // _CLIPS_PER_SESSION
         frames = max(6, round(seconds * FPS * random.uniform(2 / 3, 4 / 3)))
         first = next_frame.get(session, _GAP_FRAMES)
         next_frame[session] = first + frames + (int(gaps.integers(FPS, 3 * FPS + 1)) if idle else _GAP_FRAMES)
         times = "-".join(str(round(frame * 1000 / FPS)) for frame in (first, first + frames))
-        turn = index // classes % _TEST_EVERY
+        turn = number % _TEST_EVERY
         planned.append(
             SyntheticClip(
                 name=f"{_session_name(session)}-{times}-F{first:06d}-F{first + frames:06d}",
                 session=session,
-                verb=int(index % classes // nouns),
-                noun=int(index % classes % nouns),
+                verb=label // nouns,
+                noun=label % nouns,
                 first_frame=first,
                 frames=frames,
                 roles=tuple("test" if turn == split - 1 else "train" for split in SPLITS),
