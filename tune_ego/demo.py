@@ -29,14 +29,14 @@ from tune_ego.search.tune import start_search
 IMAGE_SIZE = (96, 72)
 """Width and height of the images in the shards, pixels."""
 NOUNS, CLIPS = 3, 360
-_UNSEEN_CLIPS = 36
-"""Clips of the untrimmed video: one whole session."""
-DEMO_ITERATIONS = 110
+_UNSEEN_CLIPS = 45
+"""Clips of two sessions; the first one, of 36 clips, is the untrimmed video."""
+DEMO_ITERATIONS = 100
 FINAL_CHANGES = {
     "train.iterations": DEMO_ITERATIONS,
-    "train.validate_every": 30,
+    "train.validate_every": 50,
     "schedule.name": "multistep",  # a run this short needs a lower learning rate at its end
-    "schedule.milestones": [80],
+    "schedule.milestones": [75],
     "compute.cpus_per_worker": 1.5,  # alone on the machine: two threads
 }
 """Keys of the best configuration that the final run changes."""
@@ -95,14 +95,15 @@ def run_demo(folder: str, seed: int) -> dict[str, Any]:
 
 
 def _detect(root: Path, seed: int) -> dict[str, Any]:
-    """Detect the actions in the only session of another synthetic data set, and return the scores of the detection."""
+    """Detect the actions in a session of another synthetic data set, and return the scores of the detection."""
     unseen = root / "unseen"
     with console.capture():
         synthesize(unseen, nouns=NOUNS, clips=_UNSEEN_CLIPS, seconds=1.0, size=(128, 96), sessions=True, seed=seed + 1)
+    video = min((unseen / "videos").iterdir())
     truth = [str(file) for file in sorted((unseen / "action_annotation").glob("*_split1.txt"))]
     scores = predict_files(
         str(root / "final"),
-        [str(unseen / "videos")],
+        [str(video)],
         str(root / "prediction"),
         PredictionSettings(),
         truth,
