@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tune_ego.prediction.detection_scores import BACKGROUND, OVERLAPS, TrueSegment, detection_scores
+from tune_ego.prediction.detection_scores import (
+    BACKGROUND,
+    OVERLAPS,
+    TrueSegment,
+    count_recognized,
+    detection_scores,
+)
 from tune_ego.prediction.segments import Segment
 
 
@@ -86,6 +92,18 @@ def test_frames_and_the_seconds_of_the_confusion() -> None:
         "cut": {"cut": 2.0},
         "wash": {BACKGROUND: 1.0, "open": 1.0},
     }
+
+
+def test_true_segments_are_recognized_by_their_mean_score() -> None:
+    """At 24 frames a second: the mean decides and not the majority of frames; times beyond the video count as wrong."""
+    scores = np.zeros((96, 2), np.float32)
+    scores[:24] = (0.4, 0.6)
+    scores[24:40] = (0.45, 0.55)
+    scores[40:48] = (1.0, 0.0)
+    truth = [TrueSegment(0, 1, "b"), TrueSegment(1, 2, "a"), TrueSegment(1, 1.5, "a"), TrueSegment(9, 10, "a")]
+    assert count_recognized(scores, truth, ["a", "b"]) == 2
+    assert count_recognized(scores, truth[1:2], ["b", "a"]) == 0
+    assert count_recognized(scores, [], ["a", "b"]) == 0
 
 
 def test_the_confusion_of_segments() -> None:

@@ -77,6 +77,19 @@ def detection_scores(
     }
 
 
+def count_recognized(scores_FK: np.ndarray, truth: Sequence[TrueSegment], classes: Sequence[str]) -> int:
+    """Return the number of true segments inside which the right class has the highest mean score.
+
+    Args:
+        scores_FK: Class scores of each session frame of a video.
+        truth: True actions of the video.
+        classes: Names of the K classes.
+    """
+    spans = [(round(one.start * FPS), max(round(one.end * FPS), round(one.start * FPS) + 1)) for one in truth]
+    means = [scores_FK[start:end].mean(axis=0) if start < len(scores_FK) else None for start, end in spans]
+    return sum(mean is not None and classes[int(mean.argmax())] == one.action for mean, one in zip(means, truth))
+
+
 def _segment_confusion(
     detected: Mapping[str, Sequence[Segment]], truth: Mapping[str, Sequence[TrueSegment]]
 ) -> dict[str, dict[str, int]]:

@@ -14,7 +14,7 @@ from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.frame_stream import STDIN
 from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import StorageError, UserError
-from tune_ego.prediction.detection_scores import OVERLAPS, TrueSegment, detection_scores
+from tune_ego.prediction.detection_scores import OVERLAPS, TrueSegment, count_recognized, detection_scores
 from tune_ego.prediction.overlay import OVERLAY, write_overlay
 from tune_ego.prediction.page import render_page
 from tune_ego.prediction.predict import PredictionSettings, Segments, predict_video
@@ -64,6 +64,7 @@ def predict_files(
     truth = read_truth(truth_files, model.classes)
     true = {video: true_segments(truth, video) for video in names} if truth_files else {}
     detected, seconds, faults = dict[str, list[Segment]](), dict[str, float](), list[str]()
+    recognized = 0
     for video, name in names.items():
         say(video)
         try:
@@ -77,7 +78,10 @@ def predict_files(
         if overlay:
             write_overlay(model, video, name, segments)
         detected[video], seconds[video] = list(segments), segments.frames / FPS
-    scores = _score(detected, {video: true[video] for video in detected}, seconds, out) if true and detected else None
+        recognized += count_recognized(segments.scores_FK, true.get(video, []), model.classes)
+    scores = None
+    if true and detected:
+        scores = _score(detected, {video: true[video] for video in detected}, seconds, recognized, out)
     if faults:
         raise UserError(f"{len(faults)} of {len(names)} videos could not be used: {', '.join(faults)}")
     return scores
@@ -87,10 +91,18 @@ def _score(
     detected: dict[str, list[Segment]],
     true: dict[str, list[TrueSegment]],
     seconds: dict[str, float],
+    recognized: int,
     out: str | None,
 ) -> dict[str, Any]:
-    """Compare detected with true actions, write `detection.json` and print its figures."""
-    scores = detection_scores(detected, true, seconds)
+    """Compare detected with true actions, write `detection.json` and print its figures.
+
+    `recognized` is the number of true actions of all videos that the model names rightly when it is told their spans.
+    """
+    number = sum(map(len, true.values()))
+    scores = {
+        "clip_accuracy": recognized / number if number else None,
+        **detection_scores(detected, true, seconds),
+    }
     target = storage.join(storage.absolute(out or "."), DETECTION_FILE)
     storage.write_json(target, scores)
     _print_scores(scores, target)
@@ -209,6 +221,7 @@ def _print_scores(scores: dict[str, Any], target: str) -> None:
         "Detection",
         ["measure", "value"],
         [
+            ["accuracy of the true clips", percent(scores["clip_accuracy"])],
             ["frame accuracy, inside true actions", percent(scores["frame_accuracy"])],
             ["frame accuracy, outside (no action)", percent(scores["background_accuracy"])],
             *([f"mAP at tIoU {threshold}", percent(scores["map"][str(threshold)])] for threshold in OVERLAPS),
