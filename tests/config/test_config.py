@@ -33,6 +33,7 @@ data:
   validation: stratified
   fold: 0
   crop: 224                   # Lu
+  sampling: uniform           # Lu
   decode: cpu
   cache_dir: null
   cache_gb: 50.0
@@ -63,6 +64,10 @@ schedule:
 loss:
   gaze_weight: 0.1            # Lu
   gaze_sigma: 0.42857142857142855  # Lu, 3 cells of 7
+  logit_adjustment: 0.0
+  class_weights: none
+  effective_beta: 0.99
+  label_smoothing: 0.0
 train:
   iterations: 3000            # the paper
   batch_size: 12              # a pass of Lu's code
@@ -94,14 +99,14 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
 }
 KEYS = """
 label seed streams fusion_weight
-data.split data.validation data.fold data.crop data.decode data.cache_dir data.cache_gb
+data.split data.validation data.fold data.crop data.sampling data.decode data.cache_dir data.cache_gb
 model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
 model.width model.dropout model.sync_bn model.bn_momentum
 optimizer.name optimizer.lr optimizer.momentum optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k
 optimizer.alpha
 schedule.warmup schedule.name schedule.factor schedule.patience schedule.milestones schedule.gamma schedule.floor
 schedule.horizon
-loss.gaze_weight loss.gaze_sigma
+loss.gaze_weight loss.gaze_sigma loss.logit_adjustment loss.class_weights loss.effective_beta loss.label_smoothing
 train.iterations train.batch_size train.accumulate train.deterministic train.precision train.compile
 train.activation_checkpointing train.validate_every train.average_checkpoints train.validation_windows train.log_every
 compute.workers compute.gpus_per_worker compute.cpus_per_worker compute.readers compute.max_failures
@@ -228,6 +233,11 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("schedule.warmup", [0, 2999], [-1, 3000]),
     ("loss.gaze_weight", [0.0, 5.0], [-0.001]),
     ("loss.gaze_sigma", [0.001, 0.999], [0.0, -1.0]),
+    ("loss.logit_adjustment", [0.0, 2.0], [-0.1]),
+    ("loss.class_weights", ["none", "inverse", "effective"], ["equal"]),
+    ("loss.effective_beta", [0.0, 0.999], [-0.1, 1.0]),
+    ("loss.label_smoothing", [0.0, 0.9], [-0.1, 1.0]),
+    ("data.sampling", ["uniform", "square_root", "class_balanced"], ["balanced"]),
     ("train.iterations", [1], [0]),
     ("train.batch_size", [1], [0]),
     ("train.accumulate", [1, 12], [0, 5, 24]),

@@ -86,14 +86,8 @@ class Trainer:
         """
         self.config, self.origin, self.device, self.rank = config, origin, device, rank
         self.action_loss = ActionLoss(config.loss, class_samples, device)
-        self.model = TwoStream(config.stream_names, len(origin.actions), config.model, self._seeds(_WEIGHTS))
-        for modality in config.stream_names:
-            source = getattr(config.init_from, modality)
-            if source is not None and not resume:
-                load_weights(self.model[modality], source)  # type: ignore[arg-type]
         self.dtype = autocast_dtype(config.train.precision, device)
-        self.model.to(device).to(memory_format=memory_format(device, self.dtype))
-        self.model.recompute(config.train.activation_checkpointing)
+        self.model = self._build_model(resume=resume)
         self.compiled = self._compile() if compiles(config, device, final=final) else {}
         """Stream -> True if it is compiled; empty if compilation was not requested."""
         self.parallel: nn.Module = self.model
@@ -123,6 +117,18 @@ class Trainer:
         """Whether the workers' running statistics may differ."""
         self._losses: list[Tensor] = []
         self._means: list[Tensor] = []
+
+    def _build_model(self, *, resume: bool) -> TwoStream:
+        """Return the model on its device, with the starting weights of `init_from` unless the run resumes."""
+        config = self.config
+        model = TwoStream(config.stream_names, len(self.origin.actions), config.model, self._seeds(_WEIGHTS))
+        for modality in config.stream_names:
+            source = getattr(config.init_from, modality)
+            if source is not None and not resume:
+                load_weights(model[modality], source)  # type: ignore[arg-type]
+        model.to(self.device).to(memory_format=memory_format(self.device, self.dtype))
+        model.recompute(config.train.activation_checkpointing)
+        return model
 
     def load(self, content: dict[str, Any], source: str) -> None:
         """Load the state in a checkpoint's content. Raises `UserError` where it does not fit this run."""
