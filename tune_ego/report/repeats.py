@@ -53,6 +53,7 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
         "rows": [
             {
                 "configuration": one.id,
+                "label": one.config.label,
                 "values": [config_value(one.config, key) for key in search.space.searched_keys],
                 "trials": [trial.id for trial in one.trials],
                 "iterations": sorted({trial.validations[-1]["iteration"] for trial in one.trials if trial.validations}),
