@@ -141,6 +141,6 @@ def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> Non
     assert max(best_of_trials) > min(best_of_trials) + 0.15
     detection = summary["detection"]
     assert detection["frame_accuracy"] >= 0.8 * detection["clip_accuracy"] > 3 * summary["chance"]
-    assert detection["map"]["0.3"] > 2 * summary["chance"]
+    assert detection["map"]["0.3"] > 2 * summary["chance"] > 0
     pages = list((tmp_path / "demo" / "prediction").glob("*.html"))
     assert len(pages) == 1 and "data:image/jpeg" in pages[0].read_text()
