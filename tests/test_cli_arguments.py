@@ -25,7 +25,7 @@ from tune_ego.prediction.segments import SegmentSettings
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLACES = ["--data", "D", "--storage", "/s", "--name", "n"]
 SYNTHETIC = {"verbs": 3, "nouns": 4, "clips": 480, "seconds": 1.5, "size": (320, 240), "distractors": 1, "seed": 0}
-SYNTHETIC |= {"sessions": False}
+SYNTHETIC |= {"imbalance": 1.0, "sessions": False}
 PREPARE = {"allow_missing": False, "jobs": None, "address": None}
 RESUME = {"data": None, "samples": None, "iterations": None, "concurrent": None}
 BOARD = {"track": ["tensorboard"]}
@@ -45,12 +45,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("demo --out o --seed 7", "demo.run_demo", ("o", 7), {}),
         ("synthesize out", "dataset.synthetic.synthesize", ("out",), SYNTHETIC),
         (
-            "synthesize out --verbs 5 --nouns 6 --clips 70 --seconds 2.5 --size 96x72 --distractors 0 --sessions"
-            " --seed 9",
+            "synthesize out --verbs 5 --nouns 6 --clips 70 --seconds 2.5 --size 96x72 --distractors 0 --imbalance 4"
+            " --sessions --seed 9",
             "dataset.synthetic.synthesize",
             ("out",),
             {"verbs": 5, "nouns": 6, "clips": 70, "seconds": 2.5, "size": (96, 72), "distractors": 0}
-            | {"sessions": True, "seed": 9},
+            | {"imbalance": 4.0, "sessions": True, "seed": 9},
         ),
         ("prepare e s", "dataset.prepare.prepare", ("e", "s", Settings((320, 240), "dis", None, 0)), PREPARE),
         (

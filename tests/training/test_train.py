@@ -293,7 +293,7 @@ def test_every_model_of_the_search_spaces_builds_and_trains(shards: str) -> None
         for sampled in space.draws():
             config = override_config(space.config(sampled), small, str(path))
             models[repr((config.model, config.streams, config.loss.gaze_weight == 0))] = config
-    assert len(paths) == 11 and len(models) > 36  # `full` alone: 6 activations, 2 kinds of block, 3 depths
+    assert len(paths) == 13 and len(models) > 36  # `full` alone: 6 activations, 2 kinds of block, 3 depths
     for config in models.values():
         trainer = Trainer(config, origin(shards), CPU)
         plan = FeedPlan.from_config(shards, config, 1, 0)
