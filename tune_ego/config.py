@@ -9,7 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from tune_ego.config_optimizers import (
+    ConfigNode,
+    CosineConfig,
+    FlatCosineConfig,
+    Fraction,
+    OptimizerConfig,
+    PlateauConfig,
+    Positive,
+    RangerConfig,
+    ScheduleConfig,
+    SGDConfig,
+)
 
 WINDOW_FRAMES = 16
 """Frames of a window (Lu)."""
@@ -19,20 +32,8 @@ LU_MAP_SIDE = 7
 """Rows and columns of the attention map for a crop of 224 pixels (Lu)."""
 
 StreamName = Literal["rgb", "flow"]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Strict types would refuse the lists that YAML gives where a field is a tuple.
-Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
 Workers = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
-Milestones = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)]
-
-
-class ConfigNode(BaseModel):
-    """Base class of a configuration's parts: immutable, strict about types, without unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+"""Strict types would refuse the lists that YAML gives where a field is a tuple."""
 
 
 class DataConfig(ConfigNode):
@@ -84,72 +85,9 @@ class ModelConfig(ConfigNode):
     """Normalise over the samples of all workers, on GPUs: with several workers each one has few samples."""
     bn_momentum: float = Field(0.01, gt=0, le=1)
     """Weight of a new batch in BatchNorm's running statistics (I3D); runs of a few hundred iterations need 0.1."""
-
-
-class SGDConfig(ConfigNode):
-    """SGD with momentum (Lu)."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: Positive = 0.1
-    """Learning rate (Lu)."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-7
-
-
-class RangerConfig(ConfigNode):
-    """Ranger: RAdam with LookAhead (the paper)."""
-
-    name: Literal["ranger"] = "ranger"
-    lr: Positive = 1e-3
-    """Learning rate (the paper)."""
-    betas: Betas = (0.95, 0.999)
-    eps: Positive = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    k: int = Field(6, ge=1)
-    """Optimizer steps between two updates of LookAhead's slow weights."""
-    alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Step of the slow weights towards the fast weights, as a fraction of their distance."""
-
-
-class _ScheduleNode(ConfigNode):
-    warmup: int = Field(0, ge=0)
-    """Iterations over which the learning rate first rises linearly to `optimizer.lr`. Validations in this time do not
-    count for `plateau`."""
-
-
-class PlateauConfig(_ScheduleNode):
-    """Reduce the learning rate when the validation mean class accuracy stops rising (the paper)."""
-
-    name: Literal["plateau"] = "plateau"
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    patience: int = Field(5, ge=0)
-    """Validations without a better mean class accuracy before the rate falls (the paper)."""
-
-
-class MultiStepConfig(_ScheduleNode):
-    """Reduce the learning rate at given iterations (Lu's code)."""
-
-    name: Literal["multistep"] = "multistep"
-    milestones: Milestones = (300, 1000)
-    """Iterations after which the learning rate is multiplied by `gamma` (Lu's code)."""
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-
-class CosineConfig(_ScheduleNode):
-    """Reduce the learning rate along half a cosine."""
-
-    name: Literal["cosine"] = "cosine"
-    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
-    horizon: Union[Annotated[int, Field(ge=1)], None] = None
-    """Iteration at which the floor is reached; null: `train.iterations`. A search whose trials are shorter than the
-    final run, or may be extended later, sets the final run's iterations here."""
-
-
-class ConstantConfig(_ScheduleNode):
-    """Keep the learning rate."""
-
-    name: Literal["constant"] = "constant"
+    freeze_trunk_norms: bool = False
+    """Normalise in the trunk with the running statistics of the starting weights, and leave these as they are. For
+    batches too small for statistics of their own."""
 
 
 class LossConfig(ConfigNode):
@@ -182,6 +120,14 @@ class TrainConfig(ConfigNode):
     samples: `batch_size: 48, accumulate: 4`."""
     accumulate: int = Field(1, ge=1)
     """Forward-backward passes per iteration and worker: the parts into which a worker's share of a batch is cut."""
+    clip_norm: Union[Positive, None] = None
+    """Largest norm of a stream's gradient; a larger one is scaled to it. The log has the norm before scaling, as
+    `gradient_norm_rgb` and `gradient_norm_flow`."""
+    freeze_trunk_for: int = Field(0, ge=0)
+    """First optimizer steps, in which the trunk's parameters stay as they are while STAM and the classifier train."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of weights and running statistics, per iteration; 0: none. Validation,
+    checkpoints and the final weights have the average. After n iterations the decay is at most (1 + n) / (10 + n)."""
     deterministic: bool = False
     """Use kernels that give the same bits at each run on the same machine. On GPUs they are slower; on CPUs all
     kernels are deterministic."""
@@ -245,12 +191,6 @@ class InitConfig(ConfigNode):
     flow: str | None = None
 
 
-OptimizerConfig = Annotated[Union[SGDConfig, RangerConfig], Field(discriminator="name")]
-ScheduleConfig = Annotated[
-    Union[PlateauConfig, MultiStepConfig, CosineConfig, ConstantConfig], Field(discriminator="name")
-]
-
-
 class Config(ConfigNode):
     """All settings of a run."""
 
@@ -293,7 +233,7 @@ class Config(ConfigNode):
     @property
     def horizon(self) -> int:
         """Iteration at which the learning-rate schedule ends."""
-        horizon = self.schedule.horizon if isinstance(self.schedule, CosineConfig) else None
+        horizon = self.schedule.horizon if isinstance(self.schedule, (CosineConfig, FlatCosineConfig)) else None
         return self.train.iterations if horizon is None else horizon
 
     @model_validator(mode="after")
@@ -315,6 +255,12 @@ class Config(ConfigNode):
         more = "a worker computes on one GPU; for more GPUs raise compute.workers"
         shared = "workers of one run cannot share a GPU (NCCL refuses it); give each one GPU"
         raise ValueError(f"compute.gpus_per_worker = {gpus:g}: {more if gpus > 1 else shared}")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Config:
+        if isinstance(self.optimizer, SGDConfig) and self.optimizer.nesterov and not self.optimizer.momentum:
+            raise ValueError("optimizer.nesterov: Nesterov's momentum needs optimizer.momentum above 0")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Config:

@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from tune_ego.config import LU_MAP_SIDE, Config, ConfigNode
+from tune_ego.config import LU_MAP_SIDE, Config
+from tune_ego.config_optimizers import ConfigNode
 from tune_ego.console import say_once
 from tune_ego.errors import UserError
 from tune_ego.yaml_files import read_yaml

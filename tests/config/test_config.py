@@ -48,8 +48,11 @@ model:
   dropout: 0.5                # Lu
   sync_bn: false
   bn_momentum: 0.01           # I3D
+  freeze_trunk_norms: false
 optimizer:
   name: ranger                # the paper, with Ranger's own settings
+  trunk_lr: null
+  decay_all: true
   lr: 0.001
   betas: [0.95, 0.999]
   eps: 1.0e-05
@@ -72,6 +75,9 @@ train:
   iterations: 3000            # the paper
   batch_size: 12              # a pass of Lu's code
   accumulate: 1
+  clip_norm: null
+  freeze_trunk_for: 0
+  ema: 0.0
   deterministic: false
   precision: auto
   compile: auto
@@ -92,7 +98,13 @@ init_from:
 """
 """The recipe of the paper, in Lu's model: every key."""
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
-    ("optimizer", "sgd"): {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-7},  # Lu
+    ("optimizer", "sgd"): {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-7}  # Lu
+    | {"trunk_lr": None, "decay_all": True},
+    ("optimizer", "adamw"): {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}  # PyTorch's
+    | {"trunk_lr": None, "decay_all": False},
+    ("optimizer", "muon"): {"lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+    | {"trunk_lr": None, "decay_all": False},
+    ("schedule", "flat_cosine"): {"flat": 0.72, "floor": 0.0, "horizon": None, "warmup": 0},  # Ranger's author
     ("schedule", "multistep"): {"milestones": [300, 1000], "gamma": 0.1, "warmup": 0},  # Lu's code
     ("schedule", "cosine"): {"floor": 0.0, "horizon": None, "warmup": 0},
     ("schedule", "constant"): {"warmup": 0},
@@ -101,13 +113,14 @@ KEYS = """
 label seed streams fusion_weight
 data.split data.validation data.fold data.crop data.sampling data.decode data.cache_dir data.cache_gb
 model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
-model.width model.dropout model.sync_bn model.bn_momentum
-optimizer.name optimizer.lr optimizer.momentum optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k
-optimizer.alpha
-schedule.warmup schedule.name schedule.factor schedule.patience schedule.milestones schedule.gamma schedule.floor
-schedule.horizon
+model.width model.dropout model.sync_bn model.bn_momentum model.freeze_trunk_norms
+optimizer.name optimizer.trunk_lr optimizer.decay_all optimizer.lr optimizer.momentum optimizer.nesterov
+optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k optimizer.alpha
+schedule.warmup schedule.name schedule.factor schedule.patience schedule.milestones schedule.gamma schedule.flat
+schedule.floor schedule.horizon
 loss.gaze_weight loss.gaze_sigma loss.logit_adjustment loss.class_weights loss.effective_beta loss.label_smoothing
-train.iterations train.batch_size train.accumulate train.deterministic train.precision train.compile
+train.iterations train.batch_size train.accumulate train.clip_norm train.freeze_trunk_for train.ema
+train.deterministic train.precision train.compile
 train.activation_checkpointing train.validate_every train.average_checkpoints train.validation_windows train.log_every
 compute.workers compute.gpus_per_worker compute.cpus_per_worker compute.readers compute.max_failures
 init_from.rgb init_from.flow
@@ -145,7 +158,7 @@ def test_every_key_of_a_configuration() -> None:
 def test_another_optimizer_starts_with_its_own_defaults() -> None:
     ranger = override_config(Config(), {"optimizer.k": 9, "optimizer.lr": 0.5}, "t")
     sgd = override_config(ranger, {"optimizer.momentum": 0.5, "optimizer.name": "sgd"}, "t")
-    assert sgd.optimizer.model_dump() == {"name": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 1e-7}
+    assert sgd.optimizer.model_dump() == {"name": "sgd", **OTHERS["optimizer", "sgd"], "momentum": 0.5}
     same = override_config(ranger, {"optimizer.name": "ranger"}, "t")
     assert same == ranger and same.optimizer.model_dump()["k"] == 9
 
@@ -185,6 +198,7 @@ def test_settings_without_a_name_belong_to_the_default() -> None:
         ({"schedule.name": "cosine", "train.iterations": 50}, 1, 12, 50, (1, 1)),
         ({"schedule.name": "cosine", "schedule.horizon": 70, "train.iterations": 50}, 1, 12, 70, (1, 1)),
         ({"schedule.name": "cosine", "schedule.horizon": 50, "train.iterations": 50}, 1, 12, 50, (1, 1)),
+        ({"schedule.name": "flat_cosine", "schedule.horizon": 70, "train.iterations": 50}, 1, 12, 70, (1, 1)),
     ],
 )
 def test_what_follows_from_a_configuration(
@@ -222,7 +236,10 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("model.dropout", [0.0, 0.999], [-0.001, 1.0]),
     ("model.sync_bn", [True], ["yes"]),
     ("model.bn_momentum", [0.001, 1.0], [0.0, 1.001]),
+    ("model.freeze_trunk_norms", [True], ["yes"]),
     ("optimizer.lr", [1e-9, 100.0], [0.0]),
+    ("optimizer.trunk_lr", [1e-9, None], [0.0]),
+    ("optimizer.decay_all", [True, False], [1]),
     ("optimizer.betas", [[0.0, 0.999]], [[1.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.9]]),
     ("optimizer.eps", [1e-30], [0.0]),
     ("optimizer.weight_decay", [0.0, 2.0], [-1e-9]),
@@ -241,6 +258,9 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("train.iterations", [1], [0]),
     ("train.batch_size", [1], [0]),
     ("train.accumulate", [1, 12], [0, 5, 24]),
+    ("train.clip_norm", [0.001, None], [0.0]),
+    ("train.freeze_trunk_for", [0, 9000], [-1]),
+    ("train.ema", [0.0, 0.9999], [-0.1, 1.0]),
     ("train.deterministic", [True], ["yes"]),
     ("train.precision", ["auto", "off", "fp16", "bf16"], ["fp8", False]),
     ("train.compile", ["auto", "on", "off"], ["yes"]),
@@ -258,6 +278,19 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
 MORE_LIMITS: list[tuple[str, str, list[Any], list[Any]]] = [
     ("optimizer.name=sgd", "optimizer.momentum", [0.0, 0.999], [-0.001, 1.0]),
     ("optimizer.name=sgd", "optimizer.weight_decay", [0.0], [-1e-9]),
+    ("optimizer.name=sgd", "optimizer.nesterov", [True], [1]),
+    ("optimizer.name=adamw", "optimizer.betas", [[0.0, 0.999]], [[1.0, 0.9], [0.9]]),
+    ("optimizer.name=adamw", "optimizer.eps", [1e-30], [0.0]),
+    ("optimizer.name=adamw", "optimizer.weight_decay", [0.0], [-1e-9]),
+    ("optimizer.name=muon", "optimizer.momentum", [0.0, 0.999], [-0.001, 1.0]),
+    ("optimizer.name=muon", "optimizer.betas", [[0.0, 0.999]], [[1.0, 0.9], [0.9]]),
+    ("optimizer.name=muon", "optimizer.eps", [1e-30], [0.0]),
+    ("optimizer.name=muon", "optimizer.weight_decay", [0.0], [-1e-9]),
+    ("optimizer.name=muon", "optimizer.lr", [1e-9], [0.0]),
+    ("optimizer.name=adamw", "optimizer.lr", [1e-9], [0.0]),
+    ("schedule.name=flat_cosine", "schedule.flat", [0.0, 1.0], [-0.001, 1.001]),
+    ("schedule.name=flat_cosine", "schedule.floor", [0.0, 0.999], [-0.001, 1.0]),
+    ("schedule.name=flat_cosine", "schedule.horizon", [3000, 9000, None], [2999, 0]),
     ("optimizer.name=sgd", "optimizer.lr", [1e-9], [0.0]),
     ("schedule.name=multistep", "schedule.milestones", [[], [1, 5]], [[0], [-3, 5]]),
     ("schedule.name=multistep", "schedule.gamma", [0.001, 0.999], [0.0, 1.0]),
@@ -294,12 +327,12 @@ def test_a_configuration_does_not_change() -> None:
 def test_ranger_s_own_defaults_are_the_configuration_s() -> None:
     (group,) = Ranger([torch.nn.Parameter(torch.ones(1))]).param_groups
     ranger = yaml.safe_load(DEFAULTS)["optimizer"]
-    assert {key: group[key] for key in ranger if key != "name"} == {
-        **{key: value for key, value in ranger.items() if key != "name"},
-        "betas": (0.95, 0.999),
-    }
+    own = {key: value for key, value in ranger.items() if key not in ("name", "trunk_lr", "decay_all")}
+    assert {key: group[key] for key in own} == {**own, "betas": (0.95, 0.999)}
 
 
+NAMES = "trunk_lr decay_all name lr momentum nesterov weight_decay betas eps k alpha"
+OPTIMIZER_KEYS = ", ".join(f"optimizer.{name}" for name in NAMES.split())
 MODEL_KEYS = ", ".join(key for key in KEYS.split() if key.startswith("model."))
 
 
@@ -318,6 +351,7 @@ MODEL_KEYS = ", ".join(key for key in KEYS.split() if key.startswith("model."))
         (
             "optimizer: {name: adam}",
             "optimizer: Input tag 'adam' found using 'name' does not match any of the expected tags: 'sgd', 'ranger', "
+            "'adamw', 'muon', "
             "found {'name': 'adam'}",
         ),
         (
@@ -379,10 +413,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_an_unknown_override_names_its_neighbours() -> None:
     with pytest.raises(UserError) as caught:
         override_config(Config(), {"optimizer.lrr": 1}, "--set")
-    assert str(caught.value) == (
-        "--set: unknown key 'optimizer.lrr'; allowed: optimizer.name, optimizer.lr, optimizer.momentum, "
-        "optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.k, optimizer.alpha"
-    )
+    assert str(caught.value) == (f"--set: unknown key 'optimizer.lrr'; allowed: {OPTIMIZER_KEYS}")
     with pytest.raises(UserError, match=r"^t: unknown key 'nosuch\.key'; allowed: label, seed, .*, init_from\.flow$"):
         override_config(Config(), {"nosuch.key": 1}, "t")
 

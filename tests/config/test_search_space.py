@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tune_ego.config import Config, MultiStepConfig, SGDConfig
+from tune_ego.config import Config
+from tune_ego.config_optimizers import MultiStepConfig, SGDConfig
 from tune_ego.errors import UserError
 from tune_ego.search_space import Branch, SchedulerSettings, SearchSpace
 from tune_ego.space_io import find_space, load_space, parse_space

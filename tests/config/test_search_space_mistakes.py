@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.config.test_config import OPTIMIZER_KEYS
 from tune_ego.errors import UserError
 from tune_ego.space_io import parse_space
 
@@ -21,8 +22,7 @@ FORMS = "choice, grid, uniform, loguniform, randint"
         ("scheduler: asha", "scheduler: expected keys and values, found 'asha'"),
         (
             "space: {optimizer.lrr: 1.0}",
-            "unknown key 'optimizer.lrr'; allowed: optimizer.name, optimizer.lr, optimizer.momentum, "
-            "optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.k, optimizer.alpha",
+            f"unknown key 'optimizer.lrr'; allowed: {OPTIMIZER_KEYS}",
         ),
         ("space: {model.stam_depth: {choice: []}}", "space.model.stam_depth: choice: the list is empty, found []"),
         ("space: {model.stam_depth: {choice: [1, x]}}", "model.stam_depth: Input should be a valid integer, found 'x'"),

@@ -30,7 +30,7 @@ UNKNOWN_SEARCHER: Any = SimpleNamespace(searcher="new", configurations=1, repeat
     "choose",
     [
         pytest.param(
-            lambda: build_optimizer(tiny_config().model_copy(update={"optimizer": UNKNOWN}), [torch.zeros(1)]),
+            lambda: build_optimizer(tiny_config().model_copy(update={"optimizer": UNKNOWN}), []),
             id="optimizer",
         ),
         pytest.param(lambda: schedule_factor(UNKNOWN, 1, 10), id="schedule"),

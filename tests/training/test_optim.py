@@ -15,6 +15,7 @@ from tests.conftest import tiny_config
 from tune_ego.config import Config
 from tune_ego.config_io import override_config
 from tune_ego.console import say_once
+from tune_ego.model.two_stream import ParameterRole
 from tune_ego.training.optim import Ranger, Schedule, StreamOptimizer, build_optimizer, schedule_factor
 
 
@@ -167,9 +168,9 @@ def test_a_run_of_version_0_1_keeps_its_coupled_weight_decay_and_says_so(
 ) -> None:
     config = tiny_config(optimizer__weight_decay=decay)
     p = torch.nn.Parameter(torch.ones(1))
-    state = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=False).state_dict()
+    state = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=False).state_dict()
     say_once.cache_clear()
-    resumed = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=False)
+    resumed = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=False)
     resumed.load_state_dict(copy.deepcopy(state))
     assert not capsys.readouterr().out
     state["optimizer"]["param_groups"][0]["decoupled_weight_decay"] = False
@@ -200,7 +201,7 @@ def test_sgd_by_hand() -> None:
     settings = {"name": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}
     config = tiny_config(**{f"optimizer__{key}": value for key, value in settings.items()})
     p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = build_optimizer(config, [p])
+    optimizer = build_optimizer(config, [ParameterRole(p)])
     weights = []
     for _ in range(2):
         p.grad = torch.ones_like(p)
@@ -251,12 +252,13 @@ def config_with(**schedule: Any) -> Config:
 
 def rates(config: Config, steps: int = 40) -> list[float]:
     """The learning rate that each step is taken with; the state goes through `state_dict` half-way."""
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
     schedule = Schedule(config, optimizer)
     learning_rates = []
     for step in range(steps):
         if step == steps // 2:
             state = copy.deepcopy(schedule.state_dict())
+            optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
             schedule = Schedule(config, optimizer)
             schedule.load_state_dict(state)
         learning_rates.append(optimizer.param_groups[0]["lr"])
@@ -278,6 +280,13 @@ def rates(config: Config, steps: int = 40) -> list[float]:
         ({"name": "cosine", "iterations": 4, "floor": 0.2}, [1, 0.882843, 0.6, 0.317157, 0.2, 0.2]),
         ({"name": "cosine", "iterations": 6, "warmup": 2}, [0.5, 1, 1, 0.853553, 0.5, 0.146447, 0, 0]),
         ({"name": "cosine", "iterations": 2, "horizon": 4}, [1, 0.853553, 0.5, 0.146447, 0, 0]),
+        ({"name": "flat_cosine", "iterations": 8, "flat": 0.5}, [1, 1, 1, 1, 1, 0.853553, 0.5, 0.146447, 0]),
+        (
+            {"name": "flat_cosine", "iterations": 4, "horizon": 5, "flat": 0.2, "floor": 0.2, "warmup": 1},
+            [1, 1, 0.882843, 0.6],
+        ),
+        ({"name": "flat_cosine", "iterations": 6, "flat": 0.1, "warmup": 2}, [0.5, 1, 1, 0.853553, 0.5, 0.146447, 0]),
+        ({"name": "flat_cosine", "iterations": 100}, [1] * 73 + [(1 + math.cos(math.pi / 28)) / 2]),
         ({"name": "cosine", "iterations": 3, "horizon": 6, "warmup": 2}, [0.5, 1, 1, 0.853553, 0.5, 0.146447, 0]),
     ],
     ids=str,
@@ -294,10 +303,11 @@ def test_the_default_milestones_are_those_of_lu() -> None:
 
 
 def test_a_schedule_sets_the_rate_of_every_group() -> None:
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=7.0)
+    groups: list[dict[str, Any]] = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 3.0}]
+    optimizer = torch.optim.SGD(groups, lr=7.0)
     schedule = Schedule(config_with(name="constant", warmup=2), optimizer)
-    for rate in (0.2, 0.4, 0.4):
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate])
+    for factor in (0.5, 1, 1):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([7 * factor, 3 * factor])
         schedule.after_step()
 
 
@@ -319,16 +329,18 @@ def test_ranger_checks_every_group(group: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"name": "sgd", "lr": 0.3, "momentum": 0.7, "weight_decay": 1e-3},
+        {"name": "sgd", "lr": 0.3, "momentum": 0.7, "weight_decay": 1e-3, "nesterov": True},
+        {"name": "adamw", "lr": 0.3, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2},
         {"name": "ranger", "lr": 0.2, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 1e-2, "k": 3, "alpha": 0.7},
     ],
     ids=lambda settings: settings["name"],
 )
 def test_every_setting_reaches_the_optimizer(settings: dict[str, Any]) -> None:
     config = tiny_config(**{f"optimizer__{key}": value for key, value in settings.items()})
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.ones(1))])
+    optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.ones(1)))])
     (group,) = optimizer.param_groups
-    assert type(optimizer) is {"sgd": torch.optim.SGD, "ranger": Ranger}[settings["name"]]
+    kinds = {"sgd": torch.optim.SGD, "ranger": Ranger, "adamw": torch.optim.AdamW}
+    assert type(optimizer) is kinds[settings["name"]]
     assert {key: group[key] for key in settings if key != "name"} == {k: v for k, v in settings.items() if k != "name"}
 
 
@@ -349,7 +361,7 @@ def test_a_plateau_lowers_the_rate(
 ) -> None:
     """Warm-up is over by then, and steps in between change nothing; resumed, each validation has a new schedule."""
     config = config_with(name="plateau", warmup=3, **settings)
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
     schedule = Schedule(config, optimizer)
     for rate in (0.4 / 3, 0.8 / 3, 0.4, 0.4):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
@@ -357,6 +369,7 @@ def test_a_plateau_lowers_the_rate(
     for accuracy, rate in validations:
         if resumed:
             state = copy.deepcopy(schedule.state_dict())
+            optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
             schedule = Schedule(config, optimizer)
             schedule.load_state_dict(state)
         schedule.after_validation(accuracy)
@@ -369,7 +382,7 @@ def test_a_plateau_lowers_the_rate(
 def test_validations_during_the_warm_up_do_not_count(steps: int, counts: bool) -> None:
     """The fourth step of a warm-up of four has the full rate."""
     config = config_with(name="plateau", patience=0, warmup=4)
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
     schedule = Schedule(config, optimizer)
     for _ in range(steps):
         schedule.after_step()
@@ -382,11 +395,11 @@ def test_validations_during_the_warm_up_do_not_count(steps: int, counts: bool) -
 
 def test_a_loaded_plateau_sets_the_rate_at_once() -> None:
     config = config_with(name="plateau", patience=0)
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
     schedule = Schedule(config, optimizer)
     schedule.after_validation(0.5)
     schedule.after_validation(0.4)
-    other = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    other = build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))])
     Schedule(config, other).load_state_dict(schedule.state_dict())
     assert other.param_groups[0]["lr"] == pytest.approx(0.2)
 
@@ -394,7 +407,7 @@ def test_a_loaded_plateau_sets_the_rate_at_once() -> None:
 def test_only_a_plateau_has_a_state_of_its_own() -> None:
     for name in ("constant", "cosine", "multistep"):
         config = config_with(name=name)
-        schedule = Schedule(config, build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]))
+        schedule = Schedule(config, build_optimizer(config, [ParameterRole(torch.nn.Parameter(torch.zeros(1)))]))
         schedule.after_step()
         schedule.after_validation(0.5)
         schedule.after_validation(0.1)
@@ -416,7 +429,7 @@ def test_all_of_a_stream_s_state_is_saved_and_loaded() -> None:
         stream.step()
 
     p = torch.nn.Parameter(start.clone())
-    saved = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=True)
+    saved = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=True)
     for gradient in (torch.inf, *gradients):
         move(saved, p, gradient)
     for accuracy in (0.5, 0.5):
@@ -432,7 +445,7 @@ def test_all_of_a_stream_s_state_is_saved_and_loaded() -> None:
     assert state["optimizer"]["state"][0]["step"] == 2
 
     q = torch.nn.Parameter(p.detach().clone())
-    loaded = StreamOptimizer(config, [q], torch.device("cpu"), scale_loss=True)
+    loaded = StreamOptimizer(config, [ParameterRole(q)], torch.device("cpu"), scale_loss=True)
     assert loaded.scaler.get_scale() == 65536.0
     loaded.load_state_dict(state)
     assert (loaded.scaler.get_scale(), loaded.scaler._get_growth_tracker()) == (32768.0, 2)
@@ -461,7 +474,8 @@ def test_a_run_may_go_on_with_or_without_a_loss_scale(before: bool, after: bool)
     """Its precision has changed: without a saved scale it starts with its own."""
     config, p = tiny_config(), torch.nn.Parameter(torch.ones(3))
     saved, loaded = (
-        StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=scale_loss) for scale_loss in (before, after)
+        StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=scale_loss)
+        for scale_loss in (before, after)
     )
     saved.scaler.scale(p.sum()).backward()
     saved.step()
@@ -476,7 +490,7 @@ def test_a_run_may_go_on_with_or_without_a_loss_scale(before: bool, after: bool)
 def test_an_overflow_moves_nothing_but_the_loss_scale(name: str) -> None:
     config = tiny_config(optimizer__name=name, schedule__name="multistep", schedule__milestones=[6])
     p = torch.nn.Parameter(torch.ones(3))
-    moving = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=True)
+    moving = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=True)
     for _ in range(5):
         moving.scaler.scale((p * torch.arange(3.0)).sum()).backward()
         moving.step()
@@ -500,7 +514,7 @@ def test_the_schedule_moves_with_each_step_though_the_loss_scale_changes(name: s
     """A scale may grow or be smaller than before for other reasons: what counts is whether the optimizer stepped."""
     config = tiny_config(optimizer__name=name, schedule__name="constant")
     p = torch.nn.Parameter(torch.ones(3))
-    moving = StreamOptimizer(config, [p], torch.device("cpu"), scale_loss=True)
+    moving = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=True)
     moving.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, growth_factor=4.0)
     for _ in range(4):
         moving.scaler.scale(p.sum()).backward()
@@ -511,7 +525,7 @@ def test_the_schedule_moves_with_each_step_though_the_loss_scale_changes(name: s
 
 def test_gradients_that_overflow_at_every_scale_raise() -> None:
     p = torch.nn.Parameter(torch.ones(3))
-    moving = StreamOptimizer(tiny_config(), [p], torch.device("cpu"), scale_loss=True)
+    moving = StreamOptimizer(tiny_config(), [ParameterRole(p)], torch.device("cpu"), scale_loss=True)
     moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-22)
     overflow = torch.full((3,), torch.inf)
     for _ in range(2):

@@ -99,6 +99,21 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "ranger, plateau": {"schedule__name": "plateau", "schedule__patience": 0},
     "sgd, milestones": {"optimizer__name": "sgd", "schedule__name": "multistep", "schedule__milestones": [3, 5]},
     "ranger, cosine, fp16": {"schedule__name": "cosine", "schedule__warmup": 3, "train__precision": "fp16"},
+    "adamw, flat, average, clipped": {
+        "optimizer__name": "adamw",
+        "optimizer__trunk_lr": 1e-4,
+        "schedule__name": "flat_cosine",
+        "schedule__flat": 0.3,
+        "train__ema": 0.9,
+        "train__clip_norm": 0.5,
+    },
+    "muon, average, frozen at first": {
+        "optimizer__name": "muon",
+        "train__ema": 0.5,
+        "train__freeze_trunk_for": 3,
+        "model__freeze_trunk_norms": True,
+    },
+    "sgd, nesterov": {"optimizer__name": "sgd", "optimizer__nesterov": True},
 }
 
 

@@ -27,6 +27,18 @@ class StreamOutput(NamedTuple):
     attention_BTHW: Tensor | None
 
 
+class ParameterRole(NamedTuple):
+    """A parameter, and what an optimizer has to know of it."""
+
+    parameter: nn.Parameter
+    trunk: bool = False
+    """Part of the trunk, before STAM and the classifier."""
+    weight: bool = True
+    """Weight of a convolution or linear layer; no norm, bias or position term."""
+    hidden: bool = True
+    """Neither of the first convolution nor of the classifier."""
+
+
 class Stream(nn.Module):
     """I3D + STAM over one modality. Parameter names are those of the published weights."""
 
@@ -47,8 +59,33 @@ class Stream(nn.Module):
         self.logits = Unit3D(channels, num_classes, activation=None, batch_norm=False)
         self.recomputes = False
         """Set by `TwoStream.recompute`."""
+        self._freeze_trunk_norms = model.freeze_trunk_norms
         self._copy_init = model.copy_init
         self.copy_blocks(self.attention_modules)
+
+    def train(self, mode: bool = True) -> Stream:
+        super().train(mode)
+        if self._freeze_trunk_norms:
+            for module in self._trunk_modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _trunk_modules(self) -> Iterator[nn.Module]:
+        """Yield all modules before STAM, in order."""
+        for name in self._trunk:
+            yield from getattr(self, name).modules()
+
+    def parameter_roles(self) -> list[ParameterRole]:
+        """Return the role of each parameter, in the order of `parameters()`."""
+        trunk = set(self._trunk_modules())
+        first = next(module for module in self._trunk_modules() if isinstance(module, nn.Conv3d))
+        outer = {first, *self.logits.modules()}
+        return [
+            ParameterRole(parameter, module in trunk, _is_weight(module, name), module not in outer)
+            for module in self.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
 
     def copy_blocks(self, fresh: Container[str]) -> None:
         """Copy STAM's first block to its later blocks that are named in `fresh`, if the model has `copy_init`."""
@@ -89,6 +126,10 @@ class Stream(nn.Module):
             context_fn=lambda: (nullcontext(), _statistics_kept(layer)),
         )
         return again
+
+
+def _is_weight(module: nn.Module, name: str) -> bool:
+    return isinstance(module, (nn.Conv3d, nn.Linear)) and name == "weight"
 
 
 def _unrepeatable(stream: nn.Module) -> list[nn.Module]:
@@ -149,6 +190,14 @@ class TwoStream(nn.ModuleDict):
                 torch.manual_seed(seeds[modality])
             self[modality] = build_stream(modality, num_classes, model)
 
+    def streams(self) -> dict[str, Stream]:
+        """Return the stream of each modality."""
+        return {modality: stream for modality, stream in self.items() if isinstance(stream, Stream)}
+
+    def parameter_roles(self) -> dict[str, list[ParameterRole]]:
+        """Return the roles of each stream's parameters, in the order of `parameters()`."""
+        return {modality: stream.parameter_roles() for modality, stream in self.streams().items()}
+
     def recompute(self, recomputes: bool) -> None:
         """Turn activation checkpointing on or off: layers recompute their activations in the backward pass.
 
@@ -158,8 +207,7 @@ class TwoStream(nn.ModuleDict):
         stateful = [part for stream in self.values() for part in _unrepeatable(stream)]
         if recomputes and stateful:
             raise TypeError(f"activation checkpointing is not possible with {type(stateful[0]).__name__}")
-        for stream in self.values():
-            assert isinstance(stream, Stream)
+        for stream in self.streams().values():
             stream.recomputes = recomputes
 
     def forward(self, clips: Mapping[str, Tensor], seeds: Mapping[str, int] | None = None) -> dict[str, StreamOutput]:

@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from tune_ego import __version__, storage
-from tune_ego.config import Config, CosineConfig
+from tune_ego.config import Config
 from tune_ego.config_io import override_config
+from tune_ego.config_optimizers import CosineConfig, FlatCosineConfig
 from tune_ego.results.experiment import METRIC, Configuration, Experiment
 from tune_ego.results.reading import read_experiment, say_damaged
 
@@ -38,7 +39,7 @@ def export_best(root: str, out: str) -> Configuration:
 def _final(config: Config) -> Config:
     """Return the configuration with the final run's budget, to which a shorter schedule horizon is raised."""
     changes: dict[str, Any] = {"train.iterations": FINAL_ITERATIONS}
-    if config.horizon < FINAL_ITERATIONS and isinstance(config.schedule, CosineConfig):
+    if config.horizon < FINAL_ITERATIONS and isinstance(config.schedule, (CosineConfig, FlatCosineConfig)):
         changes["schedule.horizon"] = None
     return override_config(config, changes, "export")
 

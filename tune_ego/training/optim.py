@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tune_ego.config import (
-    Config,
+from tune_ego.config import Config
+from tune_ego.config_optimizers import (
+    AdamWConfig,
     ConstantConfig,
     CosineConfig,
+    FlatCosineConfig,
     MultiStepConfig,
+    MuonConfig,
+    OptimizerConfig,
     PlateauConfig,
     RangerConfig,
     ScheduleConfig,
     SGDConfig,
 )
 from tune_ego.console import say_once
+from tune_ego.model.two_stream import ParameterRole
+from tune_ego.training.muon import MuonWithAdamW
 
 
 class Ranger(torch.optim.RAdam):
@@ -94,15 +100,33 @@ def _radam_step(optimizer: Ranger) -> None:
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
-def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, roles: Sequence[ParameterRole]) -> torch.optim.Optimizer:
     """Build the optimizer that the configuration names. Raises `ValueError` for one that is not known here."""
     match config.optimizer:
         case SGDConfig() as sgd:
-            return torch.optim.SGD(parameters, sgd.lr, sgd.momentum, weight_decay=sgd.weight_decay)
+            return torch.optim.SGD(_groups(sgd, roles), sgd.lr, sgd.momentum, nesterov=sgd.nesterov)
         case RangerConfig() as ranger:
-            return Ranger(parameters, **ranger.model_dump(exclude={"name"}))
+            settings = {"betas": ranger.betas, "eps": ranger.eps, "k": ranger.k, "alpha": ranger.alpha}
+            return Ranger(_groups(ranger, roles), ranger.lr, **settings)  # type: ignore[arg-type]
+        case AdamWConfig() as adamw:
+            return torch.optim.AdamW(_groups(adamw, roles), adamw.lr, adamw.betas, adamw.eps)
+        case MuonConfig() as muon:
+            matrices = [role for role in roles if role.weight and role.hidden]
+            others = [role for role in roles if not (role.weight and role.hidden)]
+            groups = (_groups(muon, matrices), _groups(muon, others))
+            return MuonWithAdamW(*groups, muon.momentum, muon.betas, muon.eps)
         case unknown:
             raise ValueError(f"no optimizer for {unknown!r}")
+
+
+def _groups(optimizer: OptimizerConfig, roles: Sequence[ParameterRole]) -> list[dict[str, Any]]:
+    """Return a parameter group for each learning rate and weight decay that occur together."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for role in roles:
+        lr = optimizer.trunk_lr if role.trunk and optimizer.trunk_lr is not None else optimizer.lr
+        decay = optimizer.weight_decay if role.weight or optimizer.decay_all else 0.0
+        groups.setdefault((lr, decay), []).append(role.parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
 
 def schedule_factor(schedule: ScheduleConfig, steps: int, horizon: int) -> float:
@@ -113,24 +137,36 @@ def schedule_factor(schedule: ScheduleConfig, steps: int, horizon: int) -> float
     """
     warming_up = steps < schedule.warmup
     match schedule:
-        case MultiStepConfig() | CosineConfig() | PlateauConfig() | ConstantConfig() if warming_up:
+        case MultiStepConfig() | CosineConfig() | FlatCosineConfig() | PlateauConfig() | ConstantConfig() if warming_up:
             return (steps + 1) / schedule.warmup
         case MultiStepConfig():
             return schedule.gamma ** sum(milestone <= steps for milestone in schedule.milestones)
         case CosineConfig():
-            progress = min(1.0, (steps - schedule.warmup) / max(1, horizon - schedule.warmup))
-            return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2
+            return _half_cosine(steps, schedule.warmup, horizon, schedule.floor)
+        case FlatCosineConfig():
+            start = max(schedule.warmup, round(schedule.flat * horizon))
+            return 1.0 if steps < start else _half_cosine(steps, start, horizon, schedule.floor)
         case PlateauConfig() | ConstantConfig():
             return 1.0
         case unknown:
             raise ValueError(f"no learning-rate schedule for {unknown!r}")
 
 
+def _half_cosine(steps: int, start: int, end: int, floor: float) -> float:
+    """Return the factor that falls from 1 at `start` to `floor` at `end`."""
+    progress = min(1.0, (steps - start) / max(1, end - start))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
 class Schedule:
     """Learning rate of one optimizer over a run. Call `after_step` and `after_validation` as the run proceeds."""
 
     def __init__(self, config: Config, optimizer: torch.optim.Optimizer) -> None:
-        self._config, self._optimizer, self._steps = config, optimizer, 0
+        self._config, self._optimizer, self.steps = config, optimizer, 0
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        """Rate of each group at factor 1; the groups hold the current rates."""
+        self.learning_rate = config.optimizer.lr
+        """Current rate of STAM and the classifier."""
         self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if isinstance(config.schedule, PlateauConfig):
             # torch's scheduler changes an optimizer's rate. This one starts at 1, so its rate is the factor.
@@ -141,26 +177,26 @@ class Schedule:
         self._apply()
 
     def _apply(self) -> None:
-        rate = self._config.optimizer.lr * schedule_factor(self._config.schedule, self._steps, self._config.horizon)
-        if self._plateau is not None:
-            rate *= self._plateau.optimizer.param_groups[0]["lr"]
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        factor = schedule_factor(self._config.schedule, self.steps, self._config.horizon)
+        reduction = 1.0 if self._plateau is None else self._plateau.optimizer.param_groups[0]["lr"]
+        self.learning_rate = self._config.optimizer.lr * factor * reduction
+        for group, rate in zip(self._optimizer.param_groups, self._rates):
+            group["lr"] = rate * factor * reduction
 
     def after_step(self) -> None:
-        self._steps += 1
+        self.steps += 1
         self._apply()
 
     def after_validation(self, mean_class_accuracy: float) -> None:
-        if self._plateau is not None and self._steps >= self._config.schedule.warmup:
+        if self._plateau is not None and self.steps >= self._config.schedule.warmup:
             self._plateau.step(mean_class_accuracy)
             self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, "plateau": self._plateau.state_dict() if self._plateau else None}
+        return {"steps": self.steps, "plateau": self._plateau.state_dict() if self._plateau else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]
+        self.steps = state["steps"]
         if self._plateau is not None:
             self._plateau.load_state_dict(state["plateau"])
             self._plateau.optimizer.param_groups[0]["lr"] = self._plateau.get_last_lr()[0]
@@ -177,10 +213,17 @@ class StreamOptimizer:
     Each stream has its own, so that a plateau or an overflow in one stream does not affect the other.
     """
 
-    def __init__(self, config: Config, parameters: Iterable[Tensor], device: torch.device, *, scale_loss: bool) -> None:
-        self.optimizer = build_optimizer(config, parameters)
+    def __init__(
+        self, config: Config, roles: Sequence[ParameterRole], device: torch.device, *, scale_loss: bool
+    ) -> None:
+        self.optimizer = build_optimizer(config, roles)
         self.schedule = Schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self.gradient_norm: Tensor | None = None
+        """Norm of the last gradient before it was clipped; None without `train.clip_norm`."""
+        self._train = config.train
+        self._parameters = [role.parameter for role in roles]
+        self._trunk = [role.parameter for role in roles if role.trunk]
         self._stepped = False
         self.optimizer.register_step_post_hook(self._note_step)
 
@@ -189,7 +232,8 @@ class StreamOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Current learning rate of STAM and the classifier."""
+        return self.schedule.learning_rate
 
     def step(self) -> None:
         """Apply the accumulated gradients and reset them; after an overflow change the loss scale only.
@@ -197,6 +241,12 @@ class StreamOptimizer:
         Raises `OverflowError` where they overflow even at a loss scale below `_SMALLEST_SCALE`.
         """
         self._stepped = False
+        if self.schedule.steps < self._train.freeze_trunk_for:
+            for parameter in self._trunk:
+                parameter.grad = None
+        if self._train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -24,6 +24,7 @@ from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles
 from tune_ego.training.losses import ActionLoss, slices_with_gaze, stream_losses
 from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.training.optim import StreamOptimizer
+from tune_ego.training.weight_average import WeightAverage
 
 _WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
 Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], None]
@@ -88,6 +89,7 @@ class Trainer:
         self.action_loss = ActionLoss(config.loss, class_samples, device)
         self.dtype = autocast_dtype(config.train.precision, device)
         self.model = self._build_model(resume=resume)
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.compiled = self._compile() if compiles(config, device, final=final) else {}
         """Stream -> True if it is compiled; empty if compilation was not requested."""
         self.parallel: nn.Module = self.model
@@ -100,8 +102,8 @@ class Trainer:
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.optimizers = {
-            modality: StreamOptimizer(config, stream.parameters(), device, scale_loss=self.dtype == torch.float16)
-            for modality, stream in self.model.items()
+            modality: StreamOptimizer(config, roles, device, scale_loss=self.dtype == torch.float16)
+            for modality, roles in self.model.parameter_roles().items()
         }
         self.iteration = 0
         self.best: dict[str, Any] = {}
@@ -130,12 +132,19 @@ class Trainer:
         model.recompute(config.train.activation_checkpointing)
         return model
 
+    @property
+    def averaged_model(self) -> TwoStream:
+        """Model that is validated and exported: the average of `train.ema`, else the one that is trained."""
+        return self.model if self.average is None else self.average.module
+
     def load(self, content: dict[str, Any], source: str) -> None:
         """Load the state in a checkpoint's content. Raises `UserError` where it does not fit this run."""
         check_content(content, source, self.config)
         saved = Origin(content["actions"], tuple(content["image_size"]), content["flow_method"])
         check_same_origin(saved, self.origin, self.config, source, "the shards")
-        load_model_state(self.model, content["model"], source)
+        load_model_state(self.averaged_model, content["model"], source)
+        if self.average is not None:
+            load_model_state(self.model, content.get("training_weights"), source)
         for modality, optimizer in self.optimizers.items():
             try:
                 optimizer.load_state_dict(content["optimizers"][modality])
@@ -147,12 +156,13 @@ class Trainer:
     def checkpoint(self) -> dict[str, Any]:
         assert not self._statuses  # `flush_status` comes first
         self._share_statistics()
-        return checkpoint_content(
+        content = checkpoint_content(
             *(self.config, self.origin, self.iteration, self.best),
             losses=self.reduce_losses(),
-            model=self.model.state_dict(),
+            model=self.averaged_model.state_dict(),
             optimizers={modality: optimizer.state_dict() for modality, optimizer in self.optimizers.items()},
         )
+        return content if self.average is None else {**content, "training_weights": self.model.state_dict()}
 
     def forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
         """Run `model` in the run's precision; `seeds` hold each stream's seed for dropout."""
@@ -187,6 +197,8 @@ class Trainer:
                 optimizer.step()
             except OverflowError as error:
                 raise NonFiniteLoss(f"the {modality} stream: {error}") from error
+        if self.average is not None:
+            self.average.update(self.model, self.iteration)
         self.iteration += 1
         self._statistics_differ = self.distributed
         self._losses.append(mean_losses_S3)
@@ -305,14 +317,14 @@ class Trainer:
     @torch.no_grad()
     def _validation_scores(self, batches: Iterator[ClipBatch], plan: FeedPlan) -> dict[str, Tensor]:
         """Run the model on a validation's batches; return mean scores [clips, classes] per stream, and `fused`."""
-        self.parallel.eval()
+        self.model.eval()
         self.seen = None
         self._share_statistics()
         clips, classes = len(plan.validation_labels), len(self.origin.actions)
         sums = ClipScores(self.config.stream_names, clips, classes, self.device)
         for _ in range(plan.validation_items):
             batch = next(batches)
-            outputs = self.forward(self.model, batch, None)
+            outputs = self.forward(self.averaged_model, batch, None)
             self.seen = self.seen or (batch, outputs)
             sums.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
         scores = sums.reduce(self.config.fusion_weight)
@@ -323,7 +335,8 @@ class Trainer:
         """Replace BatchNorm's running statistics by their mean over the workers, which have seen different samples."""
         if not self._statistics_differ:
             return
-        for buffer in self.model.buffers():
+        models = [self.model] if self.average is None else [self.model, self.average.module]
+        for buffer in [buffer for model in models for buffer in model.buffers()]:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.workers
@@ -347,6 +360,9 @@ class Trainer:
         for modality, (_, action, gaze) in zip(self.model, losses.tolist()):
             metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
             metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
+            gradient_norm = self.optimizers[modality].gradient_norm
+            if gradient_norm is not None:
+                metrics[f"gradient_norm_{modality}"] = gradient_norm.item()
             if modality in self.compiled:
                 metrics[f"compiled_{modality}"] = float(self.compiled[modality])
         total, action, gaze = losses.sum(dim=0).tolist()
