@@ -32,6 +32,7 @@ LU_MAP_SIDE = 7
 """Rows and columns of the attention map for a crop of 224 pixels (Lu)."""
 
 StreamName = Literal["rgb", "flow"]
+Sampling = Literal["uniform", "square_root", "class_balanced"]
 Workers = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 """Strict types would refuse the lists that YAML gives where a field is a tuple."""
 
@@ -48,7 +49,7 @@ class DataConfig(ConfigNode):
     """Tenth of the training clips that is used for validation."""
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
-    sampling: Literal["uniform", "square_root", "class_balanced"] = "uniform"
+    sampling: Sampling = "uniform"
     """Share of a class in the training samples: `uniform`: proportional to its clips, each clip once an epoch (Lu);
     `square_root`: to the square root of their number; `class_balanced`: the same for all classes."""
     decode: Literal["auto", "cpu", "gpu"] = "cpu"

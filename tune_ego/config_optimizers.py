@@ -130,7 +130,7 @@ class FlatCosineConfig(_ScheduleNode):
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Learning rate at the horizon and beyond, as a fraction of `optimizer.lr`."""
     horizon: Union[Annotated[int, Field(ge=1)], None] = None
-    """As for `cosine`."""
+    """Iteration at which the floor is reached, as that of `cosine`."""
 
 
 class ConstantConfig(_ScheduleNode):

@@ -10,9 +10,10 @@ import pytest
 
 from tests import handmade
 from tests.conftest import tiny_config
+from tune_ego.config import Sampling
 from tune_ego.dataset.shards import Clip, open_shards
 from tune_ego.feed.feed_plan import FeedPlan
-from tune_ego.feed.sampling import Sampling, class_samples, training_window
+from tune_ego.feed.sampling import class_samples, training_window
 
 LABELS = [2] * 16 + [0] * 4 + [3] + [2] * 4  # class 1 has no clips
 CLIPS = [Clip(f"clip {number}", label, 16, "", 0) for number, label in enumerate(LABELS)]
@@ -40,7 +41,7 @@ def test_a_class_has_its_share_of_each_epoch(sampling: Sampling) -> None:
         assert len(clips) == 25 and all(abs(counts[label] - expected[label]) <= 1 for label in range(4))
 
 
-def test_every_clip_of_a_class_is_due_as_often() -> None:
+def test_all_clips_of_a_class_are_sampled_equally_often() -> None:
     """Over 300 epochs a clip of class 2 is sampled 300 x 25 / 3 / 20 = 125 times, one of class 0 625 times."""
     counts = Counter(clip for epoch in range(300) for clip in epoch_clips(0, epoch, "class_balanced"))
     times = np.array([counts[clip] for clip in range(25)])
@@ -48,6 +49,12 @@ def test_every_clip_of_a_class_is_due_as_often() -> None:
     assert times[16:20] == pytest.approx(625, abs=15)
     others = np.concatenate([times[:16], times[21:]])
     assert others.mean() == pytest.approx(125, abs=2) and others == pytest.approx(125, abs=45)
+
+
+def test_clips_of_a_class_are_sampled_together_in_any_combination() -> None:
+    """Two clips of class 2, each due 25 / 60 times, are in one epoch of (25 / 60)^2, about 50 of 300."""
+    epochs = [set(epoch_clips(0, epoch, "class_balanced")) for epoch in range(300)]
+    assert all(20 < sum({0, other} <= clips for clips in epochs) < 90 for other in (1, 2, 10, 24))
 
 
 def test_classes_are_mixed_within_an_epoch() -> None:
@@ -61,7 +68,7 @@ def test_an_order_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_clips(1, 4, "square_root") == first
     window = training_window(CLIPS, 1, 103, (48, 40), 32, "square_root")
     same = training_window(CLIPS, 1, 103, (48, 40), 32)
-    assert window.clip == first[3] and window[2:] == same[2:]  # crop and flip are those of the sample
+    assert window.clip == first[3] and window[2:] == same[2:]  # all clips have 16 frames, so the draws are equal
 
 
 def test_a_plan_samples_as_its_configuration_says(handmade_shards: Path) -> None:

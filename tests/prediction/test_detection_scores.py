@@ -107,16 +107,20 @@ def test_true_segments_are_recognized_by_their_mean_score() -> None:
 
 
 def test_the_confusion_of_segments() -> None:
-    """Of three true segments one is right, one is detected as another and one missed; two detections are left over."""
+    """In `v` one true segment is right, one is detected as another and one missed; two detections are left over. In
+    `x` one detection is assigned to two true segments."""
     truth = {"v": [TrueSegment(1, 3, "cut"), TrueSegment(5, 7, "wash"), TrueSegment(8, 9, "cut")], "w": []}
+    truth["x"] = [TrueSegment(0, 2, "cut"), TrueSegment(2, 4, "open")]
     detected = {
         "v": [Segment(0, 1.2, "open", 0.2, []), Segment(1, 3.5, "cut", 0.9, []), Segment(6, 8, "open", 0.4, [])],
         "w": [Segment(0, 1, "cut", 0.5, [])],
+        "x": [Segment(0, 4, "cut", 0.5, [])],
     }
-    result = detection_scores(detected, truth, {"v": 10, "w": 2})
+    result = detection_scores(detected, truth, {"v": 10, "w": 2, "x": 4})
     assert result["segments"] == {
         BACKGROUND: {"cut": 1, "open": 1},
-        "cut": {BACKGROUND: 1, "cut": 1},
+        "cut": {BACKGROUND: 1, "cut": 2},
+        "open": {"cut": 1},
         "wash": {"open": 1},
     }
 

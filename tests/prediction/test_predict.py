@@ -20,12 +20,13 @@ import tune_ego
 from tests.dataset.test_irregular_videos import encoded, grey
 from tests.evaluation.test_evaluate import checkpoint
 from tune_ego.cli import app
+from tune_ego.dataset.gaze import FPS
 from tune_ego.dataset.synthetic import synthesize
 from tune_ego.errors import UserError
 from tune_ego.prediction.predict import PredictionSettings
 from tune_ego.prediction.segments import SegmentSettings
 from tune_ego.prediction.trained_model import load_model
-from tune_ego.prediction.truth import read_truth
+from tune_ego.prediction.truth import read_truth, true_segments
 from tune_ego.prediction.window_file import attention_peak, read_windows
 from tune_ego.prediction.write import find_videos, predict_files
 
@@ -210,6 +211,15 @@ def test_scores_of_a_detection(run: str, sessions: Path, tmp_path: Path) -> None
     scores = predict_files(run, videos, str(tmp_path), EASY, split, overlay=False)
     assert scores is not None and json.loads((tmp_path / "detection.json").read_text()) == scores
     assert 0 <= scores["frame_accuracy"] <= 1 and set(scores["map"]) == {"0.1", "0.2", "0.3", "0.4", "0.5"}
+    assert len(videos) == 2
+    truth, model = read_truth(split, load_model(run).classes), load_model(run)
+    right = total = 0
+    for video in videos:
+        scores_FK = model.predict(video, EASY).scores_FK
+        for one in true_segments(truth, video):
+            span = scores_FK[round(one.start * FPS) : round(one.end * FPS)]
+            right, total = right + (model.classes[span.mean(axis=0).argmax()] == one.action), total + 1
+    assert 0 < right < total and scores["clip_accuracy"] == pytest.approx(right / total)
 
 
 def test_a_table_of_true_actions(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from tune_ego.errors import UserError
 from tune_ego.report.numbers import experiment_numbers
 from tune_ego.report.page import render
 from tune_ego.report.repeats import repeats_numbers
+from tune_ego.report.repeats_chart import draw_repeats
 from tune_ego.results.experiment import Experiment
 
+NO_GAZE = {"rgb": None, "flow": None, "centre": None}
+"""Scores of attention where no test frame has gaze."""
 T = {1: 12.706205, 2: 4.302653}
 """97.5 % quantiles of the t distribution, by degrees of freedom."""
 
@@ -96,7 +99,7 @@ def test_the_test_accuracies_are_those_of_the_trials_evaluations(tmp_path: Path)
     attention = {"rgb": {"nss": 1.5}, "flow": {"nss": 0.25}, "centre": {"nss": 0.5}}
     both = {"rgb": {"mean_class_accuracy": 0.9}, "fused": {"mean_class_accuracy": 0.3}}
     write("00000-0", {**both, "flow": {"mean_class_accuracy": 0.2}, "attention": attention})
-    write("00000-1", {"rgb": {"mean_class_accuracy": 0.4}, "clips_trained_on": 0, "attention": {}})
+    write("00000-1", {"rgb": {"mean_class_accuracy": 0.4}, "clips_trained_on": 0, "attention": NO_GAZE})
     write("00000-2", "{")
     write("00001-0", {"flow": {"mean_class_accuracy": 0.5}})
     write("00001-1", {"flow": {"mean_class_accuracy": 0.7}, "attention": None})
@@ -123,6 +126,26 @@ def test_the_test_accuracies_are_those_of_the_trials_evaluations(tmp_path: Path)
     assert bold["streams"]["flow"]["test"] == bold["test"] and bold["streams"]["rgb"]["test"] is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"rgb": 0.5}',
+        '{"rgb": {"mean_class_accuracy": "high"}}',
+        '{"fused": {"mean_class_accuracy": 0.5}, "rgb": {"mean_class_accuracy": 7.0}}',
+        '{"rgb": {"mean_class_accuracy": 0.5}, "attention": {"rgb": {"nss": "high"}, "centre": {"nss": 0.5}}}',
+    ],
+)
+def test_a_damaged_test_counts_as_none(tmp_path: Path, text: str) -> None:
+    search = three_seeds()
+    for trial in search.trials:
+        trial.run = str(tmp_path)
+    (tmp_path / "evaluation.json").write_text(text)
+    for row in repeats_numbers(search)["rows"]:
+        assert row["test"] is None and row["streams"]["rgb"]["nss"] is None
+
+
 def test_streams_and_gaze_scores_are_compared_by_seed(tmp_path: Path) -> None:
     search = three_seeds()
     rgb = {"00000": [0.1, 0.2, 0.3], "00001": [0.2, 0.2, 0.5]}
@@ -142,7 +165,18 @@ def test_streams_and_gaze_scores_are_compared_by_seed(tmp_path: Path) -> None:
     assert plain["streams"]["rgb"]["test_difference"] is None
     page = render({**numbers, "attention_cases": {"why": "none", "cases": []}}, [])
     assert 'data-key="repeats/rows/0/streams/rgb/nss_difference/mean" data-format="score">0.500<' in page
-    assert "+10.0" in page
+    assert 'streams/rgb/test_difference/mean" data-format="signed">+10.0' in page
+
+
+@pytest.mark.parametrize(("labels", "shown"), [(("one", "two"), True), (("same", "same"), False), (("", "two"), False)])
+def test_the_chart_names_configurations_by_labels_that_differ(labels: tuple[str, str], shown: bool) -> None:
+    numbers = experiment_numbers(three_seeds(), {"why": "none"}, [])
+    assert [row["label"] for row in numbers["repeats"]["rows"]] == ["bold", "plain"]
+    for row, label in zip(numbers["repeats"]["rows"], labels):
+        row["label"] = label
+    figure = draw_repeats.__wrapped__(numbers)  # type: ignore[attr-defined]
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names[0] == f"00001: {labels[0]}" if shown else names[0].startswith("00001: ") and "bold" in names[0]
 
 
 @pytest.mark.parametrize("tested", [False, True])

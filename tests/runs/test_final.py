@@ -35,9 +35,10 @@ from tune_ego.training.trainer import Trainer
 
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:
     """One or two workers: with room for two, two; else one makes both passes. The losses are those of a loop without
-    Ray that makes both passes of each iteration."""
+    Ray that makes both passes of each iteration. The final weights are the moving average of the last checkpoint."""
     half = ray.cluster_resources()["CPU"] / 2 - READER_CPUS
     changes = {"train__iterations": 3, "train__validate_every": 3, "optimizer__lr": 1e-6}  # rounding does not grow
+    changes["train__ema"] = 0.5
     alone = tiny_config(train__accumulate=2, **changes)
     plan, trainer = FeedPlan.from_config(shards, alone, 1, 0), trainer_for(alone, shards)
     losses = []
@@ -52,6 +53,10 @@ def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, sh
         assert [line["iteration"] for line in lines] == [1, 2, 3]
         assert METRIC in lines[-1]
         assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+        last = read_checkpoint(checkpoint_uri(run, 3))
+        weights = torch.load(f"{run}/final/model.pt", weights_only=True)
+        assert all(torch.equal(weights[name], value) for name, value in last["model"].items())
+        assert any(not torch.equal(weights[name], value) for name, value in last["training_weights"].items())
         assert_nothing_is_left()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.drivers import write_driver
+from tune_ego.dataset.shards import open_shards
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results.driver import is_taken_over, stop_uri
 from tune_ego.runs import worker
@@ -46,6 +48,21 @@ def wait_for(notice: Callable[[], Signal], expected: Signal) -> None:
     while notice() != expected:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("sampling", "power"), [("uniform", 1.0), ("square_root", 0.5)])
+def test_the_loss_knows_the_share_of_each_class(handmade_shards: str, sampling: str, power: float) -> None:
+    """At equal scores the loss is the negative logarithm of the class's share to the power of tau, normalised."""
+    config = tiny_config(data__sampling=sampling, data__crop=32, loss__logit_adjustment=0.5, streams="rgb")
+    data = open_shards(handmade_shards)
+    counts = [sum(clip.label == label for clip in data.train(config.data)) for label in range(4)]
+    assert len(set(counts)) > 1 and min(counts) > 0
+    plan = FeedPlan.from_config(handmade_shards, config, 1, 0)
+    task = Job(config, handmade_shards, "", 0, "", final=False)
+    trainer = worker._trainer(task, plan, data, torch.device("cpu"), 0, resume=False)
+    weights = [math.sqrt(count**power) for count in counts]  # tau of a half is a power of a half of the shares
+    loss = trainer.action_loss(torch.zeros(1, 4), torch.tensor([3]))
+    assert loss.item() == pytest.approx(-math.log(weights[3] / sum(weights)), rel=1e-5)
 
 
 def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemption: Any) -> None:

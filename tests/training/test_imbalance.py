@@ -81,7 +81,7 @@ def test_classes_of_equal_size_need_no_correction() -> None:
 
 @pytest.mark.parametrize("settings", [{"logit_adjustment": 0.5}, {"class_weights": "inverse"}])
 def test_a_correction_needs_the_classes(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="number of samples of each class"):
+    with pytest.raises(AssertionError):
         action_loss([], **settings)
 
 

@@ -8,6 +8,7 @@ target. So neither a single frame (no verb), nor flow (no colour), nor the whole
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -85,12 +86,12 @@ def synthesize(
         raise UserError(f"--size {size[0]}x{size[1]}: both sides must be even and at least 48 pixels")
     if not 6 <= seconds * FPS <= 24 * 3600:
         raise UserError(f"--seconds {seconds}: a clip has from a quarter of a second to an hour")
-    if imbalance < 1:
+    if not 1 <= imbalance < math.inf:
         raise UserError(f"--imbalance {imbalance:g}: the ratio of the largest class to the smallest is 1 or more")
     clips_K = _class_sizes(clips, verbs * nouns, imbalance, seed)
     if min(clips_K) < _TEST_EVERY:
-        smallest = f"the smallest of {verbs * nouns} classes would have {min(clips_K)}"
-        raise UserError(f"--clips {clips}: {smallest}; it needs {_TEST_EVERY}")
+        smallest = f"the smallest of {verbs * nouns} classes would have {min(clips_K)} and needs {_TEST_EVERY}"
+        raise UserError(f"--clips {clips}: {smallest}; raise --clips{' or lower --imbalance' * (imbalance > 1)}")
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: the folder is not empty; choose another")
     planned = _plan_clips(clips_K, nouns, seconds, seed, idle=sessions)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES
+from tune_ego.config import WINDOW_FRAMES, Sampling
 from tune_ego.dataset.shards import Clip
 
 _EPOCH_ORDER, _WINDOW_DRAW = 0, 1  # independent random streams of one seed
-Sampling = Literal["uniform", "square_root", "class_balanced"]
 _SHARE_EXPONENTS: dict[Sampling, float] = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}
 """Power of a class's number of clips to which its share of the samples is proportional."""
 EVALUATION_STEP = 8

@@ -46,8 +46,9 @@ def detection_scores(
         one with the highest score, where several hold the frame). `background_accuracy`: share of the frames outside
         that no segment holds; None without such frames. `map`: threshold as text -> mean average precision over the
         classes that occur. `confusion`: true action -> detected action -> seconds, with `BACKGROUND` for neither.
-        `segments`: the same in numbers of segments. A true segment counts for the detected one that overlaps it most,
-        by at least the lowest of `OVERLAPS`; without one, and for the detected segments left over, `BACKGROUND` counts.
+        `segments`: the same in numbers of segments. Each true segment is assigned the detected one that overlaps it
+        most, or `BACKGROUND` where none overlaps it by the lowest of `OVERLAPS`. Detected segments that are assigned
+        to no true one are counted as `BACKGROUND`'s.
     """
     confusion: dict[str, dict[str, float]] = {}
     for video, segments in truth.items():

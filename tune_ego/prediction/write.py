@@ -96,7 +96,7 @@ def _score(
 ) -> dict[str, Any]:
     """Compare detected with true actions, write `detection.json` and print its figures.
 
-    `recognized` is the number of true actions of all videos that the model names rightly when it is told their spans.
+    `recognized` is the number that `count_recognized` returns for all videos.
     """
     number = sum(map(len, true.values()))
     scores = {

@@ -84,25 +84,31 @@ def _tests(trials: list[Trial]) -> dict[str, dict[int, float]]:
         if not storage.exists(uri):
             continue
         try:
-            content = storage.read_json(uri)
-            values = _test_values(content)
-        except (UserError, LookupError, StopIteration, TypeError, ValueError):  # damaged: as if it was not there
-            continue
-        if 0 <= values["test"] <= 1 and not content.get("clips_trained_on"):
-            for name, value in values.items():
-                measures.setdefault(name, {})[trial.config.seed] = value
+            values = _test_values(storage.read_json(uri))
+        except (UserError, LookupError, AttributeError, StopIteration, TypeError, ValueError):
+            continue  # damaged: as if it was not there
+        for name, value in values.items():
+            measures.setdefault(name, {})[trial.config.seed] = value
     return measures
 
 
 def _test_values(evaluation: dict[str, Any]) -> dict[str, float]:
-    streams = [name for name in _STREAMS if name in evaluation]
-    accuracies = {name: float(evaluation[name]["mean_class_accuracy"]) for name in streams}
+    """Return measure -> value of an `evaluation.json`; nothing where the run was trained on test clips.
+
+    Raises `ValueError` for an accuracy that is no fraction, and what else a damaged file leads to.
+    """
+    if evaluation.get("clips_trained_on"):
+        return {}
+    accuracies = {name: evaluation[name]["mean_class_accuracy"] for name in _STREAMS if name in evaluation}
+    if not all(0 <= value <= 1 for value in accuracies.values()):
+        raise ValueError(f"accuracies {accuracies}")
     attention = evaluation.get("attention") or {}
-    gaze = {name: float(attention[name][_GAZE] - attention["centre"][_GAZE]) for name in streams if name in attention}
+    centre = attention.get("centre")
+    scores = {name: attention.get(name) for name in _STREAMS[1:]}  # None where no frame of the clips has gaze
     return {
         "test": next(iter(accuracies.values())),
         **{f"{name}/test": value for name, value in accuracies.items() if name != "fused"},
-        **{f"{name}/{_GAZE}": value for name, value in gaze.items()},
+        **{f"{name}/{_GAZE}": score[_GAZE] - centre[_GAZE] for name, score in scores.items() if score and centre},
     }
 
 

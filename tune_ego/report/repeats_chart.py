@@ -27,7 +27,10 @@ def draw_repeats(numbers: dict[str, Any]) -> Figure | None:
     _draw_intervals(differences, [row["difference"] for row in rows], [p + 0.12 for p in places], "", BLUE)
     _draw_intervals(differences, [row["test_difference"] for row in rows], [p - 0.12 for p in places], "", ORANGE)
     differences.axvline(0, color=MUTED, linewidth=0.8)
-    names = [f"{row['configuration']}: {shorten(row['label'] or ', '.join(row['values']), 40)}" for row in rows]
+    labels = [row["label"] for row in rows]
+    labelled = all(labels) and len(set(labels)) == len(rows)
+    texts = labels if labelled else [", ".join(row["values"]) for row in rows]
+    names = [f"{row['configuration']}: {shorten(text, 40)}" for row, text in zip(rows, texts)]
     accuracies.set_yticks(places, names)
     accuracies.set_ylim(0.5, len(rows) + 0.5)
     accuracies.set_xlabel("mean class accuracy, mean and 95 % interval")

@@ -57,13 +57,7 @@ def _work(job: Job, rank: int, workers: int) -> None:
             readers = reader_count(job.config, job.gpus, node, batch_bytes)
             ahead = read_ahead_bytes(job.config, job.gpus, node)
             batches = prefetch_first(ray_batches(plan, first, readers, batch_bytes, throttling_callback, ahead))
-        samples = class_samples(plan.training_labels, len(shards.actions), job.config.data.sampling).tolist()
-        trainer = Trainer(
-            *(job.config, _origin(shards), _device(job, workers), rank),
-            class_samples=samples,
-            resume=saved is not None,
-            final=job.final,
-        )
+        trainer = _trainer(job, plan, shards, _device(job, workers), rank, resume=saved is not None)
         if saved is not None:
             trainer.load(*saved)
         reporter.begin(done)
@@ -88,8 +82,15 @@ def _work(job: Job, rank: int, workers: int) -> None:
         return
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
         averaged = job.averaged_iterations(plan)
-        weights = mean_weights(job.run, averaged) if averaged else trainer.model.state_dict()
+        weights = mean_weights(job.run, averaged) if averaged else trainer.averaged_model.state_dict()
         storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
+
+
+def _trainer(job: Job, plan: FeedPlan, shards: Shards, device: torch.device, rank: int, *, resume: bool) -> Trainer:
+    config = job.config
+    samples_K = class_samples(plan.training_labels, len(shards.actions), config.data.sampling)
+    origin = _origin(shards)
+    return Trainer(config, origin, device, rank, class_samples=samples_K.tolist(), resume=resume, final=job.final)
 
 
 def describe_failure(error: Exception) -> str:

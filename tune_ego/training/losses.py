@@ -102,12 +102,8 @@ class ActionLoss:
             class_samples: Mean number of training samples of each class in an epoch (`feed.sampling.class_samples`). In
                 the logit adjustment a class without samples counts as one with a single sample.
             device: Device of the logits.
-
-        Raises:
-            ValueError: A correction needs the samples of the classes, and `class_samples` is empty.
         """
-        if len(class_samples) == 0 and (loss.logit_adjustment or loss.class_weights != "none"):
-            raise ValueError("logit adjustment and class weights need the number of samples of each class")
+        assert len(class_samples) or not (loss.logit_adjustment or loss.class_weights != "none")
         samples_K = torch.tensor(class_samples, dtype=torch.float64)
         self._smoothing = loss.label_smoothing
         self._offset_K = self._weight_K = None

@@ -218,8 +218,10 @@ class Trainer:
         """Run one forward pass; return the losses, [streams, (total, action, gaze)]."""
         outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
         loss = self.config.loss
-        gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices, self.action_loss)
-        losses = [torch.stack(stream_losses(output, batch.label_B, *gaze)) for output in outputs.values()]
+        gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices)
+        losses = [
+            torch.stack(stream_losses(output, batch.label_B, *gaze, self.action_loss)) for output in outputs.values()
+        ]
         return torch.stack(losses)
 
     def _backward(self, total_S: Tensor) -> None:
