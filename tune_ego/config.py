@@ -35,6 +35,7 @@ StreamName = Literal["rgb", "flow"]
 Sampling = Literal["uniform", "square_root", "class_balanced"]
 Workers = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 """Strict types would refuse the lists that YAML gives where a field is a tuple."""
+Range = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
 
 class DataConfig(ConfigNode):
@@ -60,6 +61,30 @@ class DataConfig(ConfigNode):
     """Folder (an absolute path) on each machine, in which shards of an object store are cached."""
     cache_gb: Positive = 50.0
     """Largest size of the cache, GB; the least recently used shards are removed. All of EGTEA is about 20 GB."""
+
+
+class AugmentConfig(ConfigNode):
+    """Random changes of training windows, beyond Lu's crop and mirroring."""
+
+    scale: Range = (1.0, 1.0)
+    """Side of the region that is scaled to the crop, as a fraction of `data.crop`: uniform between two numbers, for
+    each window; at most the image. Below 1 objects become larger. Gaze and flow are scaled as the images are."""
+    aspect: float = Field(1.0, ge=1)
+    """Largest ratio of the region's sides, log-uniform, wider or higher."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Change of RGB: factors on brightness, contrast and saturation, each uniform between 1 - colour and 1 + colour;
+    the same for all frames of a window."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup (Zhang et al., ICLR 2018), which averages two windows and their losses with weights drawn from
+    Beta(alpha, alpha); 0: none. The gaze loss leaves mixed windows out, as they show two scenes."""
+    mixup_share: Fraction = 0.5
+    """Share of the windows that are mixed. The others train the attention."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> AugmentConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale = {list(self.scale)}: expected [least, most]")
+        return self
 
 
 class ModelConfig(ConfigNode):
@@ -202,6 +227,7 @@ class Config(ConfigNode):
     fusion_weight: Fraction = 0.5
     """Weight of RGB's softmax scores in the fused scores; flow has the rest (Lu: their mean)."""
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = RangerConfig()
     schedule: ScheduleConfig = PlateauConfig()
@@ -256,6 +282,12 @@ class Config(ConfigNode):
         more = "a worker computes on one GPU; for more GPUs raise compute.workers"
         shared = "workers of one run cannot share a GPU (NCCL refuses it); give each one GPU"
         raise ValueError(f"compute.gpus_per_worker = {gpus:g}: {more if gpus > 1 else shared}")
+
+    @model_validator(mode="after")
+    def _mixup_has_a_partner(self) -> Config:
+        if self.augment.mixup and self.micro_batch < 2:
+            raise ValueError("augment.mixup: a forward pass needs two samples; raise train.batch_size")
+        return self
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Config:

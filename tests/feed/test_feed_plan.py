@@ -80,7 +80,10 @@ def test_every_item_of_a_worker(
     plan = make(handmade_shards, settings, workers, rank)
     centres = CENTRES[plan.validation_windows]
     expected = [
-        (kind == "t", [None if n == "-" else (SAMPLES if kind == "t" else centres)[int(n)] for n in numbers.split(",")])
+        (
+            kind == "t",
+            [None if n == "-" else Window(*(SAMPLES if kind == "t" else centres)[int(n)]) for n in numbers.split(",")],
+        )
         for kind, numbers in ((item[0], item[1:]) for item in items.split())
     ]
     assert plan.item_count == len(expected)
@@ -145,11 +148,13 @@ def test_a_plan_has_the_settings_of_its_configuration() -> None:
         seed=5,
         data__split=2,
         data__fold=3,
+        augment__scale=[0.5, 1.0],
     )
     plan = FeedPlan.from_config("root", config, 2, 1, encoded=True)
     assert plan == FeedPlan(
         root="root",
         data=config.data,
+        augment=config.augment,
         streams=("flow",),
         seed=5,
         iterations=9,
@@ -194,7 +199,7 @@ def test_clips_and_crop_are_those_of_the_configuration(handmade_shards: str) -> 
     """Split 2, session fold 1: clips 4 and 6 validate; a crop of 36 lies at 2, 6."""
     settings = {**ALONE, "data__split": 2, "data__fold": 1, "data__validation": "by_session", "data__crop": 36}
     plan = make(handmade_shards, {**settings, "streams": "flow"})
-    assert plan.windows(4) == (False, [(0, 4, 2, 6, False), (1, 0, 2, 6, False)])
+    assert plan.windows(4) == (False, [Window(0, 4, 2, 6, False), Window(1, 0, 2, 6, False)])
     assert plan.validation_labels == [1, 3]
     batch = plan.read(4)
     assert "rgb" not in batch and batch["flow"].shape == (2, 16, 2, 36, 36)
@@ -215,7 +220,7 @@ def test_a_worker_without_clips_reads_one_and_counts_it_out(handmade_shards: str
 def test_encoded_plans_read_images_as_they_are(handmade_shards: str) -> None:
     batch = make(handmade_shards, ALONE, encoded=True).read(0)
     assert "rgb" not in batch and {"rgb_jpeg", "flow_jpeg"} < batch.keys()
-    assert batch["place"].tolist() == [[4, 16, 32, 1], [5, 2, 32, 1]]
+    assert batch["place"].tolist() == [[4, 16, 32, 32, 32, 1], [5, 2, 32, 32, 32, 1]]
     assert batch["label"].tolist() == [0, 2]
 
 

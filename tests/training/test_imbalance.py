@@ -91,7 +91,7 @@ def test_a_step_has_the_configured_loss() -> None:
     samples = [5.0, 20.0, 75.0]
     trainer, clips = Trainer(config, ORIGIN, CPU, class_samples=samples), batch(1, 4)
     trainer.model.train()
-    outputs = trainer.forward(trainer.model, clips, None)
+    outputs = trainer.forward(trainer.model, clips.model_input(), None)
     loss = ActionLoss(config.loss, samples, CPU)
     expected = [
         stream_losses(output, clips.label_B, clips.gaze_BT2, clips.gaze_valid_BT, 0.5, config.loss.gaze_sigma)._replace(

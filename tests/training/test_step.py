@@ -144,7 +144,7 @@ def test_the_gaze_loss_is_a_mean_over_the_slices_of_the_whole_batch() -> None:
     for one in (first, second):
         with torch.no_grad():
             trainer.model.train()
-            attention = trainer.forward(trainer.model, one, None)["rgb"].attention_BTHW
+            attention = trainer.forward(trainer.model, one.model_input(), None)["rgb"].attention_BTHW
         assert attention is not None
         target, has_gaze = gaze_target(one.gaze_BT2, one.gaze_valid_BT, tuple(attention.shape[1:]), 3 / 7)  # type: ignore[arg-type]
         errors += (attention - target).square().mean(dim=(2, 3))[has_gaze].tolist()

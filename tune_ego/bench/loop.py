@@ -172,7 +172,7 @@ def _forward_and_evaluation(run: str, data: str, config: Config, repeats: int) -
     def forward() -> None:
         trainer.model.train()
         for _ in range(passes):
-            trainer.forward(trainer.model, batch, dict.fromkeys(config.stream_names, 0))
+            trainer.forward(trainer.model, batch.model_input(), dict.fromkeys(config.stream_names, 0))
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
 

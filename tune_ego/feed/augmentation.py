@@ -1,4 +1,7 @@
-"""Cropping and mirroring of images, flow and gaze. No Ray and no torch here; `mirrored_flow_x` takes tensors, too."""
+"""Cropping, scaling and mirroring of images, flow and gaze. No Ray and no torch here.
+
+`mirrored_flow_x` and `scaled_flow` take tensors, too.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,19 @@ def mirrored_flow_x(levels: Any) -> Any:
     return 255 - levels
 
 
+def scaled_flow(levels: Any, factor: float) -> Any:
+    """Return flow, levels from 0 to 255 of any shape, times a factor; 127.5 is no motion. Values are floating-point."""
+    return ((levels - 127.5) * factor + 127.5).clip(0, 255)
+
+
+def place_region(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
+    """Scale a region to `target`, both uint8 [height, width, 3] or [height, width]. With `flip` it is mirrored."""
+    height, width = target.shape[:2]
+    shrinks = image.shape[0] * image.shape[1] > height * width
+    scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    target[:] = cv2.flip(scaled, 1) if flip else scaled
+
+
 def place_image(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
     """Copy an image, uint8 [H, W], into `target`. With `flip` the copy is mirrored."""
     if flip:
@@ -46,7 +62,7 @@ def crop_gaze(gaze_T2: np.ndarray, image_size: tuple[int, int], window: Window, 
     Returns:
         x, y in [0, 1] of the crop, [T, 2]; outside [0, 1] where gaze is outside the crop.
     """
-    points_T2 = (gaze_T2 * image_size - (window.left, window.top)) / crop
+    points_T2 = (gaze_T2 * image_size - (window.left, window.top)) / (window.region or crop)
     if window.flip:
         points_T2[:, 0] = 1 - points_T2[:, 0]
     return points_T2

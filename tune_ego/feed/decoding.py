@@ -9,12 +9,13 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from tune_ego.config import WINDOW_FRAMES
 from tune_ego.errors import UserError
-from tune_ego.feed.augmentation import mirrored_flow_x
+from tune_ego.feed.augmentation import mirrored_flow_x, scaled_flow
 
 
 def decode_images(batch: dict[str, np.ndarray], stream: str, device: torch.device) -> Tensor:
@@ -39,14 +40,19 @@ def decode_images(batch: dict[str, np.ndarray], stream: str, device: torch.devic
     files = [file for file in data.split(sizes_BT.flatten().tolist()) if len(file)]  # padding has empty files
     images = iter(_decode(files, mode, device) if files else [])  # each [3, H, W] or [1, 2H, W]
     clips = []
-    for sizes_T, (top, left, side, flip) in zip(sizes_BT, batch["place"].tolist()):
+    for sizes_T, (top, left, width, height, side, flip) in zip(sizes_BT, batch["place"].tolist()):
         if not sizes_T.any():  # padding
             clips.append(torch.zeros((WINDOW_FRAMES, channels, side, side), dtype=torch.uint8, device=device))
             continue
         frames_TCHW = torch.stack([next(images) for _ in range(WINDOW_FRAMES)])
         if stream == "flow":  # [T, 1, 2H, W], x above y -> [T, 2, H, W]
             frames_TCHW = frames_TCHW.reshape(WINDOW_FRAMES, 2, -1, frames_TCHW.shape[-1])
-        crop = frames_TCHW[..., top : top + side, left : left + side]
+        crop = frames_TCHW[..., top : top + height, left : left + width]
+        if (width, height) != (side, side):
+            crop = F.interpolate(crop.float(), (side, side), mode="bilinear", antialias=True)
+            if stream == "flow":
+                crop = torch.stack([scaled_flow(crop[:, 0], side / width), scaled_flow(crop[:, 1], side / height)], 1)
+            crop = crop.round().clamp(0, 255).to(torch.uint8)
         if flip:
             crop = crop.flip(-1)
             if stream == "flow":

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from tune_ego.config import Config, DataConfig
+from tune_ego.config import AugmentConfig, Config, DataConfig
 from tune_ego.dataset.shards import open_shards
 from tune_ego.feed.cache import ShardCache
 from tune_ego.feed.packing import pack
@@ -32,6 +32,7 @@ class FeedPlan:
     root: str
     """Path or URI of the shards."""
     data: DataConfig
+    augment: AugmentConfig
     streams: tuple[str, ...]
     seed: int
     iterations: int
@@ -49,7 +50,15 @@ class FeedPlan:
         """Return the plan of worker `rank` of `workers` in a run with this configuration."""
         train = config.train
         return cls(
-            *(root, config.data, config.stream_names, config.seed, train.iterations, config.micro_batch),
+            *(
+                root,
+                config.data,
+                config.augment,
+                config.stream_names,
+                config.seed,
+                train.iterations,
+                config.micro_batch,
+            ),
             *(config.passes, train.validate_every, train.validation_windows, workers, rank, encoded),
         )
 
@@ -95,7 +104,7 @@ class FeedPlan:
             iteration += cycle * self.validate_every
             first = (iteration * self.passes + passes[turn]) * self.micro_batch
             samples = range(first, first + self.micro_batch)
-            form = (sources.image_size, self.data.crop, self.data.sampling)
+            form = (sources.image_size, self.data.crop, self.data.sampling, self.augment)
             return True, [training_window(sources.train.clips, self.seed, n, *form) for n in samples]
         # Workers take the batches of a validation in turn.
         first = ((place - training_items) * self.workers + self.rank) * self.micro_batch

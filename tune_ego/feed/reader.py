@@ -19,7 +19,7 @@ from tune_ego.config import WINDOW_FRAMES, Config
 from tune_ego.dataset.flow import split_components
 from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, describe_stray_rows
 from tune_ego.errors import UserError
-from tune_ego.feed.augmentation import crop_gaze, crop_shape, mirrored_flow_x, place_image
+from tune_ego.feed.augmentation import crop_gaze, crop_shape, mirrored_flow_x, place_image, place_region, scaled_flow
 from tune_ego.feed.cache import ShardCache
 from tune_ego.feed.sampling import Window
 
@@ -80,7 +80,7 @@ class WindowReader:
         Returns:
             The arrays of `read_batch` except `rgb` and `flow`. In place of `rgb`: `rgb_jpeg` uint8 [bytes], all JPEG
             files one after another, and `rgb_bytes` int64 [B, T], their sizes, 0 in padding. `flow` likewise. `place`
-            int64 [B, 4]: top, left and side of the crop, and 1 where the window is mirrored.
+            int64 [B, 6]: top, left, width and height of the region, side of the crop, 1 where the window is mirrored.
 
         Raises:
             UserError: A shard is damaged, or the header of an image is.
@@ -104,8 +104,16 @@ class WindowReader:
             sizes = [len(file) for file in stream_files]
             batch[f"{name}_jpeg"] = np.concatenate(stream_files)
             batch[f"{name}_bytes"] = np.array(sizes, np.int64).reshape(-1, WINDOW_FRAMES)
-        places = [(0, 0, False) if window is None else (window.top, window.left, window.flip) for window in windows]
-        batch["place"] = np.array([(top, left, self.crop, flip) for top, left, flip in places], np.int64)
+        whole = (self.crop, self.crop)
+        batch["place"] = np.array(
+            [
+                (one.top, one.left, *(one.region or whole), self.crop, one.flip)
+                if one
+                else (0, 0, *whole, self.crop, 0)
+                for one in windows
+            ],
+            np.int64,
+        )
         return batch
 
     def _labels_and_empty_gaze(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
@@ -156,7 +164,8 @@ class WindowReader:
         width, height = self.image_size
         # A row of BGR pixels, reversed byte by byte, is the mirrored row of RGB pixels. `place_image` therefore mirrors
         # single bytes, which is three times faster than cv2.flip of three channels.
-        colours, channels = ("BGR" if window.flip else "RGB", 3) if is_rgb else ("GRAY", 1)
+        mirrors_bytes = window.flip and window.region is None
+        colours, channels = ("BGR" if mirrors_bytes else "RGB", 3) if is_rgb else ("GRAY", 1)
         buffer = np.empty((height, width, 3) if is_rgb else (2 * height, width, 1), np.uint8)
         crop_rows = slice(window.top, window.top + self.crop)
         crop_bytes = slice(channels * window.left, channels * (window.left + self.crop))
@@ -166,6 +175,9 @@ class WindowReader:
                 images[t] = images[t - 1]
                 continue
             image = self._decode(files[row], colours, buffer, self.clips[window.clip])
+            if window.region is not None:
+                self._fill_region(images[t], image, window.region, window)
+                continue
             # One plane [1, H, 3 W] with the colours side by side, or two planes [2, H, W] of flow.
             planes = image.reshape(1, height, -1) if is_rgb else split_components(image[..., 0])
             targets = images[t].reshape(len(planes), self.crop, -1)  # [1, side, 3 side] or [2, side, side], a view
@@ -173,6 +185,19 @@ class WindowReader:
                 place_image(target, plane[crop_rows, crop_bytes], window.flip)
             if window.flip and not is_rgb:
                 images[t, 0] = mirrored_flow_x(images[t, 0])
+
+    def _fill_region(self, target: np.ndarray, image: np.ndarray, region: tuple[int, int], window: Window) -> None:
+        """Scale a region of an image to the crop: `target` is [side, side, 3] (RGB) or [2, side, side] (flow)."""
+        width, height = region
+        rows, columns = slice(window.top, window.top + height), slice(window.left, window.left + width)
+        if target.shape[-1] == 3:
+            place_region(target, image[rows, columns], window.flip)
+            return
+        for component, plane, length in zip(target, split_components(image[..., 0]), region):
+            place_region(component, plane[rows, columns], window.flip)
+            component[:] = np.rint(scaled_flow(component.astype(np.float32), self.crop / length))
+        if window.flip:
+            target[0] = mirrored_flow_x(target[0])
 
     def _decode(self, file: np.ndarray, colours: str, buffer: np.ndarray, clip: Clip) -> np.ndarray:
         """Decode a JPEG file into a buffer of the expected shape, [H, W, 3] or [2H, W, 1]."""

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES, Sampling
+from tune_ego.config import WINDOW_FRAMES, AugmentConfig, Sampling
 from tune_ego.dataset.shards import Clip
 
-_EPOCH_ORDER, _WINDOW_DRAW = 0, 1  # independent random streams of one seed
+_EPOCH_ORDER, _WINDOW_DRAW, _REGION_DRAW = 0, 1, 2  # independent random streams of one seed
 _SHARE_EXPONENTS: dict[Sampling, float] = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}
 """Power of a class's number of clips to which its share of the samples is proportional."""
 EVALUATION_STEP = 8
@@ -34,6 +34,8 @@ class Window(NamedTuple):
     left: int
     """First column of the crop, pixels."""
     flip: bool
+    region: tuple[int, int] | None = None
+    """(width, height) of the region that is scaled to the crop, pixels; None: the region is the crop."""
 
 
 def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -79,7 +81,13 @@ def _resampled_order(seed: int, epoch: int, labels: tuple[int, ...], sampling: S
 
 
 def training_window(
-    clips: list[Clip], seed: int, sample: int, image_size: tuple[int, int], crop: int, sampling: Sampling = "uniform"
+    clips: list[Clip],
+    seed: int,
+    sample: int,
+    image_size: tuple[int, int],
+    crop: int,
+    sampling: Sampling = "uniform",
+    augment: AugmentConfig = AugmentConfig(),  # noqa: B008 (immutable)
 ) -> Window:
     """Return the window of a training sample, numbered from the start of the run. `image_size` is (width, height).
 
@@ -93,9 +101,25 @@ def training_window(
     clip = int(order[place])
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_WINDOW_DRAW, sample)))
     start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
-    top = int(random.integers(image_size[1] - crop + 1))
-    left = int(random.integers(image_size[0] - crop + 1))
-    return Window(clip, start, top, left, bool(random.integers(2)))
+    region = _region(seed, sample, image_size, crop, augment)
+    width, height = region or (crop, crop)
+    top = int(random.integers(image_size[1] - height + 1))
+    left = int(random.integers(image_size[0] - width + 1))
+    return Window(clip, start, top, left, bool(random.integers(2)), region)
+
+
+def _region(
+    seed: int, sample: int, image_size: tuple[int, int], crop: int, augment: AugmentConfig
+) -> tuple[int, int] | None:
+    """Return (width, height) of a sample's region, from random numbers of its own; None without scaling."""
+    if augment.scale == (1.0, 1.0) and augment.aspect == 1.0:
+        return None
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_REGION_DRAW, sample)))
+    side = crop * random.uniform(*augment.scale)
+    aspect = augment.aspect ** random.uniform(-1, 1)
+    sides = (side * aspect**0.5, side / aspect**0.5)
+    width, height = (min(max(round(length), 1), most) for length, most in zip(sides, image_size))
+    return width, height
 
 
 def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int) -> Window:

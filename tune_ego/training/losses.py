@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tune_ego.config import LU_MAP_SIDE, MAP_SLICES, LossConfig
 from tune_ego.model.two_stream import StreamOutput
+from tune_ego.training.augmentation import Mixing
 
 
 def gaze_target(
@@ -113,14 +114,20 @@ class ActionLoss:
         if loss.class_weights != "none":
             self._weight_K = _class_weights(loss, samples_K).float().to(device)
 
-    def __call__(self, logits_BK: Tensor, label_B: Tensor) -> Tensor:
-        """Return the mean loss of a batch; the logits are float32."""
+    def __call__(self, logits_BK: Tensor, label_B: Tensor, mixing: Mixing | None = None) -> Tensor:
+        """Return the mean loss of a batch; the logits are float32. `mixing` is that of the windows."""
         if self._offset_K is not None:
             logits_BK = logits_BK + self._offset_K
-        if self._weight_K is None:
+        if self._weight_K is None and mixing is None:
             return F.cross_entropy(logits_BK, label_B, label_smoothing=self._smoothing)
+        loss_B = self._losses(logits_BK, label_B)
+        if mixing is not None:
+            loss_B = mixing.own_B * loss_B + (1 - mixing.own_B) * self._losses(logits_BK, label_B.roll(1))
+        return loss_B.mean()  # not over the sum of weights: passes of a batch add up
+
+    def _losses(self, logits_BK: Tensor, label_B: Tensor) -> Tensor:
         loss_B = F.cross_entropy(logits_BK, label_B, reduction="none", label_smoothing=self._smoothing)
-        return (self._weight_K[label_B] * loss_B).mean()  # not over the sum of weights: passes of a batch add up
+        return loss_B if self._weight_K is None else self._weight_K[label_B] * loss_B
 
 
 def _class_weights(loss: LossConfig, samples_K: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -19,6 +20,7 @@ from tune_ego.feed.feed_plan import FeedPlan, worker_passes
 from tune_ego.model import StreamOutput, TwoStream, load_weights
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.results.experiment import GPU_BYTES, METRIC
+from tune_ego.training.augmentation import Draws, augmented, draw
 from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, checkpoint_content, load_model_state
 from tune_ego.training.hardware import autocast_dtype, compile_streams, compiles, memory_format, set_batch_norms
 from tune_ego.training.losses import ActionLoss, slices_with_gaze, stream_losses
@@ -26,7 +28,8 @@ from tune_ego.training.metrics import ClipScores, accuracies, cross_entropy
 from tune_ego.training.optim import StreamOptimizer
 from tune_ego.training.weight_average import WeightAverage
 
-_WEIGHTS, _DROPOUT = 0, 1  # independent random streams of one seed
+_WEIGHTS, _DROPOUT = 0, 1  # independent random streams of each stream's seed
+_AUGMENTATION = 2  # an independent random stream of the run's seed
 Report = Callable[[Union[dict[str, Any], None], Union[dict[str, Any], None]], None]
 """Called with metrics, and after a validation with a checkpoint's content too; with a checkpoint alone where a signal
 asked for one. Every worker calls it equally often."""
@@ -164,10 +167,12 @@ class Trainer:
         )
         return content if self.average is None else {**content, "training_weights": self.model.state_dict()}
 
-    def forward(self, model: nn.Module, batch: ClipBatch, seeds: dict[str, int] | None) -> dict[str, StreamOutput]:
-        """Run `model` in the run's precision; `seeds` hold each stream's seed for dropout."""
+    def forward(
+        self, model: nn.Module, clips: dict[str, Tensor], seeds: dict[str, int] | None
+    ) -> dict[str, StreamOutput]:
+        """Run `model` in the run's precision on `ClipBatch.model_input`; `seeds`: a seed of dropout for each stream."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return model(batch.model_input(), seeds)
+            return model(clips, seeds)
 
     def _compile(self) -> dict[str, bool]:
         batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
@@ -180,14 +185,14 @@ class Trainer:
         highest `signal` of all workers. Raises `NonFiniteLoss`.
         """
         self.parallel.train()
-        batches_of_step = [next(batches) for _ in self.own_passes]
-        slices = self._gaze_slices(batches_of_step)
+        batches_of_step = [self._draw(next(batches), number) for number in self.own_passes]
+        slices = self._gaze_slices([batch for batch, _ in batches_of_step])
         passes_per_worker = self.config.passes / self.workers  # on average: DDP averages gradients over workers
         mean_losses_S3 = torch.zeros(len(self.model), 3, device=self.device)
-        for number, batch in zip(self.own_passes, batches_of_step):
+        for number, (batch, draws) in zip(self.own_passes, batches_of_step):
             if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
                 self.parallel.require_backward_grad_sync = number == self.own_passes[-1]
-            losses_S3 = self._losses_of_pass(batch, number, slices) / passes_per_worker
+            losses_S3 = self._losses_of_pass(batch, draws, number, slices) / passes_per_worker
             self._backward(losses_S3[:, 0])
             mean_losses_S3 += losses_S3.detach()
         self._statuses.append(self._status(mean_losses_S3, signal))
@@ -204,6 +209,15 @@ class Trainer:
         self._losses.append(mean_losses_S3)
         return mean_losses_S3
 
+    def _draw(self, batch: ClipBatch, number: int) -> tuple[ClipBatch, Draws]:
+        """Return the batch of a pass, with gaze only where windows are not mixed, and its random numbers."""
+        seed = np.random.SeedSequence(self.config.seed, spawn_key=(_AUGMENTATION, self.iteration, number))
+        draws = draw(self.config.augment, len(batch.label_B), seed, self.device)
+        if draws.mixing is None:
+            return batch, draws
+        whole_B1 = draws.mixing.own_B[:, None] == 1
+        return batch._replace(gaze_valid_BT=batch.gaze_valid_BT & whole_B1), draws
+
     def _gaze_slices(self, batches: list[ClipBatch]) -> Tensor:
         """Return the mean number of slices with gaze in a pass, over the passes of all workers.
 
@@ -214,14 +228,14 @@ class Trainer:
             dist.all_reduce(count)
         return count / self.config.passes
 
-    def _losses_of_pass(self, batch: ClipBatch, number: int, slices: Tensor) -> Tensor:
+    def _losses_of_pass(self, batch: ClipBatch, draws: Draws, number: int, slices: Tensor) -> Tensor:
         """Run one forward pass; return the losses, [streams, (total, action, gaze)]."""
-        outputs = self.forward(self.parallel, batch, self._seeds(_DROPOUT, self.iteration, number))
+        clips = augmented(batch.model_input(), draws)
+        outputs = self.forward(self.parallel, clips, self._seeds(_DROPOUT, self.iteration, number))
+        action_loss = partial(self.action_loss, mixing=draws.mixing)
         loss = self.config.loss
         gaze = (batch.gaze_BT2, batch.gaze_valid_BT, loss.gaze_weight, loss.gaze_sigma, slices)
-        losses = [
-            torch.stack(stream_losses(output, batch.label_B, *gaze, self.action_loss)) for output in outputs.values()
-        ]
+        losses = [torch.stack(stream_losses(output, batch.label_B, *gaze, action_loss)) for output in outputs.values()]
         return torch.stack(losses)
 
     def _backward(self, total_S: Tensor) -> None:
@@ -326,7 +340,7 @@ class Trainer:
         sums = ClipScores(self.config.stream_names, clips, classes, self.device)
         for _ in range(plan.validation_items):
             batch = next(batches)
-            outputs = self.forward(self.averaged_model, batch, None)
+            outputs = self.forward(self.averaged_model, batch.model_input(), None)
             self.seen = self.seen or (batch, outputs)
             sums.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
         scores = sums.reduce(self.config.fusion_weight)
