@@ -37,6 +37,12 @@ data:
   decode: cpu
   cache_dir: null
   cache_gb: 50.0
+augment:                      # none beyond Lu's crop and flip
+  scale: [1.0, 1.0]
+  aspect: 1.0
+  colour: 0.0
+  mixup: 0.0
+  mixup_share: 0.5
 model:
   stam_depth: 1               # Lu's "-a"
   stam_block: inception       # Lu
@@ -112,6 +118,7 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
 KEYS = """
 label seed streams fusion_weight
 data.split data.validation data.fold data.crop data.sampling data.decode data.cache_dir data.cache_gb
+augment.scale augment.aspect augment.colour augment.mixup augment.mixup_share
 model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
 model.width model.dropout model.sync_bn model.bn_momentum model.freeze_trunk_norms
 optimizer.name optimizer.trunk_lr optimizer.decay_all optimizer.lr optimizer.momentum optimizer.nesterov
@@ -226,6 +233,11 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("data.decode", ["auto", "cpu", "gpu"], ["nvjpeg"]),
     ("data.cache_dir", ["/cache", None], ["cache", ""]),
     ("data.cache_gb", [0.001], [0.0]),
+    ("augment.scale", [[0.1, 0.1], [0.5, 2.0]], [[0.0, 1.0], [1.0, 0.5], [1.0]]),
+    ("augment.aspect", [1.0, 3.0], [0.99]),
+    ("augment.colour", [0.0, 0.99], [-0.1, 1.0]),
+    ("augment.mixup", [0.0, 2.0], [-0.1]),
+    ("augment.mixup_share", [0.0, 1.0], [-0.1, 1.1]),
     ("model.stam_depth", [0, 8], [-1, 9]),
     ("model.stam_block", ["inception", "attention"], ["mlp"]),
     ("model.copy_init", [True, False], [1]),

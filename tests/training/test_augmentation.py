@@ -88,12 +88,13 @@ def test_a_mixed_step_s_losses_are_their_formula() -> None:
         F.cross_entropy(output.logits_BK[n : n + 1], one.label_B[n - 1].reshape(1), label_smoothing=0.1)
         for n in range(4)
     ]
-    action = sum(w * a + (1 - w) * b for w, a, b in zip(own.tolist(), losses, others)) / 4
+    mean = sum(w * a + (1 - w) * b for w, a, b in zip(own.tolist(), losses, others)) / 4
+    action = float(torch.as_tensor(mean).detach())
     assert output.attention_BTHW is not None
     gaze = gaze_loss(output.attention_BTHW[whole], one.gaze_BT2[whole], one.gaze_valid_BT[whole], 3 / 7)
     (row,) = trainer.step(iter([one])).tolist()
-    assert row[1] == pytest.approx(float(action), rel=1e-5) and row[2] == pytest.approx(gaze.item(), rel=1e-5)
-    assert row[0] == pytest.approx(float(action) + 0.1 * gaze.item(), rel=1e-5)
+    assert row[1] == pytest.approx(action, rel=1e-5) and row[2] == pytest.approx(gaze.item(), rel=1e-5)
+    assert row[0] == pytest.approx(action + 0.1 * gaze.item(), rel=1e-5)
     plain = stream_losses(output, one.label_B, one.gaze_BT2, one.gaze_valid_BT, 0.1, 3 / 7)
     assert plain.action.item() != pytest.approx(row[1], rel=1e-3) and plain.gaze.item() != pytest.approx(
         row[2], rel=1e-3
@@ -101,7 +102,7 @@ def test_a_mixed_step_s_losses_are_their_formula() -> None:
 
 
 def test_mixup_needs_two_samples_in_a_pass() -> None:
-    with pytest.raises(UserError, match="augment.mixup: a forward pass needs two samples; raise train.batch_size"):
+    with pytest.raises(UserError, match=r"augment.mixup: a forward pass needs two samples; raise train.batch_size"):
         tiny_config(augment__mixup=0.4, train__accumulate=4)
 
 
