@@ -88,8 +88,11 @@ class AugmentConfig(ConfigNode):
 
 
 class ModelConfig(ConfigNode):
-    """Architecture of each stream: I3D with the attention module STAM."""
+    """Architecture of each stream: a backbone with the attention module STAM."""
 
+    backbone: Literal["i3d", "s3d", "r2plus1d_18", "mvit_v2_s", "swin3d_t"] = "i3d"
+    """Network that computes the feature map: I3D (Lu), or one of torchvision's. `width` and `activation_scope: all` are
+    for I3D alone."""
     stam_depth: int = Field(1, ge=0, le=8)
     """Blocks in the attention module: 0 is no attention (Lu's "-o"), 1 is Lu's "-a", 3 the paper's experiment 3."""
     stam_block: Literal["inception", "attention"] = "inception"
@@ -104,7 +107,7 @@ class ModelConfig(ConfigNode):
     attention_scale: Literal["min_max", "subtract_min"] = "min_max"
     """Scaling of each clip's attention map: `min_max` as in Lu's text, `subtract_min` as in the released code."""
     width: float = Field(1.0, gt=0, le=1)
-    """Factor on every channel count, rounded to whole channels; 1 is I3D. CPUs can train 0.25."""
+    """Factor on every channel count of I3D, rounded to whole channels. CPUs can train 0.25."""
     dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout rate before the classifier (Lu)."""
     sync_bn: bool = False
@@ -282,6 +285,20 @@ class Config(ConfigNode):
         more = "a worker computes on one GPU; for more GPUs raise compute.workers"
         shared = "workers of one run cannot share a GPU (NCCL refuses it); give each one GPU"
         raise ValueError(f"compute.gpus_per_worker = {gpus:g}: {more if gpus > 1 else shared}")
+
+    @model_validator(mode="after")
+    def _backbone_has_its_keys(self) -> Config:
+        model = self.model
+        if model.backbone == "i3d":
+            return self
+        for key, fits in (
+            ("model.width", model.width == 1),
+            ("model.activation_scope", model.activation_scope == "stam"),
+            ("train.activation_checkpointing", not self.train.activation_checkpointing),
+        ):
+            if not fits:
+                raise ValueError(f"{key}: only model.backbone i3d has it, not {model.backbone}")
+        return self
 
     @model_validator(mode="after")
     def _mixup_has_a_partner(self) -> Config:

@@ -44,6 +44,7 @@ augment:                      # none beyond Lu's crop and flip
   mixup: 0.0
   mixup_share: 0.5
 model:
+  backbone: i3d               # Lu
   stam_depth: 1               # Lu's "-a"
   stam_block: inception       # Lu
   copy_init: false
@@ -119,7 +120,7 @@ KEYS = """
 label seed streams fusion_weight
 data.split data.validation data.fold data.crop data.sampling data.decode data.cache_dir data.cache_gb
 augment.scale augment.aspect augment.colour augment.mixup augment.mixup_share
-model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
+model.backbone model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
 model.width model.dropout model.sync_bn model.bn_momentum model.freeze_trunk_norms
 optimizer.name optimizer.trunk_lr optimizer.decay_all optimizer.lr optimizer.momentum optimizer.nesterov
 optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k optimizer.alpha
@@ -238,6 +239,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("augment.colour", [0.0, 0.99], [-0.1, 1.0]),
     ("augment.mixup", [0.0, 2.0], [-0.1]),
     ("augment.mixup_share", [0.0, 1.0], [-0.1, 1.1]),
+    ("model.backbone", ["i3d", "s3d", "r2plus1d_18", "mvit_v2_s", "swin3d_t"], ["vit"]),
     ("model.stam_depth", [0, 8], [-1, 9]),
     ("model.stam_block", ["inception", "attention"], ["mlp"]),
     ("model.copy_init", [True, False], [1]),

@@ -35,7 +35,8 @@ UNKNOWN_SEARCHER: Any = SimpleNamespace(searcher="new", configurations=1, repeat
         ),
         pytest.param(lambda: schedule_factor(UNKNOWN, 1, 10), id="schedule"),
         pytest.param(
-            lambda: stam(8, ModelConfig(width=0.05).model_copy(update={"stam_block": "new"})), id="stam_block"
+            lambda: stam(8, ModelConfig(width=0.05).model_copy(update={"stam_block": "new"}), non_negative=True),
+            id="stam_block",
         ),
         pytest.param(lambda: scale_attention(torch.rand(1, 2, 2, 2), "new"), id="attention_scale"),
         pytest.param(lambda: autocast_dtype("new", torch.device("cpu")), id="precision"),

@@ -73,25 +73,29 @@ def trunk_activation(model: ModelConfig) -> str:
             raise ValueError(f"no modules for model.activation_scope {unknown!r}")
 
 
-def stam(channels: int, model: ModelConfig) -> OrderedDict[str, nn.Module]:
-    """Build the modules from `Mixed_5c`'s output to the unscaled map: `stam_depth` blocks and `attention_pred`.
+def stam(channels: int, model: ModelConfig, *, non_negative: bool) -> OrderedDict[str, nn.Module]:
+    """Build the modules from the trunk's output to the unscaled map: `stam_depth` blocks and `attention_pred`.
 
     Inception blocks have the published name, `attention_inc`; blocks of self-attention are `attention_self`.
     Raises `ValueError` for a kind of block that is not known here.
+
+    Args:
+        channels: Channels of the trunk's output.
+        model: Configuration.
+        non_negative: The trunk's output is never below zero.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    trunk_relu = trunk_activation(model) == "relu"
     for number in range(1, model.stam_depth + 1):
         suffix = "" if number == 1 else f"_{number}"
         match model.stam_block:
             case "attention":
                 layers[f"attention_self{suffix}"] = AttentionBlock(channels, model.activation)
             case "inception":
-                non_negative = model.activation == "relu" or (number == 1 and trunk_relu)
                 block = inception(
                     channels, MIXED_WIDTHS["Mixed_5c"], model.width, model.activation, non_negative, model.bn_momentum
                 )
                 layers[f"attention_inc{suffix}"], channels = block, block.outputs
+                non_negative = model.activation == "relu"
             case unknown:
                 raise ValueError(f"no attention block {unknown!r}")
     layers["attention_pred"] = Unit3D(channels, 1, bn_momentum=model.bn_momentum)

@@ -16,10 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from tune_ego.config import ModelConfig
+from tune_ego.model.backbones import FACTS, TorchvisionTrunk
 from tune_ego.model.i3d import Unit3D, trunk
 from tune_ego.model.stam import scale_attention, stam, trunk_activation
 
 CHANNELS = {"rgb": 3, "flow": 2}
+_I3D_FRAMES_PER_SLICE = 8
 
 
 class StreamOutput(NamedTuple):
@@ -40,16 +42,22 @@ class ParameterRole(NamedTuple):
 
 
 class Stream(nn.Module):
-    """I3D + STAM over one modality. Parameter names are those of the published weights."""
+    """Backbone + STAM over one modality.
+
+    Parameter names are those of the published weights of I3D; torchvision's, after `trunk.`, for its backbones.
+    """
 
     def __init__(self, modality: str, num_classes: int, model: ModelConfig) -> None:
         super().__init__()
         self.modality = modality
-        layers, channels = trunk(CHANNELS[modality], model.width, trunk_activation(model), model.bn_momentum)
+        self.backbone = model.backbone
+        layers, channels, non_negative = _trunk_layers(modality, model)
+        self.frames_per_slice = frames_per_slice(model.backbone)
+        """Frames of a clip for each time step of its attention map."""
         self._trunk = tuple(layers)
         for name, layer in layers.items():
             self.add_module(name, layer)
-        attention = stam(channels, model) if model.stam_depth else {}
+        attention = stam(channels, model, non_negative=non_negative) if model.stam_depth else {}
         self.attention_modules = tuple(attention)
         """Names of STAM's modules, in order; the last one computes the map."""
         for name, layer in attention.items():
@@ -126,6 +134,22 @@ class Stream(nn.Module):
             context_fn=lambda: (nullcontext(), _statistics_kept(layer)),
         )
         return again
+
+
+def _trunk_layers(modality: str, model: ModelConfig) -> tuple[Mapping[str, nn.Module], int, bool]:
+    """Return the trunk's modules in order, the channels of the feature map, and whether it is never below zero."""
+    inputs = CHANNELS[modality]
+    if model.backbone != "i3d":
+        network = TorchvisionTrunk(model.backbone, inputs, model.bn_momentum)
+        return {"trunk": network}, network.facts.channels, network.facts.non_negative
+    activation = trunk_activation(model)
+    layers, channels = trunk(inputs, model.width, activation, model.bn_momentum)
+    return layers, channels, activation == "relu"
+
+
+def frames_per_slice(backbone: str) -> int:
+    """Return the frames of a clip for each time step of the backbone's feature map."""
+    return _I3D_FRAMES_PER_SLICE if backbone == "i3d" else FACTS[backbone].frames_per_slice
 
 
 def _is_weight(module: nn.Module, name: str) -> bool:

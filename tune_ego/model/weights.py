@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tune_ego.errors import UserError
+from tune_ego.model.backbones import FACTS, first_convolution
 from tune_ego.model.two_stream import Stream
 from tune_ego.results.checkpoint_files import is_final, read_last_whole_checkpoint, read_verified, run_of
 
@@ -157,6 +158,8 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
     tensors = _without_prefixes(_state_dict(content, str(path)), str(path))
+    if stream.backbone != "i3d":
+        tensors = _as_trunk(stream, tensors)
     ours = f"{stream.modality}."
     if any(name.startswith(("rgb.", "flow.")) for name in tensors):
         tensors = {name.removeprefix(ours): value for name, value in tensors.items() if name.startswith(ours)}
@@ -206,6 +209,23 @@ def _without_prefixes(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor
         if plain not in _COUNTERS:
             result[plain] = value
     return result
+
+
+def _as_trunk(stream: Stream, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a model of torchvision by the stream's names, without the head; others unchanged.
+
+    For flow, the filters of the first convolution are the mean over red, green and blue.
+    """
+    own = stream.state_dict()
+    head = tuple(f"{name}." for name in FACTS[stream.backbone].head)
+    if any(name in own or name.startswith(("rgb.", "flow.")) for name in tensors):
+        return tensors
+    trunk = {f"trunk.{name}": value for name, value in tensors.items() if not name.startswith(head)}
+    first = f"trunk.{first_convolution(stream.get_submodule('trunk'))}.weight"
+    weight, inputs = trunk.get(first), own[first].shape[1]
+    if weight is not None and weight.dim() == 5 and weight.shape[1] == 3 and inputs != 3:
+        trunk[first] = weight.mean(dim=1, keepdim=True).expand(-1, inputs, -1, -1, -1)
+    return trunk
 
 
 def _load(stream: Stream, tensors: dict[str, Tensor], path: str) -> LoadedWeights:

@@ -18,7 +18,7 @@ from tune_ego.errors import UserError
 from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.feed.feed_plan import FeedPlan, worker_passes
 from tune_ego.model import StreamOutput, TwoStream, load_weights
-from tune_ego.model.two_stream import CHANNELS
+from tune_ego.model.two_stream import CHANNELS, frames_per_slice
 from tune_ego.results.experiment import GPU_BYTES, METRIC
 from tune_ego.training.augmentation import Draws, augmented, draw
 from tune_ego.training.checkpoint import Origin, check_content, check_same_origin, checkpoint_content, load_model_state
@@ -223,7 +223,9 @@ class Trainer:
 
         With it the gaze loss is a mean over the iteration's slices, however they are divided into passes.
         """
-        count = torch.stack([slices_with_gaze(batch.gaze_BT2, batch.gaze_valid_BT).sum() for batch in batches]).sum()
+        slices = batches[0].gaze_BT2.shape[1] // frames_per_slice(self.config.model.backbone)
+        counts = [slices_with_gaze(batch.gaze_BT2, batch.gaze_valid_BT, slices).sum() for batch in batches]
+        count = torch.stack(counts).sum()
         if self.distributed:
             dist.all_reduce(count)
         return count / self.config.passes
