@@ -7,7 +7,7 @@ Keys are written with dots: `--set optimizer.lr=1e-3`, `optimizer.lr:` in a sear
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, NamedTuple, Union
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,22 @@ WINDOW_FRAMES = 16
 """Frames of a window (Lu)."""
 MAP_SLICES = 2
 """Time steps of the attention map of a window: I3D reduces 16 frames to 2 there."""
+
+
+class WindowForm(NamedTuple):
+    """Frames of a clip that a window holds."""
+
+    frames: int = WINDOW_FRAMES
+    """Number of frames, T."""
+    step: int = 1
+    """Distance of two of them, in frames of the clip."""
+
+    @property
+    def span(self) -> int:
+        """Frames of the clip from the first one to the last, both included."""
+        return (self.frames - 1) * self.step + 1
+
+
 LU_MAP_SIDE = 7
 """Rows and columns of the attention map for a crop of 224 pixels (Lu)."""
 
@@ -50,6 +66,11 @@ class DataConfig(ConfigNode):
     """Tenth of the training clips that is used for validation."""
     crop: int = Field(224, ge=32)
     """Side of the square crop, pixels (Lu)."""
+    window_frames: Literal[16, 32] = 16
+    """Frames of a window (Lu: 16)."""
+    frame_step: int = Field(1, ge=1, le=8)
+    """Distance of two frames of a window: 2 takes every second frame, so a window lasts twice as long. A frame's flow
+    is the one to the next frame of the clip."""
     sampling: Sampling = "uniform"
     """Share of a class in the training samples: `uniform`: proportional to its clips, each clip once an epoch (Lu);
     `square_root`: to the square root of their number; `class_balanced`: the same for all classes."""
@@ -61,6 +82,11 @@ class DataConfig(ConfigNode):
     """Folder (an absolute path) on each machine, in which shards of an object store are cached."""
     cache_gb: Positive = 50.0
     """Largest size of the cache, GB; the least recently used shards are removed. All of EGTEA is about 20 GB."""
+
+    @property
+    def window(self) -> WindowForm:
+        """Frames of a clip that a window holds."""
+        return WindowForm(self.window_frames, self.frame_step)
 
 
 class AugmentConfig(ConfigNode):

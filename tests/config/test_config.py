@@ -33,6 +33,8 @@ data:
   validation: stratified
   fold: 0
   crop: 224                   # Lu
+  window_frames: 16           # Lu
+  frame_step: 1
   sampling: uniform           # Lu
   decode: cpu
   cache_dir: null
@@ -118,9 +120,11 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
 }
 KEYS = """
 label seed streams fusion_weight
-data.split data.validation data.fold data.crop data.sampling data.decode data.cache_dir data.cache_gb
+data.split data.validation data.fold data.crop data.window_frames data.frame_step data.sampling data.decode
+data.cache_dir data.cache_gb
 augment.scale augment.aspect augment.colour augment.mixup augment.mixup_share
-model.backbone model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope model.attention_scale
+model.backbone model.stam_depth model.stam_block model.copy_init model.activation model.activation_scope
+model.attention_scale
 model.width model.dropout model.sync_bn model.bn_momentum model.freeze_trunk_norms
 optimizer.name optimizer.trunk_lr optimizer.decay_all optimizer.lr optimizer.momentum optimizer.nesterov
 optimizer.weight_decay optimizer.betas optimizer.eps optimizer.k optimizer.alpha
@@ -231,6 +235,8 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("data.validation", ["stratified", "by_session"], ["random"]),
     ("data.fold", [0, 9], [-1, 10]),
     ("data.crop", [32], [31]),
+    ("data.window_frames", [16, 32], [8, 16.0]),
+    ("data.frame_step", [1, 8], [0, 9]),
     ("data.decode", ["auto", "cpu", "gpu"], ["nvjpeg"]),
     ("data.cache_dir", ["/cache", None], ["cache", ""]),
     ("data.cache_gb", [0.001], [0.0]),

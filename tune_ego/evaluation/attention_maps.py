@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip, Shards
 from tune_ego.evaluation.evaluate import OpenedModel
 from tune_ego.evaluation.inspection import draw_gaze, find_record, overlay
@@ -40,6 +39,13 @@ class ScoredWindow(NamedTuple):
     """Softmax scores [K] of each stream, and `fused` where there are two."""
     attention: dict[str, np.ndarray]
     """Each stream's map [T', H, W], its highest value 1; none without attention."""
+    step: int = 1
+    """Distance of two of the window's frames, in frames of the clip."""
+
+    @property
+    def span(self) -> int:
+        """Frames of the clip from the window's first frame to its last."""
+        return (len(self.frames_THW3) - 1) * self.step + 1
 
     def gaze(self, frame: int) -> tuple[float, float] | None:
         """Return the gaze point of one of the window's frames; None without gaze inside the crop."""
@@ -51,7 +57,7 @@ class ScoredWindow(NamedTuple):
         if stream not in self.attention:
             return None
         slices = self.attention[stream]
-        return slices[frame * len(slices) // WINDOW_FRAMES]
+        return slices[frame * len(slices) // len(self.frames_THW3)]
 
 
 def main_score(result: ScoredWindow) -> str:
@@ -64,8 +70,9 @@ def score_windows(opened: OpenedModel, clips: list[Clip], windows: list[Window])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = autocast_dtype(opened.config.train.precision, device) if device.type == "cuda" else None
     model = opened.model.to(device).eval()
+    data = opened.config.data
     # Frames are read for the pictures, also if the model has no RGB stream.
-    reader = WindowReader(clips, ("rgb", "flow"), opened.shards.image_size, opened.config.data.crop)
+    reader = WindowReader(clips, ("rgb", "flow"), opened.shards.image_size, data.crop, form=data.window)
     scored = []
     for first in range(0, len(windows), _BATCH):
         piece = windows[first : first + _BATCH]
@@ -83,7 +90,7 @@ def score_windows(opened: OpenedModel, clips: list[Clip], windows: list[Window])
             }
             maps = {name: value / max(float(value.max()), 1e-12) for name, value in maps.items()}
             seen = (batch["rgb"][place], batch["gaze"][place], batch["gaze_valid"][place])
-            scored.append(ScoredWindow(window, *seen, scores, maps))
+            scored.append(ScoredWindow(window, *seen, scores, maps, data.frame_step))
     return scored
 
 
@@ -116,7 +123,7 @@ def validation_strip(batch: ClipBatch, outputs: Mapping[str, StreamOutput]) -> n
     maps = {name: out.attention_BTHW for name, out in outputs.items() if out.attention_BTHW is not None}
     if not maps:
         return None
-    middle, columns = WINDOW_FRAMES // 2, []
+    middle, columns = batch.gaze_BT2.shape[1] // 2, []
     for place in range(min(_STRIP_CLIPS, int(batch.present_B.sum()))):
         frame = np.full((_STRIP_SIDE, _STRIP_SIDE, 3), 128, np.uint8)
         if batch.rgb_BTHWC is not None:

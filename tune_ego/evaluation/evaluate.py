@@ -127,7 +127,7 @@ def score_clips(
     # 16-bit arithmetic is slow on CPUs, and wrong in some of their kernels.
     dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
     model.to(device).to(memory_format=memory_format(device, dtype)).eval()
-    reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop)
+    reader = WindowReader(clips, config.stream_names, shards.image_size, config.data.crop, form=config.data.window)
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     non_finite = _NonFiniteOutputs(clips, device)
@@ -221,7 +221,7 @@ def _batches(
     windows: list[Window | None] = [
         centre_window(index, start, reader.image_size, reader.crop)
         for index, clip in enumerate(reader.clips)
-        for start in dense_starts(clip.frames)
+        for start in dense_starts(clip.frames, reader.form.span)
     ]
     pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
     cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import percent, print_table, say
 from tune_ego.dataset.gaze import FPS
 from tune_ego.dataset.shards import Clip
@@ -43,7 +42,7 @@ def visualize(checkpoint: str, clip: str, data: str, out: str) -> list[ScoredWin
     opened = open_model(checkpoint, data)
     shards, split = opened.shards, opened.config.data.split
     chosen = as_clip(shards, clip)
-    starts = dense_starts(chosen.frames)
+    starts = dense_starts(chosen.frames, opened.config.data.window.span)
     windows = [centre_window(0, start, shards.image_size, opened.config.data.crop) for start in starts]
     scored = score_windows(opened, [chosen], windows)
     role = find_record(shards, clip)[f"split{split}"] or "no"
@@ -65,7 +64,7 @@ def _print_scores(scored: list[ScoredWindow], clip: Clip, actions: list[str], ti
     rows = []
     for result in scored:
         predicted = actions[int(result.scores[main_score(result)].argmax())]
-        last = min(result.window.start + WINDOW_FRAMES, clip.frames) - 1
+        last = min(result.window.start + result.span, clip.frames) - 1
         scores = [percent(float(result.scores[name][clip.label])) for name in names]
         rows.append([f"{result.window.start} to {last}", *scores, predicted])
     print_table(title, ["frames", *(f"{name}, true class" for name in names), f"predicted, {names[-1]}"], rows)
@@ -73,9 +72,9 @@ def _print_scores(scored: list[ScoredWindow], clip: Clip, actions: list[str], ti
 
 def window_at(scored: list[ScoredWindow], frame: int) -> tuple[ScoredWindow, int]:
     """Return (the window whose middle is nearest to a frame of the clip, the frame's index in the window)."""
-    holding = [result for result in scored if result.window.start <= frame < result.window.start + WINDOW_FRAMES]
-    result = min(holding, key=lambda result: abs(frame - result.window.start - (WINDOW_FRAMES - 1) / 2))
-    return result, frame - result.window.start
+    holding = [result for result in scored if result.window.start <= frame < result.window.start + result.span]
+    result = min(holding, key=lambda result: abs(frame - result.window.start - (result.span - 1) / 2))
+    return result, (frame - result.window.start) // result.step
 
 
 def _video(scored: list[ScoredWindow], clip: Clip, actions: list[str], title: str) -> bytes:
@@ -243,6 +242,6 @@ def _plot(scored: list[ScoredWindow], clip: Clip, width: int, now: int | None) -
 
 
 def _middle(result: ScoredWindow, clip: Clip, score: float, at: Any) -> tuple[int, int]:
-    last = min(result.window.start + WINDOW_FRAMES, clip.frames) - 1
+    last = min(result.window.start + result.span, clip.frames) - 1
     place: tuple[int, int] = at((result.window.start + last) / 2, score)
     return place

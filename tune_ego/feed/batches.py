@@ -108,7 +108,9 @@ def _array_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def blank_batch(count: int, side: int, streams: tuple[str, ...], device: torch.device) -> ClipBatch:
+def blank_batch(
+    count: int, side: int, streams: tuple[str, ...], device: torch.device, frames: int = WINDOW_FRAMES
+) -> ClipBatch:
     """Return a batch of black windows without motion and gaze, with the memory layout of a batch that was read.
 
     Args:
@@ -116,12 +118,12 @@ def blank_batch(count: int, side: int, streams: tuple[str, ...], device: torch.d
         side: Height and width of the images, pixels.
         streams: `rgb`, `flow` or both.
         device: Device of all tensors.
+        frames: Frames of a window, T.
     """
     images = {
-        name: torch.zeros(count, WINDOW_FRAMES, *crop_shape(name, side), dtype=torch.uint8, device=device)
-        for name in streams
+        name: torch.zeros(count, frames, *crop_shape(name, side), dtype=torch.uint8, device=device) for name in streams
     }
-    zero_BT = torch.zeros(count, WINDOW_FRAMES, device=device)
+    zero_BT = torch.zeros(count, frames, device=device)
     zero_B = torch.zeros(count, dtype=torch.int64, device=device)
     return ClipBatch(
         rgb_BTHWC=images.get("rgb"),

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.errors import UserError
 from tune_ego.feed.augmentation import mirrored_flow_x, scaled_flow
 
@@ -42,11 +41,11 @@ def decode_images(batch: dict[str, np.ndarray], stream: str, device: torch.devic
     clips = []
     for sizes_T, (top, left, width, height, side, flip) in zip(sizes_BT, batch["place"].tolist()):
         if not sizes_T.any():  # padding
-            clips.append(torch.zeros((WINDOW_FRAMES, channels, side, side), dtype=torch.uint8, device=device))
+            clips.append(torch.zeros((len(sizes_T), channels, side, side), dtype=torch.uint8, device=device))
             continue
-        frames_TCHW = torch.stack([next(images) for _ in range(WINDOW_FRAMES)])
+        frames_TCHW = torch.stack([next(images) for _ in sizes_T])
         if stream == "flow":  # [T, 1, 2H, W], x above y -> [T, 2, H, W]
-            frames_TCHW = frames_TCHW.reshape(WINDOW_FRAMES, 2, -1, frames_TCHW.shape[-1])
+            frames_TCHW = frames_TCHW.reshape(len(sizes_T), 2, -1, frames_TCHW.shape[-1])
         crop = frames_TCHW[..., top : top + height, left : left + width]
         if (width, height) != (side, side):
             crop = F.interpolate(crop.float(), (side, side), mode="bilinear", antialias=True)

@@ -104,7 +104,7 @@ class FeedPlan:
             iteration += cycle * self.validate_every
             first = (iteration * self.passes + passes[turn]) * self.micro_batch
             samples = range(first, first + self.micro_batch)
-            form = (sources.image_size, self.data.crop, self.data.sampling, self.augment)
+            form = (sources.image_size, self.data.crop, self.data.sampling, self.augment, self.data.window)
             return True, [training_window(sources.train.clips, self.seed, n, *form) for n in samples]
         # Workers take the batches of a validation in turn.
         first = ((place - training_items) * self.workers + self.rank) * self.micro_batch
@@ -154,13 +154,13 @@ def _sources(plan: FeedPlan) -> _Sources:
     shards = open_shards(plan.root)
     size = shards.image_size
     train, validation = (
-        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.from_config(plan.data))
+        WindowReader(clips, plan.streams, size, plan.data.crop, ShardCache.from_config(plan.data), plan.data.window)
         for clips in (shards.train(plan.data), shards.validation(plan.data))
     )
     windows = [
         centre_window(index, start, size, plan.data.crop)
         for index, clip in enumerate(validation.clips)
-        for start in spread_starts(clip.frames, plan.validation_windows)
+        for start in spread_starts(clip.frames, plan.validation_windows, plan.data.window.span)
     ]
     return _Sources(train, validation, windows, size)
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES, Config
+from tune_ego.config import Config, WindowForm
 from tune_ego.dataset.flow import split_components
 from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, describe_stray_rows
 from tune_ego.errors import UserError
@@ -34,6 +34,7 @@ class WindowReader:
         image_size: tuple[int, int],
         crop: int,
         cache: ShardCache | None = None,
+        form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
     ) -> None:
         """Create a reader.
 
@@ -43,8 +44,10 @@ class WindowReader:
             image_size: (width, height) of the images in the shards, pixels.
             crop: Side of the square crop, pixels.
             cache: Cache for shards that are not on this machine's disk.
+            form: Frames that a window holds.
         """
         self.clips, self.streams, self.image_size, self.crop, self.cache = clips, streams, image_size, crop, cache
+        self.form = form
         self._columns = [*streams, "gaze_x", "gaze_y", "gaze_valid"]
 
     def read_batch(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
@@ -58,7 +61,7 @@ class WindowReader:
             UserError: A shard is damaged.
         """
         images = {
-            name: np.empty((len(windows), WINDOW_FRAMES, *crop_shape(name, self.crop)), np.uint8)
+            name: np.empty((len(windows), self.form.frames, *crop_shape(name, self.crop)), np.uint8)
             for name in self.streams
         }
         batch = images | self._labels_and_empty_gaze(windows)
@@ -90,7 +93,7 @@ class WindowReader:
         for place, window in enumerate(windows):
             if window is None:
                 for stream_files in files.values():
-                    stream_files += [np.empty(0, np.uint8)] * WINDOW_FRAMES
+                    stream_files += [np.empty(0, np.uint8)] * self.form.frames
                 continue
             table, rows_T = self._read_window(window)
             sample = {name: value[place] for name, value in batch.items()}  # views into the batch
@@ -103,7 +106,7 @@ class WindowReader:
         for name, stream_files in files.items():
             sizes = [len(file) for file in stream_files]
             batch[f"{name}_jpeg"] = np.concatenate(stream_files)
-            batch[f"{name}_bytes"] = np.array(sizes, np.int64).reshape(-1, WINDOW_FRAMES)
+            batch[f"{name}_bytes"] = np.array(sizes, np.int64).reshape(-1, self.form.frames)
         whole = (self.crop, self.crop)
         batch["place"] = np.array(
             [
@@ -121,8 +124,8 @@ class WindowReader:
         count = len(windows)
         indices = [0 if window is None else window.clip for window in windows]
         return {
-            "gaze": np.zeros((count, WINDOW_FRAMES, 2), np.float32),
-            "gaze_valid": np.zeros((count, WINDOW_FRAMES), bool),
+            "gaze": np.zeros((count, self.form.frames, 2), np.float32),
+            "gaze_valid": np.zeros((count, self.form.frames), bool),
             "clip": np.array(indices, np.int64),
             "label": np.array([self.clips[index].label for index in indices], np.int64),
             "present": np.array([window is not None for window in windows]),
@@ -131,7 +134,9 @@ class WindowReader:
     def _read_window(self, window: Window) -> tuple[pa.Table, np.ndarray]:
         """Return (the row groups that hold a window, the rows [T] of its frames in them)."""
         clip = self.clips[window.clip]
-        frame_T = np.minimum(window.start + np.arange(WINDOW_FRAMES), clip.frames - 1)  # short clips repeat the last
+        frame_T = np.minimum(
+            window.start + self.form.step * np.arange(self.form.frames), clip.frames - 1
+        )  # short clips repeat the last
         table, first_frame = self._read_row_groups(clip, frame_T)
         return table, frame_T - first_frame
 

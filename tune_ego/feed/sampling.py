@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES, AugmentConfig, Sampling
+from tune_ego.config import AugmentConfig, Sampling, WindowForm
 from tune_ego.dataset.shards import Clip
 
 _EPOCH_ORDER, _WINDOW_DRAW, _REGION_DRAW = 0, 1, 2  # independent random streams of one seed
@@ -23,7 +23,7 @@ EVALUATION_STEP = 8
 
 
 class Window(NamedTuple):
-    """16 consecutive frames of a clip, their crop and whether they are mirrored."""
+    """Frames of a clip from a start on (`WindowForm`), their crop and whether they are mirrored."""
 
     clip: int
     """Index in the list of clips."""
@@ -88,6 +88,7 @@ def training_window(
     crop: int,
     sampling: Sampling = "uniform",
     augment: AugmentConfig = AugmentConfig(),  # noqa: B008 (immutable)
+    form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
 ) -> Window:
     """Return the window of a training sample, numbered from the start of the run. `image_size` is (width, height).
 
@@ -100,7 +101,7 @@ def training_window(
         order = _resampled_order(seed, epoch, tuple(clip.label for clip in clips), sampling)
     clip = int(order[place])
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_WINDOW_DRAW, sample)))
-    start = int(random.integers(max(clips[clip].frames - WINDOW_FRAMES, 0) + 1))
+    start = int(random.integers(max(clips[clip].frames - form.span, 0) + 1))
     region = _region(seed, sample, image_size, crop, augment)
     width, height = region or (crop, crop)
     top = int(random.integers(image_size[1] - height + 1))
@@ -127,17 +128,17 @@ def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int)
     return Window(clip, start, (image_size[1] - crop) // 2, (image_size[0] - crop) // 2, False)
 
 
-def dense_starts(frames: int) -> list[int]:
-    """Return the starts of a clip's evaluation windows: 0, 8, 16, ... and the start of the last possible window."""
-    last = max(frames - WINDOW_FRAMES, 0)
+def dense_starts(frames: int, span: int = WindowForm().span) -> list[int]:
+    """Return the starts of a clip's evaluation windows of `span` frames: 0, 8, 16, ... and the last possible start."""
+    last = max(frames - span, 0)
     starts = list(range(0, last + 1, EVALUATION_STEP))
     return starts if starts[-1] == last else [*starts, last]
 
 
-def spread_starts(frames: int, count: int) -> list[int]:
-    """Return the starts of `count` evenly spaced windows, fewer for short clips.
+def spread_starts(frames: int, count: int, span: int = WindowForm().span) -> list[int]:
+    """Return the starts of `count` evenly spaced windows of `span` frames, fewer for short clips.
 
     For an odd `count`, a window is in the middle of the clip.
     """
-    last = max(frames - WINDOW_FRAMES, 0)
+    last = max(frames - span, 0)
     return sorted({round(last * (2 * index + 1) / (2 * count)) for index in range(count)})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES
+from tune_ego.config import WindowForm
 from tune_ego.dataset.frame_stream import STDIN, FrameStream
 from tune_ego.dataset.frame_times import SessionClock
 from tune_ego.dataset.gaze import FPS
@@ -47,8 +47,22 @@ class Arrived(NamedTuple):
 class LatestWindow:
     """The latest complete window of a stream, which a thread reads. The thread does nothing else, to keep up."""
 
-    def __init__(self, images: Iterable[np.ndarray], stride: int, now: Callable[[], float] = time.monotonic) -> None:
-        """Start the thread. `stride` is the number of frames between two windows, `now` the clock."""
+    def __init__(
+        self,
+        images: Iterable[np.ndarray],
+        stride: int,
+        span: int = WindowForm().span,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            images: Session frames, BGR uint8 [H, W, 3].
+            stride: Frames between the starts of two windows.
+            span: Frames from the first to the last one of a window.
+            now: Clock, seconds.
+        """
+        self._span = span
         self._changed = threading.Condition()
         self._latest: Arrived | None = None
         self._ended = self._stopped = False
@@ -58,7 +72,7 @@ class LatestWindow:
         self._thread.start()
 
     def _read(self, images: Iterable[np.ndarray], stride: int) -> None:
-        recent: deque[tuple[np.ndarray, float]] = deque(maxlen=WINDOW_FRAMES + 1)
+        recent: deque[tuple[np.ndarray, float]] = deque(maxlen=self._span + 1)
         count = end = number = 0  # frames so far, frames up to the end of the last window, windows so far
         try:
             for image in images:
@@ -67,11 +81,11 @@ class LatestWindow:
                 recent.append((image, self._now()))
                 count += 1
                 start = count - len(recent)
-                if len(recent) > WINDOW_FRAMES and start % stride == 0:
+                if len(recent) > self._span and start % stride == 0:
                     self._give(Arrived(start, [image for image, _ in recent], number, recent[-2][1]))
-                    number, end = number + 1, start + WINDOW_FRAMES
+                    number, end = number + 1, start + self._span
             if count > end:
-                last = list(recent)[-WINDOW_FRAMES:]
+                last = list(recent)[-self._span :]
                 self._give(Arrived(count - len(last), [image for image, _ in last], number, last[-1][1]))
         except BaseException as error:  # raised again by `take`
             self._error = error
@@ -121,17 +135,18 @@ def predict_live(
     method = model_flow(model, settings.flow_weights)._replace(batch=1)  # more would wait for further frames
     images = _camera_images(source, model.image_size) if isinstance(source, int) else _stdin_images(model.image_size)
     chosen = views(model.image_size, model.config.data.crop, settings.windows.crops, flips=settings.windows.flips)
-    latest = LatestWindow(images, settings.windows.stride)
+    form = model.config.data.window
+    latest = LatestWindow(images, settings.windows.stride, form.span)
     next_number = 0
     try:
         while (arrived := latest.take()) is not None:
-            window = next(video_windows(arrived.images, method, 1))._replace(start=arrived.start)
+            window = next(video_windows(arrived.images, method, 1, form))._replace(start=arrived.start)
             (scored,) = score_windows(model, [window], chosen)
             best = top_classes(scored.main, model.classes)
             top = [{"action": action, "score": round(score, 4)} for action, score in best]
             line: dict[str, Any] = {
                 "start": round(scored.start / FPS, 3),
-                "end": round((scored.start + WINDOW_FRAMES) / FPS, 3),
+                "end": round((scored.start + form.span) / FPS, 3),
                 **top[0],
                 "top": top,
                 "delay": round(time.monotonic() - arrived.moment, 3),

@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import progress, say
 from tune_ego.dataset.frame_stream import FrameStream
 from tune_ego.dataset.gaze import FPS
@@ -32,7 +31,8 @@ _HEIGHT, _CAPTION = 240, 28
 
 def write_overlay(model: TrainedModel, video: str, name: str, segments: Segments) -> None:
     """Write the video. It is decoded once more; the attention is that of `NAME.windows.parquet`."""
-    windows = _nearest_windows(read_windows(f"{name}.windows.parquet"), segments.frames)
+    span = model.config.data.window.span
+    windows = _nearest_windows(read_windows(f"{name}.windows.parquet"), segments.frames, span)
     with tempfile.NamedTemporaryFile(prefix="tune-ego-", suffix=".mp4") as file:
         _write_video(file.name, model, video, windows, segments)
         storage.write_file(name + OVERLAY, file.name)
@@ -59,25 +59,26 @@ def _write_video(
         container.mux(track.encode(None))
 
 
-def _nearest_windows(windows: Iterator[WindowScores], frames: int) -> Iterator[WindowScores]:
+def _nearest_windows(windows: Iterator[WindowScores], frames: int, span: int) -> Iterator[WindowScores]:
     """Yield for each frame the window whose middle is nearest to it."""
     current = next(windows)
     following = next(windows, None)
     for frame in range(frames):
-        while following is not None and abs(_middle(following) - frame) < abs(_middle(current) - frame):
+        while following is not None and abs(_middle(following, span) - frame) < abs(_middle(current, span) - frame):
             current, following = following, next(windows, None)
         yield current
 
 
-def _middle(window: WindowScores) -> float:
-    return window.start + (WINDOW_FRAMES - 1) / 2
+def _middle(window: WindowScores, span: int) -> float:
+    return window.start + (span - 1) / 2
 
 
 def _draw(image: np.ndarray, frame: int, window: WindowScores, model: TrainedModel, segments: Segments) -> np.ndarray:
     """Draw a frame and each stream's attention side by side, the caption below, RGB uint8 with even sides."""
-    place = min(max(frame - window.start, 0), WINDOW_FRAMES - 1)
+    span = model.config.data.window.span
+    place = min(max(frame - window.start, 0), span - 1)
     pictures = [image] + [
-        overlay_crop(image, map_THW[place * len(map_THW) // WINDOW_FRAMES], model.image_size, model.config.data.crop)
+        overlay_crop(image, map_THW[place * len(map_THW) // span], model.image_size, model.config.data.crop)
         for map_THW in window.attention.values()
     ]
     body = np.concatenate(pictures, axis=1)

@@ -14,7 +14,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tune_ego import __version__, storage
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.console import say
 from tune_ego.dataset.flow import BOUND
 from tune_ego.dataset.gaze import FPS
@@ -111,7 +110,8 @@ def package_config(trained: TrainedModel) -> dict[str, Any]:
         "outputs": exported.outputs,
         "image_size": list(trained.image_size),
         "crop": trained.config.data.crop,
-        "window_frames": WINDOW_FRAMES,
+        "window_frames": trained.config.data.window_frames,
+        "frame_step": trained.config.data.frame_step,
         "frames_per_second": FPS,
         "flow_method": trained.flow_method,
         "flow_pixels": BOUND,
@@ -123,10 +123,8 @@ def package_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _examples(exported: ExportedModel, trained: TrainedModel, batch: int) -> tuple[Tensor, ...]:
-    side = trained.config.data.crop
-    return tuple(
-        torch.zeros(batch, WINDOW_FRAMES, *crop_shape(name, side), dtype=torch.uint8) for name in exported.inputs
-    )
+    side, frames = trained.config.data.crop, trained.config.data.window_frames
+    return tuple(torch.zeros(batch, frames, *crop_shape(name, side), dtype=torch.uint8) for name in exported.inputs)
 
 
 def _dynamic(exported: ExportedModel) -> tuple[Any, ...]:

@@ -11,7 +11,9 @@ import torch
 folder = Path(__file__).parent
 config = json.loads((folder / "config.json").read_text())
 model = torch.export.load(folder / "model.pt2").module()
-(width, height), side, length = config["image_size"], config["crop"], config["window_frames"]
+(width, height), side = config["image_size"], config["crop"]
+spacing = config["frame_step"]  # frames between two frames of a window
+span = (config["window_frames"] - 1) * spacing + 1
 top, left = (height - side) // 2, (width - side) // 2
 video = cv2.VideoCapture(sys.argv[1])
 step = (video.get(cv2.CAP_PROP_FPS) or 24) / config["frames_per_second"]  # video frames for each frame of the model
@@ -20,7 +22,7 @@ while (image := video.read()[1]) is not None:
     frames.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
 assert frames, f"{sys.argv[1]}: no frame can be read"
 frames = [frames[round(index * step)] for index in range(int((len(frames) - 1) / step) + 1)]
-frames += frames[-1:] * (length - len(frames))  # a short video repeats its last frame
+frames += frames[-1:] * (span - len(frames))  # a short video repeats its last frame
 assert config["flow_method"] == "dis" or "flow" not in config["inputs"], "compute flow by the method of the training"
 greys = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in frames]
 dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -29,8 +31,8 @@ levels = (np.clip(flow, -config["flow_pixels"], config["flow_pixels"]) / config[
 rows, columns = slice(top, top + side), slice(left, left + side)
 rgb = torch.from_numpy(np.stack(frames)[:, rows, columns, ::-1].copy())
 motion = torch.from_numpy(np.rint(levels).astype(np.uint8)[:, rows, columns].transpose(0, 3, 1, 2).copy())
-for start in range(0, max(len(frames) - length, 0) + 1, length // 2):
-    windows = {"rgb": rgb[None, start : start + length], "flow": motion[None, start : start + length]}
+for start in range(0, len(frames) - span + 1, 8):
+    windows = {name: all[None, start : start + span : spacing] for name, all in (("rgb", rgb), ("flow", motion))}
     scores = model(*(windows[name] for name in config["inputs"]))[0][0]
     best = int(scores.argmax())
     print(f"{start / 24:6.2f} s  {config['classes'][best]}  {100 * float(scores[best]):.1f} %")

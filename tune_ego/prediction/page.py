@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.gaze import FPS
 from tune_ego.evaluation.inspection import overlay
 from tune_ego.prediction.scoring import WindowScores
@@ -130,7 +129,7 @@ def _draw(segments: Sequence[Segment], frames: int, model: TrainedModel, windows
     labels = {index: model.classes.index(segments[index].action) for index in drawn}
     best: dict[int, tuple[float, WindowScores]] = {}
     for window in read_windows(windows):
-        middle = window.start + WINDOW_FRAMES / 2
+        middle = window.start + model.config.data.window.span / 2
         for place, target in enumerate(places):
             if abs(middle - target) < nearest[place][0]:
                 nearest[place] = (abs(middle - target), window.thumbnail)

@@ -130,18 +130,18 @@ def predict_video(
     """
     settings.check()
     windows = settings.windows
-    method = model_flow(model, settings.flow_weights)
+    method, form = model_flow(model, settings.flow_weights), model.config.data.window
     chosen = views(model.image_size, model.config.data.crop, windows.crops, flips=windows.flips)
     starts, scores = list[int](), list[np.ndarray]()
     with FrameStream(source) as stream, _progress(stream) if show_progress else nullcontext(_ignore) as advance:
         counted = _Counted(stream, model.image_size, advance)
-        for window in score_windows(model, video_windows(counted.images(), method, windows.stride), chosen):
+        for window in score_windows(model, video_windows(counted.images(), method, windows.stride, form), chosen):
             starts.append(window.start)
             scores.append(window.main)
             if on_window is not None:
                 on_window(window)
         remarks = _remarks(stream)
-    scores_FK = frame_scores(starts, np.stack(scores), counted.frames)
+    scores_FK = frame_scores(starts, np.stack(scores), counted.frames, form.span)
     return Segments(detect_segments(scores_FK, model.classes, settings.detection), counted.frames, scores_FK, remarks)
 
 

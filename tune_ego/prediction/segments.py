@@ -24,7 +24,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES
+from tune_ego.config import WindowForm
 from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import UserError
 
@@ -69,18 +69,21 @@ class Segment(NamedTuple):
     """The five classes with the highest mean scores inside, with these scores, highest first."""
 
 
-def frame_scores(starts: Sequence[int], scores_WK: np.ndarray, frames: int) -> np.ndarray:
+def frame_scores(
+    starts: Sequence[int], scores_WK: np.ndarray, frames: int, span: int = WindowForm().span
+) -> np.ndarray:
     """Return each frame's mean score over the windows that hold it, float32 [F, K].
 
     Args:
         starts: First frame of each window.
         scores_WK: Class scores of each window.
         frames: Number of frames, F; each is held by a window.
+        span: Frames from the first to the last one of a window.
     """
     sums = np.zeros((frames + 1, scores_WK.shape[1]))
     counts = np.zeros(frames + 1)
     for start, scores_K in zip(starts, scores_WK):
-        end = min(start + WINDOW_FRAMES, frames)
+        end = min(start + span, frames)
         sums[start] += scores_K
         sums[end] -= scores_K
         counts[start] += 1

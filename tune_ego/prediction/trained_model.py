@@ -1,6 +1,6 @@
 """A trained recogniser for inference: uint8 windows in, class scores and attention maps out.
 
-B batch, T frames of a window (16), T' slices of an attention map, H, W pixels or cells, K classes.
+B batch, T frames of a window, T' slices of an attention map, H, W pixels or cells, K classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_ego.config import WINDOW_FRAMES, Config
+from tune_ego.config import Config
 from tune_ego.feed.batches import model_input
 from tune_ego.model import TwoStream
 from tune_ego.prediction.predict import PredictionSettings, Segments, predict_video
@@ -61,8 +61,8 @@ class TrainedModel(nn.Module):
         """Recognise the action in each window, in float32.
 
         Args:
-            rgb: Frames, uint8 [B, 16, H, W, 3], RGB.
-            flow: Flow from each frame to the next one, uint8 [B, 16, 2, H, W], x before y: -20 to 20 pixels as 0 to
+            rgb: Frames, uint8 [B, T, H, W, 3], RGB; T is `data.window_frames`.
+            flow: Flow from each frame to the next one, uint8 [B, T, 2, H, W], x before y: -20 to 20 pixels as 0 to
                 255, as in the shards.
 
         Raises:
@@ -101,8 +101,8 @@ class TrainedModel(nn.Module):
         """Recognise the action in each window, from whole images: the model sees their centre crop.
 
         Args:
-            rgb: Frames, uint8 [B, 16, H, W, 3], RGB, as large as `image_size`.
-            flow: Flow from each frame to the next one, uint8 [B, 16, 2, H, W], as in `forward`.
+            rgb: Frames, uint8 [B, T, H, W, 3], RGB, as large as `image_size`.
+            flow: Flow from each frame to the next one, uint8 [B, T, 2, H, W], as in `forward`.
 
         Raises:
             ValueError: A stream is missing or not part of the model, or an input has another type, shape or size.
@@ -131,9 +131,10 @@ class TrainedModel(nn.Module):
             )
         if images is None:
             return
+        frames = self.config.data.window_frames
         channels = images.shape[-1] == 3 if name == "rgb" else images.dim() == 5 and images.shape[2] == 2
-        if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[1] != WINDOW_FRAMES or not channels:
-            expected = "[B, 16, H, W, 3]" if name == "rgb" else "[B, 16, 2, H, W]"
+        if images.dtype != torch.uint8 or images.dim() != 5 or images.shape[1] != frames or not channels:
+            expected = f"[B, {frames}, H, W, 3]" if name == "rgb" else f"[B, {frames}, 2, H, W]"
             raise ValueError(f"{name}: expected uint8 {expected}, found {images.dtype} {list(images.shape)}")
 
 

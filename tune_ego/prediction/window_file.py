@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.gaze import FPS
 from tune_ego.prediction.scoring import WindowScores
 
@@ -33,6 +32,7 @@ class WindowFile:
     def __init__(self, model: TrainedModel, source: str) -> None:
         """Begin a file. `source` is the video, a note in the file's metadata."""
         self._image_size, self._crop = model.image_size, model.config.data.crop
+        self._span = model.config.data.window.span
         self._metadata = {"classes": json.dumps(model.classes), "frames_per_second": str(FPS), "source": source}
         self._file = tempfile.NamedTemporaryFile(prefix="tune-ego-", suffix=".parquet")  # noqa: SIM115, see __exit__
         self._writer: pq.ParquetWriter | None = None
@@ -64,7 +64,7 @@ class WindowFile:
     def _write_rows(self, frames: int | None = None) -> None:
         if not self._rows:
             return
-        table = _table(self._rows, self._image_size, self._crop, frames)
+        table = _table(self._rows, self._image_size, self._crop, self._span, frames)
         if self._writer is None:
             schema = table.schema.with_metadata(self._metadata | _map_shapes(self._rows[0]))
             self._writer = pq.ParquetWriter(self._file.name, schema, compression="zstd")
@@ -76,9 +76,9 @@ def _map_shapes(window: WindowScores) -> dict[str, str]:
     return {f"{name}_attention_shape": json.dumps(map_THW.shape) for name, map_THW in window.attention.items()}
 
 
-def _table(rows: list[WindowScores], image_size: tuple[int, int], crop: int, frames: int | None) -> pa.Table:
+def _table(rows: list[WindowScores], image_size: tuple[int, int], crop: int, span: int, frames: int | None) -> pa.Table:
     starts = np.array([row.start for row in rows], np.int64)
-    ends = starts + WINDOW_FRAMES
+    ends = starts + span
     columns: dict[str, Any] = {
         "first_frame": starts,
         "start": starts / FPS,

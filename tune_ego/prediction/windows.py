@@ -1,6 +1,6 @@
 """Windows of a video of any length, as the shards would hold them. No torch here.
 
-T frames of a window (16), V views (crops) of a window, H, W.
+T frames of a window, V views (crops) of a window, H, W.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from tune_ego.config import WINDOW_FRAMES
+from tune_ego.config import WindowForm
 from tune_ego.dataset.flow import FlowMethod, split_components
 from tune_ego.dataset.video import encode_each
 from tune_ego.feed.augmentation import mirrored_flow_x
@@ -29,7 +29,7 @@ class View(NamedTuple):
 
 
 class VideoWindow(NamedTuple):
-    """16 consecutive session frames with their flow, uncropped."""
+    """Session frames with their flow, uncropped."""
 
     start: int
     """First session frame."""
@@ -67,34 +67,40 @@ def crop_views(window: VideoWindow, chosen: list[View], crop: int) -> tuple[np.n
     return np.stack(rgb), np.stack(flow)
 
 
-def video_windows(frames: Iterable[np.ndarray], method: FlowMethod, stride: int) -> Iterator[VideoWindow]:
+def video_windows(
+    frames: Iterable[np.ndarray],
+    method: FlowMethod,
+    stride: int,
+    form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
+) -> Iterator[VideoWindow]:
     """Yield the windows at frames 0, stride, 2 stride, ... and one that ends with the video.
 
     Images and flow pass through JPEG files, as those of the shards do: a window of a clip's video has the bytes that
-    training and `evaluate` read. A video under 16 frames gives one window, which repeats its last frame.
+    training and `evaluate` read. A video shorter than a window gives one window, which repeats its last frame.
 
     Args:
         frames: Session frames, BGR uint8 [H, W, 3].
         method: Optical flow of the model's training shards.
         stride: Frames between the starts of two windows, 1 to 16.
+        form: Frames that a window holds.
 
     Raises:
         UserError: There are no frames.
     """
     cv2.setNumThreads(1)  # the model computes beside this
-    latest: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW_FRAMES)
+    latest: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=form.span)
     count = end = 0  # frames so far, frames up to the end of the last window
 
     def window() -> VideoWindow:
-        images = [*latest, *[latest[-1]] * (WINDOW_FRAMES - len(latest))]
+        images = [*latest, *[latest[-1]] * (form.span - len(latest))][:: form.step]
         rgb_THW3, flow_T2HW = (np.stack(stream) for stream in zip(*images))
-        return VideoWindow(max(count - WINDOW_FRAMES, 0), rgb_THW3, flow_T2HW)
+        return VideoWindow(max(count - form.span, 0), rgb_THW3, flow_T2HW)
 
     for rgb, flow in encode_each(frames, method):
         levels_HW = simplejpeg.decode_jpeg(flow, "GRAY")[..., 0]
         latest.append((simplejpeg.decode_jpeg(rgb, "RGB"), split_components(levels_HW)))
         count += 1
-        if count >= WINDOW_FRAMES and (count - WINDOW_FRAMES) % stride == 0:
+        if count >= form.span and (count - form.span) % stride == 0:
             yield window()
             end = count
     if end < count:

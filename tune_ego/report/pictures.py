@@ -8,7 +8,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Clip
 from tune_ego.evaluation.attention_maps import ScoredWindow, main_score, panels, score_windows
 from tune_ego.evaluation.evaluate import open_model
@@ -41,8 +40,8 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
     test_clips = opened.shards.test(split)
     places = np.unique(np.linspace(0, len(test_clips) - 1, min(_MOST_CLIPS, len(test_clips))).round().astype(int))
     clips = [test_clips[place] for place in places]
-    size, crop = opened.shards.image_size, opened.config.data.crop
-    windows = [centre_window(n, spread_starts(clip.frames, 1)[0], size, crop) for n, clip in enumerate(clips)]
+    size, crop, span = opened.shards.image_size, opened.config.data.crop, opened.config.data.window.span
+    windows = [centre_window(n, spread_starts(clip.frames, 1, span)[0], size, crop) for n, clip in enumerate(clips)]
     cases: list[tuple[dict[str, Any], ScoredWindow]] = []
     for scored in score_windows(opened, clips, windows):
         cases.append((_describe_case(scored, clips[scored.window.clip], opened.shards.actions), scored))
@@ -60,21 +59,21 @@ def attention_cases(checkpoint: str, data: str) -> tuple[dict[str, Any], list[st
         "fused": main_score(cases[0][1]),
         "cases": [case for case, _ in chosen],
     }
-    return numbers, [_picture(scored, case["frame"] - scored.window.start) for case, scored in chosen]
+    return numbers, [_picture(scored, (case["frame"] - scored.window.start) // scored.step) for case, scored in chosen]
 
 
 def _describe_case(scored: ScoredWindow, clip: Clip, actions: list[str]) -> dict[str, Any]:
     """Return the numbers of one case: its clip, the frame to draw, its gaze point, and the scores."""
     scores = scored.scores[main_score(scored)]
     predicted = int(scores.argmax())
-    middle = WINDOW_FRAMES // 2
+    frames = len(scored.frames_THW3)
     # The frame with gaze that is nearest to the middle of the window, else the middle frame.
-    order = sorted(range(min(WINDOW_FRAMES, clip.frames)), key=lambda frame: abs(frame - middle))
+    order = sorted(range(min(frames, clip.frames)), key=lambda frame: abs(frame - frames // 2))
     frame = next((frame for frame in order if scored.gaze(frame)), order[0])
     point = scored.gaze(frame)
     return {
         "clip": clip.name,
-        "frame": scored.window.start + frame,
+        "frame": scored.window.start + frame * scored.step,
         "gaze": None if point is None else list(point),
         "label": actions[clip.label],
         "label_score": float(scores[clip.label]),

@@ -8,7 +8,6 @@ import traceback
 import torch
 
 from tune_ego import storage
-from tune_ego.config import WINDOW_FRAMES
 from tune_ego.dataset.shards import Shards, open_shards
 from tune_ego.errors import StorageError, user_error_in
 from tune_ego.feed.batches import batches_to_device, prefetch_first, ray_batches
@@ -117,4 +116,4 @@ def _batch_bytes(plan: FeedPlan) -> int:
     if plan.encoded:
         return plan.micro_batch << 20  # measured, 0.72 MB a window of 320 x 240 pixels
     channels = sum({"rgb": 3, "flow": 2}[name] for name in plan.streams)
-    return plan.micro_batch * WINDOW_FRAMES * plan.data.crop**2 * channels
+    return plan.micro_batch * plan.data.window_frames * plan.data.crop**2 * channels

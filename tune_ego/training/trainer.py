@@ -175,7 +175,9 @@ class Trainer:
             return model(clips, seeds)
 
     def _compile(self) -> dict[str, bool]:
-        batch = blank_batch(self.config.micro_batch, self.config.data.crop, self.config.stream_names, self.device)
+        data = self.config.data
+        streams = self.config.stream_names
+        batch = blank_batch(self.config.micro_batch, data.crop, streams, self.device, data.window_frames)
         return compile_streams(self.model, batch.model_input(), self.dtype)
 
     def step(self, batches: Iterator[ClipBatch], signal: int = 0) -> Tensor:
