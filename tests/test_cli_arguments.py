@@ -220,7 +220,11 @@ def test_train_notes_smaller_passes_than_those_of_its_file(
             ("c", "D", 2, "o", 0.3),
             {"sweep": True, "compare": False},
         ),
-        (["--fusion-weight", "0", "--compare"], ("c", "D", None, None, 0.0), {"sweep": False, "compare": True}),
+        (
+            ["--fusion-weight", "0", "--compare", "--crops", "3", "--flips"],
+            ("c", "D", None, None, 0.0),
+            {"sweep": False, "compare": True},
+        ),
     ],
 )
 def test_evaluate_shows_its_result(
@@ -228,14 +232,15 @@ def test_evaluate_shows_its_result(
 ) -> None:
     calls: list[Any] = []
 
-    def evaluate(*args: Any) -> dict[str, int]:
-        calls.append(args)
+    def evaluate(*args: Any, **views: Any) -> dict[str, int]:
+        calls.append((args, views))
         return {"a": 1}
 
     monkeypatch.setattr("tune_ego.evaluation.evaluate.evaluate", evaluate)
     monkeypatch.setattr("tune_ego.evaluation.tables.show", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert run(monkeypatch, "evaluate", "c", "--data", "D", *options) == 0
-    assert calls == [positional, (({"a": 1},), shown)]
+    views = {"crops": 3 if "--crops" in options else 1, "flips": "--flips" in options}
+    assert calls == [(positional, views), (({"a": 1},), shown)]
 
 
 BENCHES = {

@@ -28,7 +28,7 @@ def test_every_row_has_its_place_and_its_test() -> None:
 
 def test_a_mistake_is_noticed_by_its_test_alone_and_taken_out_again() -> None:
     """One planted mistake and two tests of the same file: one looks at the place, the other does not."""
-    old, new = "frames - WINDOW_FRAMES, 0)\n    starts", "frames - WINDOW_FRAMES, 8)\n    starts"
+    old, new = "frames - span, 0)\n    starts", "frames - span, 8)\n    starts"
     file, tests = "tune_ego/feed/sampling.py", "tests/test_small.py"
     content = "from tune_ego.feed.sampling import dense_starts, spread_starts\n"
     content += "def test_dense(): assert dense_starts(16) == [0]\n"

@@ -31,12 +31,12 @@ IMAGE_SIZE = (96, 72)
 NOUNS, CLIPS = 3, 360
 _UNSEEN_CLIPS = 45
 """Clips of two sessions; the first one, of 36 clips, is the untrimmed video."""
-DEMO_ITERATIONS = 150
+DEMO_ITERATIONS = 180
 FINAL_CHANGES = {
     "train.iterations": DEMO_ITERATIONS,
-    "train.validate_every": 30,
+    "train.validate_every": 45,
     "schedule.name": "multistep",  # a run this short needs a lower learning rate at its end
-    "schedule.milestones": [110],
+    "schedule.milestones": [135],
     "compute.cpus_per_worker": 1.5,  # alone on the machine: two threads
 }
 """Keys of the best configuration that the final run changes."""

@@ -27,6 +27,8 @@ NodeType = Annotated[
     Optional[list[str]],
     typer.Option("--node-type", help="Nodes that the cluster may start, e.g. CPU=16,GPU=1,max=8; repeatable."),
 ]
+Crops = Annotated[int, typer.Option(help="Crops of each window: 1 (centre) or 3 (left, centre, right).")]
+Flips = Annotated[bool, typer.Option("--flips", help="Score each crop mirrored as well.")]
 
 
 def parse_changes(pairs: list[str] | None) -> dict[str, Any]:

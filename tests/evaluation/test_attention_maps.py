@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tune_ego.config import WindowForm
 from tune_ego.dataset.shards import Clip
 from tune_ego.evaluation import attention_maps as attention
 from tune_ego.evaluation import visualize
@@ -101,8 +102,9 @@ class Reader:
 
     made: tuple[Any, ...] = ()
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, form: WindowForm) -> None:
         Reader.made = arguments
+        assert form == (16, 1)
 
     def read_batch(self, windows: list[Window]) -> dict[str, np.ndarray]:
         starts, frames = np.array([window.start for window in windows]), np.arange(16)

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from tests import literal
 from tests.conftest import tiny_config
+from tune_ego.config import WindowForm
 from tune_ego.dataset.gaze import Gaze
 from tune_ego.dataset.shards import SCHEMA_VERSION, Clip, closing_files, frame_table, open_shards, write_shard
 from tune_ego.errors import UserError
 from tune_ego.evaluation import evaluate as evaluate_module
-from tune_ego.evaluation.evaluate import evaluate, score_clips
+from tune_ego.evaluation.evaluate import evaluate, recall_by_frequency, score_clips, training_clips
 from tune_ego.evaluation.tables import show
 from tune_ego.feed.reader import WindowReader
-from tune_ego.feed.sampling import centre_window, dense_starts
+from tune_ego.feed.sampling import Window, centre_window, dense_starts, views
 from tune_ego.model import StreamOutput, TwoStream
 from tune_ego.results.checkpoint_files import find_checkpoint
 from tune_ego.results.experiment import collapsed_rate
@@ -233,9 +234,15 @@ def test_evaluation_by_hand(tmp_path: Path, numbered: str, monkeypatch: pytest.M
     result = evaluate(str(run), numbered)
     assert json.loads((run / "evaluation.json").read_text()) == result
     attention, sweep = result.pop("attention"), result.pop("fusion_sweep")
+    counts = [one.pop("training_clips") for one in result["classes"]]
+    assert counts == training_clips(open_shards(numbered), 1)
+    for name in ("rgb", "flow", "fused"):
+        assert result[name].pop("by_frequency") == recall_by_frequency(result[name]["recall"], counts)
     assert result == {
         "split": 1,
         "trained_on_split": 1,
+        "crops": 1,
+        "flips": False,
         "clips": 5,
         "clips_trained_on": 0,
         "chance": 0.25,
@@ -255,8 +262,10 @@ def test_evaluation_by_hand(tmp_path: Path, numbered: str, monkeypatch: pytest.M
 
     (run / "evaluation.json").unlink()
     other = evaluate(str(run), numbered, fusion_weight=0.6, out=str(tmp_path / "elsewhere.json"))
-    assert (other["fusion_weight"], other["fused"], other["rgb"], other["flow"]) == (0.6, RIGHT, RGB, FLOW)
     assert json.loads((tmp_path / "elsewhere.json").read_text()) == other
+    for name in ("rgb", "flow", "fused"):
+        del other[name]["by_frequency"]
+    assert (other["fusion_weight"], other["fused"], other["rgb"], other["flow"]) == (0.6, RIGHT, RGB, FLOW)
     assert not (run / "evaluation.json").exists()
 
 
@@ -308,9 +317,9 @@ def test_the_test_clips_are_those_of_the_split(
     """Split 1 trains on c5, c6 and c7, split 2 on c0, c2 and c7."""
     scored: list[str] = []
 
-    def note(model: Any, config: Any, clips: list[Clip], shards: Any) -> Any:
+    def note(model: Any, config: Any, clips: list[Clip], *rest: Any) -> Any:
         scored.extend(clip.name for clip in clips)
-        return score_clips(model, config, clips, shards)
+        return score_clips(model, config, clips, *rest)
 
     monkeypatch.setattr(TwoStream, "forward", known_scores)
     monkeypatch.setattr(evaluate_module, "score_clips", note)
@@ -348,11 +357,69 @@ def test_a_checkpoint_belongs_to_shards_of_its_kind(streams: str, changes: dict[
         check_same_origin(*arguments)
 
 
+def corner_scores(model: Any, clips: Mapping[str, Tensor], seeds: Any = None) -> dict[str, StreamOutput]:
+    """Scores that depend on what is at the corners of the flow: other crops have others."""
+    x = clips["flow"]
+    parts = [x[:, 0, :, 0, 0], x[:, 0, :, 0, -1], x[:, 1, :, -1, 0], x[:, 1, :, -1, -1]]
+    return {"flow": StreamOutput(5 * torch.stack([part.mean(dim=1) for part in parts], dim=1), None)}
+
+
+def test_crops_and_flips_are_averaged(tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Centre, left and right end, each also mirrored: the mean of the softmax scores over windows and crops."""
+    trainer = checkpoint(tmp_path, shards, streams="flow", model__stam_depth=0)
+    monkeypatch.setattr(TwoStream, "forward", corner_scores)
+    data = open_shards(shards)
+    clips = data.test(1)
+    result = evaluate(str(tmp_path / "run"), shards, crops=3, flips=True)
+    assert (result["crops"], result["flips"]) == (3, True)
+    reader = WindowReader(clips, ("flow",), data.image_size, 32)
+    expected = []
+    for index, clip in enumerate(clips):
+        windows: list[Window | None] = [
+            Window(index, start, 2, left, flip)
+            for start in dense_starts(clip.frames)
+            for left in (0, 8, 16)
+            for flip in (False, True)
+        ]
+        image = torch.from_numpy(reader.read_batch(windows)["flow"]).permute(0, 2, 1, 3, 4).float() / 127.5 - 1
+        logits = trainer.model({"flow": image})["flow"].logits_BK
+        expected.append(logits.double().softmax(dim=1).mean(dim=0))
+    scores, _ = score_clips(trainer.model, trainer.config, clips, data, views(data.image_size, 32, 3, flips=True))
+    torch.testing.assert_close(scores.reduce(0.5)["flow"], torch.stack(expected), atol=1e-6, rtol=0)
+    plain = score_clips(trainer.model, trainer.config, clips, data)[0].reduce(0.5)["flow"]
+    assert (plain - torch.stack(expected)).abs().max() > 1e-3
+    predicted = torch.stack(expected).argmax(dim=1).tolist()
+    true = [clip.label for clip in clips]
+    assert result["flow"]["micro_accuracy"] == pytest.approx(sum(map(int.__eq__, predicted, true)) / len(true))
+    with pytest.raises(UserError, match="--crops 2: 1 or 3"):
+        evaluate(str(tmp_path / "run"), shards, crops=2)
+
+
+def test_recall_of_frequent_and_rare_classes_by_hand() -> None:
+    """Seven classes, of which one has no test clips. The others have 90, 50; 50, 20; 7, 0 training clips."""
+    recalls = [0.5, 1.0, None, 0.2, 0.4, 0.0, 0.9]
+    training = [50, 7, 60, 0, 90, 20, 50]
+    assert recall_by_frequency(recalls, training) == {
+        "many": {"classes": 2, "training_clips": [50, 90], "recall": pytest.approx((0.4 + 0.5) / 2)},
+        "medium": {"classes": 2, "training_clips": [20, 50], "recall": pytest.approx((0.9 + 0.0) / 2)},
+        "few": {"classes": 2, "training_clips": [0, 7], "recall": pytest.approx((1.0 + 0.2) / 2)},
+    }
+    assert list(recall_by_frequency([0.5, None], [3, 4])) == ["many"]
+
+
+def test_training_clips_are_those_of_the_split(shards: str) -> None:
+    data = open_shards(shards)
+    for split in (1, 2):
+        rows = [row["action"] for row in data.table.to_pylist() if row[f"split{split}"] == "train"]
+        assert training_clips(data, split) == [rows.count(label) for label in range(len(data.actions))]
+        assert sum(training_clips(data, split)) > 0
+
+
 def test_batches_hold_all_dense_windows_in_order_and_clips_are_counted_once_they_are_done() -> None:
     """Starts of the clips of 20, 16, 43, 16 and 10 frames; eight windows are read at a time."""
 
     class Reader:
-        image_size, crop = (48, 36), 32
+        form = WindowForm()
         clips = tuple(Clip(name, 0, frames, "", 0) for name, _, frames, _, _ in CLIPS[:5])
 
         def read_batch(self, windows: list[Any]) -> dict[str, np.ndarray]:
@@ -361,7 +428,7 @@ def test_batches_hold_all_dense_windows_in_order_and_clips_are_counted_once_they
 
     done: list[int] = []
     reader: Any = Reader()
-    batches = list(evaluate_module._batches(reader, CPU, done.append))
+    batches = list(evaluate_module._batches(reader, views((48, 36), 32), CPU, done.append))
     assert [batch["clip"].tolist() for batch in batches] == [[0, 0, 1, 2, 2, 2, 2, 2], [3, 4]]
     assert [batch["start"].tolist() for batch in batches] == [[0, 4, 0, 0, 8, 16, 24, 27], [0, 0]]
     assert done == [3, 2]

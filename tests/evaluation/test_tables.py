@@ -104,6 +104,26 @@ def test_accuracies_attention_and_the_weakest_classes(monkeypatch: pytest.Monkey
     }
 
 
+@pytest.mark.parametrize(("counts", "shown"), [([9, 5, 2], True), ([4, 4, 4], False)])
+def test_recall_by_frequency_is_shown_where_classes_differ(
+    counts: list[int], shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {
+        name: {"classes": 2, "training_clips": [count, count], "recall": count / 10}
+        for name, count in zip(("many", "medium", "few"), counts)
+    }
+    printed = Printed(monkeypatch)
+    show(
+        made_up(**{name: {**stream(0.5, 0.25, 0.75, 0.6), "by_frequency": parts} for name in ("rgb", "flow", "fused")})
+    )
+    title = "Mean recall of a third of the classes each, by training clips"
+    assert (title in printed.tables) == shown
+    if shown:
+        columns, rows = printed.tables[title]
+        assert columns == ["", "many (9 to 9)", "medium (5 to 5)", "few (2 to 2)"]
+        assert rows[-1] == ["fused", "90.0 %", "50.0 %", "20.0 %"]
+
+
 def test_clips_that_were_trained_on_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = Printed(monkeypatch)
     show(made_up(trained_on_split=1, clips_trained_on=7))

@@ -38,8 +38,8 @@ def test_each_finished_trial_is_tested_once(
 
     calls: list[tuple[Any, ...]] = []
 
-    def note(*arguments: Any) -> dict[str, Any]:
-        calls.append(arguments)
+    def note(*arguments: Any, **views: Any) -> dict[str, Any]:
+        calls.append((*arguments, *views.values()))
         return result
 
     monkeypatch.setattr("tune_ego.evaluation.trials.evaluate", note)
@@ -51,7 +51,13 @@ def test_each_finished_trial_is_tested_once(
     (Path(root) / "runs" / "00000" / "evaluation.json").write_text("{")
     evaluate_trials(root, shards)
     run = str(Path(root) / "runs" / "00000")
-    assert calls == [(run, shards, 2, None, None), (run, shards, None, None, 0.25), (run, shards, None, None, None)]
+    evaluate_trials(root, shards, crops=3, flips=True)
+    assert calls == [
+        (run, shards, 2, None, None, 1, False),
+        (run, shards, None, None, 0.25, 1, False),
+        (run, shards, None, None, None, 1, False),
+        (run, shards, None, None, None, 3, True),
+    ]
 
 
 def test_a_search_without_finished_trials_and_options_of_one_checkpoint(

@@ -192,3 +192,22 @@ def test_a_backbone_trains_and_resumes_to_the_bit(name: str) -> None:
     assert_same_state(second.checkpoint(), whole.checkpoint())
     moved = [key for key, value in whole.model.named_parameters() if not torch.equal(value, start[key])]
     assert len(moved) > 0.9 * len(list(whole.model.parameters()))
+
+
+def test_running_statistics_move_with_the_configured_momentum() -> None:
+    stream = stream_of("s3d", bn_momentum=0.25)
+    norms = [module for module in stream.modules() if isinstance(module, nn.BatchNorm3d)]
+    assert len(norms) > 50 and {norm.momentum for norm in norms} == {0.25}
+
+
+def test_the_gaze_loss_is_a_mean_over_the_backbone_s_own_slices() -> None:
+    """Eight slices of two frames; gaze in frames 3 and 14 of the first window alone: two slices have a target."""
+    config = tiny_config(
+        model__backbone="swin3d_t", model__width=1.0, streams="rgb", train__batch_size=2, train__precision="off"
+    )
+    trainer, one = Trainer(config, ORIGIN, CPU), batch(0, clips=2)
+    valid = torch.zeros(2, 16, dtype=torch.bool)
+    valid[0, [3, 14]] = True
+    one = one._replace(gaze_valid_BT=valid, gaze_BT2=torch.full((2, 16, 2), 0.3))
+    assert trainer._gaze_slices([one]).item() == 2
+    assert trainer.step(iter([one])).isfinite().all()

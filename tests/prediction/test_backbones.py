@@ -18,11 +18,11 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.evaluation.evaluate import evaluate, score_clips
 from tune_ego.evaluation.visualize import visualize
 from tune_ego.feed.reader import WindowReader
-from tune_ego.feed.sampling import Window, dense_starts
+from tune_ego.feed.sampling import View, Window, dense_starts
 from tune_ego.prediction.package import package
 from tune_ego.prediction.predict import PredictionSettings
 from tune_ego.prediction.trained_model import load_model
-from tune_ego.prediction.windows import View, crop_views, video_windows
+from tune_ego.prediction.windows import crop_views, video_windows
 from tune_ego.prediction.write import predict_files
 
 LONG = {"data__window_frames": 32, "data__frame_step": 2}

@@ -15,11 +15,11 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.evaluation.evaluate import score_clips
 from tune_ego.feed.reader import WindowReader
-from tune_ego.feed.sampling import Window, dense_starts
+from tune_ego.feed.sampling import View, Window, dense_starts, views
 from tune_ego.prediction.predict import PredictionSettings, WindowSettings, predict_video
 from tune_ego.prediction.scoring import WindowScores
 from tune_ego.prediction.trained_model import load_model
-from tune_ego.prediction.windows import View, crop_views, video_windows, views
+from tune_ego.prediction.windows import crop_views, video_windows
 
 
 def clip_file(egtea: Path, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from tune_ego.errors import UserError
+from tune_ego.options import Crops, Flips
 
 _Checkpoint = Annotated[
     Optional[str],
@@ -51,13 +52,15 @@ def evaluate(
     fusion_weight: _FusionWeight = None,
     fusion_sweep: _Sweep = False,
     compare: _Compare = False,
+    crops: Crops = 1,
+    flips: Flips = False,
 ) -> None:
     """Test a checkpoint: dense windows, centre crop, scores averaged over a clip's windows and fused over the streams.
 
     Of a search all finished trials are tested that are not yet: run it again to continue.
     Reads a checkpoint and shards, or with --scores the scores that another program wrote. Prints accuracies of action,
     verb and noun, the weakest classes, and the agreement of attention with gaze. Writes these, recalls and confusion
-    matrices to evaluation.json. Costs a forward pass for every 8th frame.
+    matrices to evaluation.json. Costs a forward pass for every 8th frame, and for each crop.
     """
     if (checkpoint is None) == (scores is None):
         raise UserError("evaluate needs a checkpoint or search, or --scores RGB FLOW")
@@ -69,10 +72,12 @@ def evaluate(
     if checkpoint is not None and is_search(checkpoint):
         if out is not None or fusion_sweep or compare:
             raise UserError("--out, --fusion-sweep and --compare are for one checkpoint, not for a search")
-        evaluate_trials(checkpoint, data, split, fusion_weight)
+        evaluate_trials(checkpoint, data, split, fusion_weight, crops=crops, flips=flips)
         return
     if checkpoint is not None:
-        result = evaluate_checkpoint(checkpoint, data, split, out, fusion_weight)
+        result = evaluate_checkpoint(checkpoint, data, split, out, fusion_weight, crops=crops, flips=flips)
     elif scores is not None:
+        if crops != 1 or flips:
+            raise UserError("--crops and --flips are for a checkpoint, not for --scores")
         result = evaluate_scores(*scores, data, split, out, fusion_weight)
     show(result, sweep=fusion_sweep, compare=compare)

@@ -7,7 +7,7 @@ windows; the two streams are fused by the (weighted) mean of their scores. Atten
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from tune_ego.errors import UserError
 from tune_ego.evaluation.gaze_scores import GazeScores
 from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.reader import WindowReader
-from tune_ego.feed.sampling import Window, centre_window, dense_starts
+from tune_ego.feed.sampling import View, Window, dense_starts, views
 from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.model import TwoStream
 from tune_ego.model.two_stream import StreamOutput
@@ -78,22 +78,40 @@ def open_model(checkpoint: str, data: str) -> OpenedModel:
 
 
 def evaluate(
-    checkpoint: str, data: str, split: int | None = None, out: str | None = None, fusion_weight: float | None = None
+    checkpoint: str,
+    data: str,
+    split: int | None = None,
+    out: str | None = None,
+    fusion_weight: float | None = None,
+    *,
+    crops: int = 1,
+    flips: bool = False,
 ) -> dict[str, Any]:
     """Test a checkpoint on the test clips of an official split; return the content of `evaluation.json` and write it.
 
-    `checkpoint` is a run (the final weights of one that has ended, else its last whole checkpoint), a checkpoint's
-    folder, or the file of a checkpoint or of final weights. `split` is 1 to 3, else the one it was trained on.
-    `fusion_weight` is RGB's share of the fused scores, else the configuration's. Without `out` the file is written in
-    the checkpoint's run. Raises `UserError` where checkpoint and shards do not belong together, and where the model's
-    scores are not finite.
+    Args:
+        checkpoint: A run (the final weights of one that has ended, else its last whole checkpoint), a checkpoint's
+            folder, or the file of a checkpoint or of final weights.
+        data: Folder or URI of the shards.
+        split: 1 to 3; None: the one that it was trained on.
+        out: File for the result; None: `evaluation.json` in the checkpoint's run.
+        fusion_weight: RGB's share of the fused scores; None: the configuration's.
+        crops: 1: the centre crop; 3: centre, left end and right end. Scores are averaged over them.
+        flips: Average over the mirrored form of each crop, too.
+
+    Raises:
+        UserError: Checkpoint and shards do not belong together, the model's scores are not finite, or a value is out of
+            range.
     """
+    if crops not in (1, 3):
+        raise UserError(f"--crops {crops}: 1 or 3")
     source, config, origin, model, shards, iteration = open_model(checkpoint, data)
     if fusion_weight is not None:
         _check_fusion_weight(fusion_weight, config, source)
     split = config.data.split if split is None else split
     clips = shards.test(split)
-    scores, attention = score_clips(model, config, clips, shards)
+    chosen = views(shards.image_size, config.data.crop, crops, flips=flips)
+    scores, attention = score_clips(model, config, clips, shards, chosen)
     weight = config.fusion_weight if fusion_weight is None else fusion_weight
     scores_by_name = {name: scores_NK.cpu() for name, scores_NK in scores.reduce(weight).items()}
     label_N = torch.tensor([clip.label for clip in clips])
@@ -102,10 +120,14 @@ def evaluate(
         "trained_on_split": config.data.split,
         "clips": len(clips),
         "clips_trained_on": len({clip.name for clip in clips} & set(shards.clip_names("train", config.data.split))),
+        "crops": crops,
+        "flips": flips,
         "chance": 1 / len(origin.actions),
         "iteration": iteration,
         "checkpoint": source,
-        **action_results(scores_by_name, label_N, shards.actions, shards.verbs_and_nouns()),
+        **action_results(
+            scores_by_name, label_N, shards.actions, shards.verbs_and_nouns(), training_clips(shards, split)
+        ),
         "attention": attention,
     }
     if "fused" in result:
@@ -114,10 +136,19 @@ def evaluate(
     return result
 
 
+def training_clips(shards: Shards, split: int) -> list[int]:
+    """Return the number of training clips of each class in an official split, validation clips included."""
+    rows = shards.table.select(["action", f"split{split}"]).to_pylist()
+    labels = [row["action"] for row in rows if row[f"split{split}"] == "train"]
+    return np.bincount(labels, minlength=len(shards.actions)).tolist()
+
+
 def score_clips(
-    model: TwoStream, config: Config, clips: list[Clip], shards: Shards
+    model: TwoStream, config: Config, clips: list[Clip], shards: Shards, chosen: list[View] | None = None
 ) -> tuple[ClipScores, dict[str, dict[str, Any] | None]]:
     """Return (class scores, agreement of each stream's attention with gaze) over all dense windows of the clips.
+
+    Each window is scored in each of the `chosen` crops, by default the centre crop.
 
     Computes, and leaves the model, on the GPU where there is one.
     """
@@ -132,7 +163,7 @@ def score_clips(
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     non_finite = _NonFiniteOutputs(clips, device)
     with torch.inference_mode(), progress("clips", len(clips)) as advance:
-        batches = _batches(reader, device, advance)
+        batches = _batches(reader, chosen or views(shards.image_size, config.data.crop), device, advance)
         for done, batch in enumerate(batches_to_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.model_input())
@@ -172,12 +203,21 @@ class _NonFiniteOutputs:
 
 
 def action_results(
-    scores: dict[str, Tensor], label_N: Tensor, actions: list[str], parts: ActionParts
+    scores: dict[str, Tensor],
+    label_N: Tensor,
+    actions: list[str],
+    parts: ActionParts,
+    training: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return accuracies, per-class recall and the confusion matrix [true, predicted] of each entry of `scores` [N, K].
 
-    `actions` are the K class names. Verb and noun are parts of the predicted action
-    (`dataset.annotations.split_actions`).
+    Args:
+        scores: Stream or `fused` -> class scores.
+        label_N: True classes.
+        actions: The K class names.
+        parts: Verb and noun of each action; those of a prediction are of the predicted action
+            (`dataset.annotations.split_actions`).
+        training: Number of training clips of each class, for the mean recalls by frequency; None: they are left out.
     """
     true_verb_N, true_noun_N = split_actions(label_N.numpy(), parts)
     result: dict[str, Any] = {}
@@ -192,8 +232,31 @@ def action_results(
             "recall": class_recall(counts),
             "confusion": counts.tolist(),
         }
+        if training is not None:
+            result[name]["by_frequency"] = recall_by_frequency(class_recall(counts), training)
     clips = torch.bincount(label_N, minlength=len(actions)).tolist()
-    return {**result, "classes": [{"action": name, "clips": n} for name, n in zip(actions, clips)]}
+    classes = [{"action": name, "clips": n} for name, n in zip(actions, clips)]
+    if training is not None:
+        classes = [{**one, "training_clips": count} for one, count in zip(classes, training)]
+    return {**result, "classes": classes}
+
+
+def recall_by_frequency(recalls: Sequence[float | None], training: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Return the mean recall of `many`, `medium` and `few`: thirds of the classes by their number of training clips.
+
+    Classes without test clips, whose recall is None, are left out. Of equally frequent classes the first counts as the
+    more frequent one.
+    """
+    tested = [label for label, recall in enumerate(recalls) if recall is not None]
+    ordered = sorted(tested, key=lambda label: -training[label])
+    result = {}
+    for name, part in zip(("many", "medium", "few"), np.array_split(np.array(ordered, int), 3)):
+        values = [recall for label in part if (recall := recalls[label]) is not None]
+        counts = [training[label] for label in part]
+        if values:
+            mean = float(np.mean(values))
+            result[name] = {"classes": len(values), "training_clips": [min(counts), max(counts)], "recall": mean}
+    return result
 
 
 def fusion_sweep(scores: dict[str, Tensor], label_N: Tensor) -> list[dict[str, float]]:
@@ -211,17 +274,18 @@ def _check_fusion_weight(weight: float, config: Config, source: str) -> None:
 
 
 def _batches(
-    reader: WindowReader, device: torch.device, advance: Callable[[int], None]
+    reader: WindowReader, chosen: list[View], device: torch.device, advance: Callable[[int], None]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield every dense window of every clip in batches; threads read ahead.
+    """Yield every dense window of every clip, in each of the chosen crops, in batches; threads read ahead.
 
     `advance` is called with the number of clips that are complete since its last call.
     """
     cv2.setNumThreads(1)
     windows: list[Window | None] = [
-        centre_window(index, start, reader.image_size, reader.crop)
+        Window(index, start, *view)
         for index, clip in enumerate(reader.clips)
         for start in dense_starts(clip.frames, reader.form.span)
+        for view in chosen
     ]
     pieces = (windows[at : at + _READ] for at in range(0, len(windows), _READ))
     cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1

@@ -60,6 +60,7 @@ def show(result: dict[str, Any], *, sweep: bool = False, compare: bool = False) 
     if seen := result.get("clips_trained_on"):
         say(f"NOT A TEST: trained on split {result['trained_on_split']}, which trains on {seen} of these clips.")
     _show_attention(result.get("attention", {}))
+    _show_frequencies(result, names)
     _show_weakest(result, names[-1])
     if sweep:
         _show_sweep(result)
@@ -74,6 +75,16 @@ def _show_attention(attention: dict[str, dict[str, Any] | None]) -> None:
     if rows:
         columns = ["", "AUC (Judd)", "AUC", "NSS", "F1", "precision", "recall", "window frames"]
         print_table("Attention against gaze; centre is a Gaussian at the crop's centre", columns, rows)
+
+
+def _show_frequencies(result: dict[str, Any], names: list[str]) -> None:
+    """Print the mean recall of frequent and of rare classes, where they differ in size."""
+    parts = result[names[-1]].get("by_frequency", {})
+    if not parts or parts["many"]["training_clips"][1] == min(part["training_clips"][0] for part in parts.values()):
+        return
+    columns = [f"{name} ({low} to {high})" for name, part in parts.items() for low, high in [part["training_clips"]]]
+    rows = [[name, *(percent(part["recall"]) for part in result[name]["by_frequency"].values())] for name in names]
+    print_table("Mean recall of a third of the classes each, by training clips", ["", *columns], rows)
 
 
 def _show_weakest(result: dict[str, Any], name: str) -> None:

@@ -48,18 +48,20 @@ class FeedPlan:
     @classmethod
     def from_config(cls, root: str, config: Config, workers: int, rank: int, *, encoded: bool = False) -> FeedPlan:
         """Return the plan of worker `rank` of `workers` in a run with this configuration."""
-        train = config.train
         return cls(
-            *(
-                root,
-                config.data,
-                config.augment,
-                config.stream_names,
-                config.seed,
-                train.iterations,
-                config.micro_batch,
-            ),
-            *(config.passes, train.validate_every, train.validation_windows, workers, rank, encoded),
+            root=root,
+            data=config.data,
+            augment=config.augment,
+            streams=config.stream_names,
+            seed=config.seed,
+            iterations=config.train.iterations,
+            micro_batch=config.micro_batch,
+            passes=config.passes,
+            validate_every=config.train.validate_every,
+            validation_windows=config.train.validation_windows,
+            workers=workers,
+            rank=rank,
+            encoded=encoded,
         )
 
     @property

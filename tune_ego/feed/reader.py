@@ -107,17 +107,15 @@ class WindowReader:
             sizes = [len(file) for file in stream_files]
             batch[f"{name}_jpeg"] = np.concatenate(stream_files)
             batch[f"{name}_bytes"] = np.array(sizes, np.int64).reshape(-1, self.form.frames)
-        whole = (self.crop, self.crop)
-        batch["place"] = np.array(
-            [
-                (one.top, one.left, *(one.region or whole), self.crop, one.flip)
-                if one
-                else (0, 0, *whole, self.crop, 0)
-                for one in windows
-            ],
-            np.int64,
-        )
+        batch["place"] = np.array([self._place(window) for window in windows], np.int64)
         return batch
+
+    def _place(self, window: Window | None) -> tuple[int, int, int, int, int, bool]:
+        """Return an entry of `place` in `read_encoded`."""
+        if window is None:
+            return (0, 0, self.crop, self.crop, self.crop, False)
+        width, height = window.region or (self.crop, self.crop)
+        return (window.top, window.left, width, height, self.crop, window.flip)
 
     def _labels_and_empty_gaze(self, windows: list[Window | None]) -> dict[str, np.ndarray]:
         """Return the arrays of a batch without images. Gaze is still 0 and not valid."""
@@ -134,9 +132,8 @@ class WindowReader:
     def _read_window(self, window: Window) -> tuple[pa.Table, np.ndarray]:
         """Return (the row groups that hold a window, the rows [T] of its frames in them)."""
         clip = self.clips[window.clip]
-        frame_T = np.minimum(
-            window.start + self.form.step * np.arange(self.form.frames), clip.frames - 1
-        )  # short clips repeat the last
+        offset_T = self.form.step * np.arange(self.form.frames)
+        frame_T = np.minimum(window.start + offset_T, clip.frames - 1)  # short clips repeat the last
         table, first_frame = self._read_row_groups(clip, frame_T)
         return table, frame_T - first_frame
 

@@ -38,6 +38,15 @@ class Window(NamedTuple):
     """(width, height) of the region that is scaled to the crop, pixels; None: the region is the crop."""
 
 
+class View(NamedTuple):
+    """Square crop of a window's images."""
+
+    top: int
+    left: int
+    flip: bool
+    """Mirrored after cropping."""
+
+
 def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EPOCH_ORDER, epoch)))
 
@@ -121,6 +130,20 @@ def _region(
     sides = (side * aspect**0.5, side / aspect**0.5)
     width, height = (min(max(round(length), 1), most) for length, most in zip(sides, image_size))
     return width, height
+
+
+def views(image_size: tuple[int, int], crop: int, crops: int = 1, *, flips: bool = False) -> list[View]:
+    """Return the crops of each window; the first is the centre crop of the test protocol.
+
+    Args:
+        image_size: (width, height) of the images, pixels.
+        crop: Side of a crop, pixels.
+        crops: 1: the centre; 3: the centre, the left end and the right end.
+        flips: Add the mirrored form of each.
+    """
+    width, height = image_size
+    top, lefts = (height - crop) // 2, [(width - crop) // 2, 0, width - crop][:crops]
+    return [View(top, left, flip) for flip in ((False, True) if flips else (False,)) for left in lefts]
 
 
 def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int) -> Window:

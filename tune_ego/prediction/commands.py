@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from tune_ego.errors import UserError
+from tune_ego.options import Crops, Flips
 
 _Model = Annotated[
     str, typer.Argument(help="A run, a checkpoint's folder or file, final weights, or a folder that `package` wrote.")
@@ -20,8 +21,6 @@ _Out = Annotated[
     Optional[str], typer.Option("--out", help="Folder or URI for the files; by default they go beside each video.")
 ]
 _Stride = Annotated[int, typer.Option(help="Frames (of 24 a second) between two windows, 1 to 16.")]
-_Crops = Annotated[int, typer.Option(help="Crops of each window: 1 (centre) or 3 (left, centre, right).")]
-_Flips = Annotated[bool, typer.Option("--flips", help="Score each crop mirrored as well.")]
 _Threshold = Annotated[float, typer.Option(help="Lowest class score of an action; below it is background.")]
 _Smooth = Annotated[float, typer.Option(help="Standard deviation of the smoothing of scores in time, seconds.")]
 _Merge = Annotated[float, typer.Option(help="Longest gap between segments of a class that are merged, seconds.")]
@@ -47,8 +46,8 @@ def predict(
     camera: _Camera = None,
     out: _Out = None,
     stride: _Stride = 8,
-    crops: _Crops = 1,
-    flips: _Flips = False,
+    crops: Crops = 1,
+    flips: Flips = False,
     threshold: _Threshold = 0.15,
     smooth: _Smooth = 0.25,
     merge: _Merge = 0.5,

@@ -22,10 +22,11 @@ from tune_ego.dataset.frame_times import SessionClock
 from tune_ego.dataset.gaze import FPS
 from tune_ego.dataset.video import resize
 from tune_ego.errors import UserError
+from tune_ego.feed.sampling import views
 from tune_ego.prediction.predict import PredictionSettings, model_flow
 from tune_ego.prediction.scoring import score_windows
 from tune_ego.prediction.segments import top_classes
-from tune_ego.prediction.windows import video_windows, views
+from tune_ego.prediction.windows import video_windows
 
 if TYPE_CHECKING:
     from tune_ego.prediction.trained_model import TrainedModel

@@ -17,10 +17,10 @@ from tune_ego.dataset.flow import FlowMethod, flow_method
 from tune_ego.dataset.frame_stream import FrameStream, SessionFrame
 from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import UserError
-from tune_ego.feed.sampling import EVALUATION_STEP
+from tune_ego.feed.sampling import EVALUATION_STEP, views
 from tune_ego.prediction.scoring import WindowScores, score_windows
 from tune_ego.prediction.segments import Segment, SegmentSettings, detect_segments, frame_scores
-from tune_ego.prediction.windows import video_windows, views
+from tune_ego.prediction.windows import video_windows
 
 if TYPE_CHECKING:
     from tune_ego.prediction.trained_model import TrainedModel

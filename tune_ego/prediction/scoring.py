@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from tune_ego.feed.batches import made_ahead
+from tune_ego.feed.sampling import View
 from tune_ego.freed_memory import keep_freed_memory
-from tune_ego.prediction.windows import VideoWindow, View, crop_views
+from tune_ego.prediction.windows import VideoWindow, crop_views
 from tune_ego.training.hardware import autocast_dtype, memory_format
 from tune_ego.training.metrics import fuse
 

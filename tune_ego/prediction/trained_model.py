@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tune_ego.config import Config
 from tune_ego.feed.batches import model_input
+from tune_ego.feed.sampling import views
 from tune_ego.model import TwoStream
 from tune_ego.prediction.predict import PredictionSettings, Segments, predict_video
-from tune_ego.prediction.windows import views
 from tune_ego.results.checkpoint_files import find_checkpoint
 from tune_ego.training.checkpoint import Origin, load_trained
 from tune_ego.training.metrics import fuse

@@ -17,15 +17,7 @@ from tune_ego.config import WindowForm
 from tune_ego.dataset.flow import FlowMethod, split_components
 from tune_ego.dataset.video import encode_each
 from tune_ego.feed.augmentation import mirrored_flow_x
-
-
-class View(NamedTuple):
-    """Square crop of a window's images."""
-
-    top: int
-    left: int
-    flip: bool
-    """Mirrored after cropping."""
+from tune_ego.feed.sampling import View
 
 
 class VideoWindow(NamedTuple):
@@ -37,20 +29,6 @@ class VideoWindow(NamedTuple):
     """uint8, RGB."""
     flow_T2HW: np.ndarray
     """uint8 levels, x before y."""
-
-
-def views(image_size: tuple[int, int], crop: int, crops: int = 1, *, flips: bool = False) -> list[View]:
-    """Return the crops of each window; the first is the centre crop of the test protocol.
-
-    Args:
-        image_size: (width, height) of the images, pixels.
-        crop: Side of a crop, pixels.
-        crops: 1: the centre; 3: the centre, the left end and the right end.
-        flips: Add the mirrored form of each.
-    """
-    width, height = image_size
-    top, lefts = (height - crop) // 2, [(width - crop) // 2, 0, width - crop][:crops]
-    return [View(top, left, flip) for flip in ((False, True) if flips else (False,)) for left in lefts]
 
 
 def crop_views(window: VideoWindow, chosen: list[View], crop: int) -> tuple[np.ndarray, np.ndarray]:
