@@ -140,7 +140,7 @@ def test_the_demo_shows_what_it_is_for(tmp_path: Path, ray_cluster: None) -> Non
     best_of_trials = [trial["val_mean_class_accuracy"] for trial in trials]
     assert max(best_of_trials) > min(best_of_trials) + 0.15
     detection = summary["detection"]
-    assert detection["frame_accuracy"] >= 0.8 * detection["clip_accuracy"] > 3 * summary["chance"]
+    assert detection["frame_accuracy"] >= 0.7 * detection["clip_accuracy"] > 3 * summary["chance"]
     assert detection["map"]["0.3"] > 2 * summary["chance"] > 0
     pages = list((tmp_path / "demo" / "prediction").glob("*.html"))
     assert len(pages) == 1 and "data:image/jpeg" in pages[0].read_text()
