@@ -235,7 +235,7 @@ LIMITS: list[tuple[str, list[Any], list[Any]]] = [
     ("data.validation", ["stratified", "by_session"], ["random"]),
     ("data.fold", [0, 9], [-1, 10]),
     ("data.crop", [32], [31]),
-    ("data.window_frames", [16, 32], [8, 16.0]),
+    ("data.window_frames", [16, 32], [8, "16"]),
     ("data.frame_step", [1, 8], [0, 9]),
     ("data.decode", ["auto", "cpu", "gpu"], ["nvjpeg"]),
     ("data.cache_dir", ["/cache", None], ["cache", ""]),

@@ -17,11 +17,12 @@ from tune_ego.space_schema import Domain
 
 SHIPPED = {
     "activation": (12, SchedulerSettings("asha", 200, 3, 3, False)),
-    "demo": (4, SchedulerSettings("asha", 40, 2, 3, False)),
+    "demo": (4, SchedulerSettings("asha", 60, 2, 3, False)),
     "full": (64, SchedulerSettings("asha", 150, 3, 3, False)),
     "long_tail": (24, SchedulerSettings("asha", 150, 3, 3, False)),
     "lu": (2, SchedulerSettings("fifo", 250, 3, 3, False)),
     "lu_o": (1, SchedulerSettings("fifo", 250, 3, 3, False)),
+    "modern": (64, SchedulerSettings("asha", 150, 3, 3, False)),
     "optimizer": (24, SchedulerSettings("asha", 100, 3, 3, False)),
     "stam_depth": (20, SchedulerSettings("asha", 200, 3, 3, False)),
     "study": (50, SchedulerSettings("fifo", 60, 3, 3, False)),
@@ -319,9 +320,9 @@ def test_of_too_many_combinations_2000_are_spread_evenly() -> None:
 
 
 def test_set_changes_the_base_and_nothing_that_is_searched() -> None:
-    space = load_space("demo", {"train.iterations": 50})
-    assert space.base["train"] == {"iterations": 50, "batch_size": 6, "validate_every": 20, "log_every": 10}
-    assert [config.train.iterations for config in configurations(space)] == [50] * 4
+    space = load_space("demo", {"train.iterations": 70})
+    assert space.base["train"] == {"iterations": 70, "batch_size": 6, "validate_every": 30, "log_every": 10}
+    assert [config.train.iterations for config in configurations(space)] == [70] * 4
     larger = parse_space("samples: 2\nspace: {label: {choice: [a, b]}}", "s.yaml", {"repeats": 3, "samples": 4})
     assert (larger.samples, larger.repeats, larger.trials) == (4, 3, 12)
     with pytest.raises(UserError, match=r"s.yaml: repeats: .*, found 0"):
@@ -343,8 +344,8 @@ def test_a_space_is_a_file_or_the_name_of_a_shipped_one(tmp_path: Path, monkeypa
         load_space("nosuch")
     assert str(caught.value) == (
         "nosuch: no such file, nor a shipped search space "
-        "(activation, demo, full, long_tail, lu, lu_o, optimizer, stam_depth, study, study_asha, study_long_tail, "
-        "study_lr, table1)"
+        "(activation, demo, full, long_tail, lu, lu_o, modern, optimizer, stam_depth, study, study_asha, "
+        "study_long_tail, study_lr, table1)"
     )
     for text, message in (("samples: 0", "samples: Input should be"), ("a: [", "not valid YAML: while parsing")):
         Path("wrong.yaml").write_text(text)

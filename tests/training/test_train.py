@@ -17,6 +17,7 @@ from tune_ego.dataset.shards import open_shards
 from tune_ego.errors import UserError
 from tune_ego.feed.batches import batches_to_device
 from tune_ego.feed.feed_plan import FeedPlan, read_items
+from tune_ego.model.backbones import FACTS
 from tune_ego.results.experiment import METRIC, TIMES
 from tune_ego.space_io import load_space
 from tune_ego.training.checkpoint import Origin, read_checkpoint, to_bytes
@@ -296,21 +297,30 @@ def test_auto_precision_is_off_on_a_cpu() -> None:
 
 
 def test_every_model_of_the_search_spaces_builds_and_trains(shards: str) -> None:
-    """Each different model that the shipped search spaces can give, narrow and on small crops, once. Dropout's rate and
-    `copy_init` change no shape."""
+    """Each different I3D that the shipped search spaces can give, narrow and on small crops, once. Dropout's rate and
+    `copy_init` change no shape. Of each other backbone, whose width is fixed, the deepest model with one stream."""
     kept = ("data.", "model.width", "train.")
     small: dict[str, Any] = {key: value for key, value in TINY.items() if key.startswith(kept)}
     small |= {"train.precision": "off", "compute.workers": 1, "model.dropout": 0.5, "model.copy_init": False}
-    models = {}
+    models: dict[str, Config] = {}
     paths = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
     for path in paths:
         space = load_space(str(path))
         for sampled in space.draws():
-            config = override_config(space.config(sampled), small, str(path))
-            models[repr((config.model, config.streams, config.loss.gaze_weight == 0))] = config
-    assert len(paths) == 13 and len(models) > 36  # `full` alone: 6 activations, 2 kinds of block, 3 depths
+            drawn = space.config(sampled)
+            if drawn.model.backbone == "i3d":
+                config = override_config(drawn, small, str(path))
+                models[repr((config.model, config.streams, config.loss.gaze_weight == 0))] = config
+                continue
+            config = override_config(drawn, {**small, "model.width": 1.0, "streams": "rgb"}, str(path))
+            known = models.get(config.model.backbone)
+            if known is None or config.model.stam_depth > known.model.stam_depth:
+                models[config.model.backbone] = config
+    assert len(paths) == 14 and len(models) > 36 + 4  # `full` alone: 6 activations, 2 kinds of block, 3 depths
+    assert {config.model.backbone for config in models.values()} == {"i3d", *FACTS}
     for config in models.values():
-        trainer = Trainer(config, origin(shards), CPU)
+        data = origin(shards)
+        trainer = Trainer(config, data, CPU, class_samples=[1.0] * len(data.actions))
         plan = FeedPlan.from_config(shards, config, 1, 0)
         losses = trainer.step(batches_to_device(read_items(plan, range(plan.item_count)), CPU))
         assert losses.isfinite().all() and trainer.iteration == 1

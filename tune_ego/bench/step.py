@@ -24,6 +24,7 @@ from tune_ego.console import say
 from tune_ego.feed.batches import ClipBatch, blank_batch
 from tune_ego.freed_memory import keep_freed_memory
 from tune_ego.model import build_stream
+from tune_ego.model.backbones import FACTS
 from tune_ego.model.two_stream import CHANNELS
 from tune_ego.training.checkpoint import Origin
 from tune_ego.training.hardware import compile_streams
@@ -57,12 +58,14 @@ class Variant:
     """Whether the model is the straightforward version of `bench.plain`."""
     width: float = 1.0
     """Factor of the number of channels, `model.width`."""
+    backbone: str = "i3d"
     threads: int = 0
     """Threads on a CPU; 0: one for each core."""
 
     @property
     def name(self) -> str:
         parts = [f"{self.streams}, {self.precision}, batch {self.batch}"]
+        parts += [self.backbone] if self.backbone != "i3d" else []
         parts += ["channels last"] if self.channels_last else []
         parts += ["compiled"] if self.compiled else []
         parts += ["activation checkpointing"] if self.activation_checkpointing else []
@@ -106,9 +109,10 @@ def bench_step(
     """
     on_gpu = torch.cuda.is_available()
     first = Variant("rgb", batch or (24 if on_gpu else 2), side, width=width)
-    flops = {name: flops_per_clip(name, side, width) for name in ("rgb", "flow", "both")}
+    flops = {(name, "i3d"): flops_per_clip(name, side, width) for name in ("rgb", "flow", "both")}
+    flops |= {("rgb", name): flops_per_clip("rgb", side, 1.0, name) for name in FACTS}
     benchmark = Benchmark("step", {"windows": f"{WINDOW_FRAMES} x {side} x {side}", "width": width})
-    benchmark.facts |= {f"GFLOP a clip, {name}": round(value / 1e9, 1) for name, value in flops.items()}
+    benchmark.facts |= {f"GFLOP a clip, {', '.join(key)}": round(value / 1e9, 1) for key, value in flops.items()}
     plain, both_tf32 = replace(first, plain=True), replace(first, streams="both", precision="tf32")
     fast = replace(both_tf32, precision="bf16", channels_last=True)
     speeds: dict[Variant, Figure] = {}
@@ -116,9 +120,10 @@ def bench_step(
 
     def add(variant: Variant) -> None:
         measurement = _measure_in_process(variant, repeats)
-        speeds[variant] = _add_figures(benchmark, variant, measurement, flops[variant.streams])
+        speeds[variant] = _add_figures(benchmark, variant, measurement, flops[variant.streams, variant.backbone])
         outputs[variant] = measurement.outputs
-        if variant.precision == "fp32" and variant.streams == first.streams and variant != plain:
+        key = (variant.precision, variant.streams, variant.backbone)
+        if key == ("fp32", first.streams, first.backbone) and variant != plain:
             benchmark.compare(f"clips/s, {variant.name} / straightforward", speeds[variant], speeds[plain])
             difference = largest_difference(measurement.outputs, outputs[plain])
             benchmark.add(f"outputs, {variant.name}, from the straightforward", "largest difference", [difference])
@@ -145,6 +150,7 @@ def _on_cpu(first: Variant) -> list[Variant]:
         replace(first, activation_checkpointing=True),
         replace(first, streams="flow"),
         replace(first, streams="both"),
+        *(replace(first, backbone=name, width=1.0) for name in FACTS),
     ]
 
 
@@ -160,6 +166,7 @@ def _on_gpu(first: Variant) -> list[Variant]:
         replace(fast, activation_checkpointing=True),
         replace(fast, streams="rgb"),
         replace(fast, streams="flow"),
+        *(replace(fast, streams="rgb", backbone=name, width=1.0) for name in FACTS),
     ]
 
 
@@ -188,13 +195,14 @@ def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
 
 
-def flops_per_clip(streams: str, side: int, width: float = 1.0) -> float:
+def flops_per_clip(streams: str, side: int, width: float = 1.0, backbone: str = "i3d") -> float:
     """Return the floating-point operations of forward and backward for one clip, counted on the meta device.
 
     Args:
         streams: rgb, flow or both.
         side: Width and height of the crop, pixels.
         width: Factor of the number of channels.
+        backbone: `model.backbone`.
     """
     match streams:
         case "both":
@@ -206,7 +214,7 @@ def flops_per_clip(streams: str, side: int, width: float = 1.0) -> float:
     total = 0
     with torch.device("meta"):
         for name in names:
-            stream = build_stream(name, CLASSES, ModelConfig(width=width))
+            stream = build_stream(name, CLASSES, ModelConfig.model_validate({"width": width, "backbone": backbone}))
             clip = torch.zeros(2, CHANNELS[name], WINDOW_FRAMES, side, side)  # [B, C, T, H, W]
             with FlopCounterMode(display=False) as counter:
                 logits_BK, attention_BTHW = stream(clip)
@@ -244,7 +252,8 @@ def variant_config(variant: Variant) -> Config:
             raise ValueError(f"unknown precision {variant.precision!r}: choose fp32, tf32, bf16 or fp16")
     train = {"batch_size": variant.batch, "precision": precision, "compile": "off"}
     train["activation_checkpointing"] = variant.activation_checkpointing
-    tree = {"streams": variant.streams, "data": {"crop": variant.side}, "model": {"width": variant.width}}
+    model = {"backbone": variant.backbone, "width": variant.width}
+    tree = {"streams": variant.streams, "data": {"crop": variant.side}, "model": model}
     return build_config({**tree, "train": train}, "bench")
 
 

@@ -350,7 +350,7 @@ def published_numbers(search: Experiment, best: Configuration | None, evaluation
         "rows": [
             {
                 "model": entry.model,
-                "micro": entry.micro / 100,
+                "micro": None if entry.micro is None else entry.micro / 100,
                 "mean_class": entry.mean_class / 100,
                 "on": f"test clips of split {entry.split}"
                 if entry.split.isdecimal()
