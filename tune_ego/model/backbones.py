@@ -15,7 +15,7 @@ Triple = tuple[float, float, float]
 
 
 class Facts(NamedTuple):
-    """What a stream has to know of a backbone of torchvision."""
+    """Properties of a backbone of torchvision."""
 
     channels: int
     """Channels of the feature map."""

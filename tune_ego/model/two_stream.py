@@ -30,7 +30,7 @@ class StreamOutput(NamedTuple):
 
 
 class ParameterRole(NamedTuple):
-    """A parameter, and what an optimizer has to know of it."""
+    """A parameter and its place in a stream."""
 
     parameter: nn.Parameter
     trunk: bool = False
