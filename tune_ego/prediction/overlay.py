@@ -19,7 +19,7 @@ from tune_ego.prediction.page import overlay_crop
 from tune_ego.prediction.predict import Segments
 from tune_ego.prediction.scoring import WindowScores
 from tune_ego.prediction.segments import Segment
-from tune_ego.prediction.window_file import read_windows
+from tune_ego.prediction.window_file import WINDOWS, read_windows
 
 if TYPE_CHECKING:
     from tune_ego.prediction.trained_model import TrainedModel
@@ -32,7 +32,7 @@ _HEIGHT, _CAPTION = 240, 28
 def write_overlay(model: TrainedModel, video: str, name: str, segments: Segments) -> None:
     """Write the video. It is decoded once more; the attention is that of `NAME.windows.parquet`."""
     span = model.config.data.window.span
-    windows = _nearest_windows(read_windows(f"{name}.windows.parquet"), segments.frames, span)
+    windows = _nearest_windows(read_windows(name + WINDOWS), segments.frames, span)
     with tempfile.NamedTemporaryFile(prefix="tune-ego-", suffix=".mp4") as file:
         _write_video(file.name, model, video, windows, segments)
         storage.write_file(name + OVERLAY, file.name)

@@ -22,6 +22,8 @@ from tune_ego.prediction.scoring import WindowScores
 if TYPE_CHECKING:
     from tune_ego.prediction.trained_model import TrainedModel
 
+WINDOWS = ".windows.parquet"
+"""Ending of the file, after the name of the video."""
 _ROWS = 256
 """Windows in a row group, held in memory until the group is written."""
 

@@ -21,10 +21,10 @@ from tune_ego.prediction.predict import PredictionSettings, Segments, predict_vi
 from tune_ego.prediction.segments import Segment
 from tune_ego.prediction.trained_model import TrainedModel, load_model
 from tune_ego.prediction.truth import read_truth, true_segments
-from tune_ego.prediction.window_file import WindowFile
+from tune_ego.prediction.window_file import WINDOWS, WindowFile
 
-WINDOWS, ACTIONS, TABLE, PAGE = ".windows.parquet", ".actions.json", ".actions.csv", ".html"
-"""Endings of the files about a video."""
+ACTIONS, TABLE, PAGE = ".actions.json", ".actions.csv", ".html"
+"""Endings of the files about a video, beside `WINDOWS` and `OVERLAY`."""
 DETECTION_FILE = "detection.json"
 """Scores of the detection over all videos, written with true actions."""
 _ENDINGS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".h264")
