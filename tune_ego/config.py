@@ -117,8 +117,8 @@ class ModelConfig(ConfigNode):
     """Architecture of each stream: a backbone with the attention module STAM."""
 
     backbone: Literal["i3d", "s3d", "r2plus1d_18", "mvit_v2_s", "swin3d_t"] = "i3d"
-    """Network that computes the feature map: I3D (Lu), or one of torchvision's. `width` and `activation_scope: all` are
-    for I3D alone."""
+    """Network that computes the feature map: I3D (Lu), or one of torchvision's. `width`, `activation_scope: all`,
+    `train.activation_checkpointing` and `train.deterministic` are for I3D alone."""
     stam_depth: int = Field(1, ge=0, le=8)
     """Blocks in the attention module: 0 is no attention (Lu's "-o"), 1 is Lu's "-a", 3 the paper's experiment 3."""
     stam_block: Literal["inception", "attention"] = "inception"
@@ -139,7 +139,8 @@ class ModelConfig(ConfigNode):
     sync_bn: bool = False
     """Normalise over the samples of all workers, on GPUs: with several workers each one has few samples."""
     bn_momentum: float = Field(0.01, gt=0, le=1)
-    """Weight of a new batch in BatchNorm's running statistics (I3D); runs of a few hundred iterations need 0.1."""
+    """Weight of a new batch in BatchNorm's running statistics, of every backbone (I3D's); runs of a few hundred
+    iterations need 0.1."""
     freeze_trunk_norms: bool = False
     """Normalise in the trunk with the running statistics of the starting weights, and leave these as they are. For
     batches too small for statistics of their own."""
@@ -321,6 +322,7 @@ class Config(ConfigNode):
             ("model.width", model.width == 1),
             ("model.activation_scope", model.activation_scope == "stam"),
             ("train.activation_checkpointing", not self.train.activation_checkpointing),
+            ("train.deterministic", not self.train.deterministic),  # torch has no such kernels for some of them on GPUs
         ):
             if not fits:
                 raise ValueError(f"{key}: only model.backbone i3d has it, not {model.backbone}")

@@ -159,20 +159,20 @@ def test_published_results_stand_beside(monkeypatch: pytest.MonkeyPatch, classes
     """Two of Lu et al.'s and one of the paper's, as they were published."""
     printed = Printed(monkeypatch)
     more = [{"action": "", "clips": 0}] * (classes - 7)
-    show(made_up(classes=[*made_up()["classes"], *more]), compare=True)
+    show(made_up(classes=[*made_up()["classes"], *more], crops=3, flips=True), compare=True)
     columns, rows = printed.tables[PUBLISHED]
-    assert columns == ["model", "split", "micro", "mean class", "source"]
+    assert columns == ["model", "split", "micro", "mean class", "starts from", "source"]
     assert rows[:3] == [
-        ["this checkpoint, rgb", "2", "50.00 %", "25.00 %", "measured now"],
-        ["this checkpoint, flow", "2", "40.00 %", "20.00 %", "measured now"],
-        ["this checkpoint, fused", "2", "62.50 %", "37.50 %", "measured now"],
+        ["this checkpoint, rgb", "2", "50.00 %", "25.00 %", "", "measured now, 3 crops, also mirrored"],
+        ["this checkpoint, flow", "2", "40.00 %", "20.00 %", "", "measured now, 3 crops, also mirrored"],
+        ["this checkpoint, fused", "2", "62.50 %", "37.50 %", "", "measured now, 3 crops, also mirrored"],
     ]
-    assert len(rows) == 3 + 19
+    assert len(rows) == 3 + 20
     for row in (
-        ["fused (-a)", "1", "68.60 %", "60.54 %", "published: Lu et al."],
-        ["fused (-a)", "mean of 1 to 3", "65.97 %", "57.02 %", "published: Lu et al."],
-        ["(1) RGB, mixed precision", "1", "63.30 %", "55.00 %", "published: Straminsky et al."],
-        ["RGB, TimeSformer-B; Ego4D with narrations", "1", "-", "70.12 %", "published: Zhao et al."],
+        ["fused (-a)", "1", "68.60 %", "60.54 %", "Kinetics", "published: Lu et al."],
+        ["fused (-a)", "mean of 1 to 3", "65.97 %", "57.02 %", "Kinetics", "published: Lu et al."],
+        ["(1) RGB, mixed precision", "1", "63.30 %", "55.00 %", "Lu's -o", "published: Straminsky et al."],
+        ["RGB, TimeSformer-B", "1", "-", "70.12 %", "Ego4D with narrations", "published: Zhao et al."],
     ):
         assert row in rows
     assert printed.lines[0] == "Lu et al.: Lu, Liao, Li, ICCV Workshops 2019"

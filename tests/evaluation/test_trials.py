@@ -12,7 +12,7 @@ from tests.searches import KnownSearch
 from tune_ego.cli import app
 from tune_ego.errors import UserError
 from tune_ego.evaluation.trials import evaluate_trials
-from tune_ego.report.repeats import _tests
+from tune_ego.report.repeats import _read_tests, _tests
 from tune_ego.results.reading import read_experiment
 
 
@@ -34,7 +34,7 @@ def test_each_finished_trial_is_tested_once(
     assert (result["split"], result["iteration"]) == (1, 6)
     assert result["rgb"]["mean_class_accuracy"] == pytest.approx(1 / sum(row["clips"] > 0 for row in result["classes"]))
     trials = read_experiment(root).trials
-    assert list(_tests(trials)["test"].values()) == [result["fused"]["mean_class_accuracy"]]
+    assert list(_tests(trials, _read_tests(trials))["test"].values()) == [result["fused"]["mean_class_accuracy"]]
 
     calls: list[tuple[Any, ...]] = []
 

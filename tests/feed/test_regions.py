@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import handmade
 from tests.conftest import tiny_config
 from tune_ego.config import AugmentConfig
 from tune_ego.dataset.shards import Clip, open_shards
@@ -99,16 +100,24 @@ def test_the_gaze_target_lies_on_the_object(region: tuple[int, int] | None, flip
     assert row == pytest.approx(middle_row, abs=1.5) and column == pytest.approx(middle_column, abs=1.5)
 
 
-def test_flow_is_scaled_as_the_image() -> None:
-    """The disc moves by 4 and 2 pixels. In a region of 100 x 50 scaled to 200 x 200, by 8 and 8 pixels."""
-    _, levels, _ = moving_dot(150, 130, 4)
-    x, y = np.empty((200, 200), np.uint8), np.empty((200, 200), np.uint8)
-    for component, plane, length in ((x, levels[0], 100), (y, levels[1], 50)):
-        place_region(component, plane[105:155, 100:200], False)
-        component[:] = np.rint(scaled_flow(component.astype(np.float32), 200 / length))
-    pixels = (np.array([x[100, 100], y[100, 100]]) - 127.5) * 40 / 255
-    assert pixels == pytest.approx([8, 8], abs=0.4)
-    assert np.abs(np.array([x[0, 0], y[0, 0]]) - 127.5).max() <= 2.5  # half a level of no motion, enlarged
+@pytest.mark.parametrize("encoded", [False, True])
+def test_flow_is_scaled_as_the_image(handmade_shards: str, encoded: bool) -> None:
+    """A region of 16 x 32 pixels becomes 32 x 32: x motion doubles, y motion stays. A block of 8 x 8 has one motion."""
+    shards = open_shards(handmade_shards)
+    clips = [shards.clip(row) for row in shards.table.to_pylist()]
+    reader = WindowReader(clips, ("flow",), (48, 40), 32)
+    windows: list[Window | None] = [Window(4, 8, 8, 16, False, (16, 32)), Window(4, 8, 8, 16, True, (16, 32))]
+    batch = reader.read_encoded(windows) if encoded else reader.read_batch(windows)
+    flow = to_device(batch, torch.device("cpu")).flow_BT2HW
+    assert flow is not None
+    for t in (0, 15):
+        x, y = handmade.flow_image(4, 8 + t)[:, 8:40, 16:32].astype(float)
+        for row in (4, 12, 20, 28):
+            for column in (4, 12):
+                expected_x = min(max(127.5 + 2 * (x[row, column] - 127.5), 0), 255)
+                assert flow[0, t, 0, row, 2 * column].item() == pytest.approx(expected_x, abs=1)
+                assert flow[0, t, 1, row, 2 * column].item() == pytest.approx(y[row, column], abs=1)
+                assert flow[1, t, 0, row, 31 - 2 * column].item() == pytest.approx(255 - expected_x, abs=1)
     assert scaled_flow(np.array([0.0, 127.5, 255.0]), 3.0).tolist() == [0, 127.5, 255]
 
 

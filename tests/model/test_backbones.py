@@ -18,7 +18,7 @@ from tune_ego.config import ModelConfig
 from tune_ego.errors import UserError
 from tune_ego.model import Stream, build_stream, load_weights
 from tune_ego.model.backbones import FACTS, first_convolution
-from tune_ego.training.trainer import Trainer
+from tune_ego.training.trainer import Trainer, _saved_buffers
 
 WEIGHTS = {
     "s3d": video.S3D_Weights,
@@ -73,7 +73,9 @@ def test_published_weights_give_torchvision_s_features(name: str, tmp_path: Path
     model, stream = torchvision_model(name), stream_of(name)
     torch.save(model.state_dict(), tmp_path / "kinetics.pth")
     result = load_weights(stream, tmp_path / "kinetics.pth")
-    assert result.left_out == [] and set(result.fresh_modules) == {"attention_inc", "attention_pred", "logits"}
+    head = [key for key in model.state_dict() if key.split(".")[0] in FACTS[name].head]
+    assert head and result.left_out == head
+    assert set(result.fresh_modules) == {"attention_inc", "attention_pred", "logits"}
     transforms = WEIGHTS[name].DEFAULT.transforms()
     mean, std = (torch.tensor(values).reshape(3, 1, 1, 1) for values in (transforms.mean, transforms.std))
     x = torch.rand(1, 3, 16, *([224, 224] if name == "mvit_v2_s" else [225, 225] if name == "s3d" else [96, 80]))
@@ -155,7 +157,7 @@ def test_a_checkpoint_of_ours_is_loaded_by_its_own_names(tmp_path: Path) -> None
     for parameter in second.parameters():
         parameter.data.zero_()
     result = load_weights(second, tmp_path / "model.pt")
-    assert result.fresh == [] and all(map(torch.equal, first.parameters(), second.parameters()))
+    assert result.fresh == result.left_out == [] and all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,7 @@ def test_a_checkpoint_of_ours_is_loaded_by_its_own_names(tmp_path: Path) -> None
         ({"model__width": 0.5}, "model.width"),
         ({"model__activation_scope": "all"}, "model.activation_scope"),
         ({"train__activation_checkpointing": True}, "train.activation_checkpointing"),
+        ({"train__deterministic": True}, "train.deterministic"),
     ],
 )
 def test_keys_of_i3d_are_refused(changes: dict[str, Any], key: str) -> None:
@@ -211,3 +214,21 @@ def test_the_gaze_loss_is_a_mean_over_the_backbone_s_own_slices() -> None:
     one = one._replace(gaze_valid_BT=valid, gaze_BT2=torch.full((2, 16, 2), 0.3))
     assert trainer._gaze_slices([one]).item() == 2
     assert trainer.step(iter([one])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_memory_format_of_mixed_precision_changes_no_output(name: str) -> None:
+    """A GPU in 16 bits has the model in channels last."""
+    stream = stream_of(name)
+    clip = torch.rand(1, 3, 16, 64, 64) * 2 - 1
+    with torch.no_grad():
+        expected = stream(clip).logits_BK
+        found = stream.to(memory_format=torch.channels_last_3d)(clip).logits_BK
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_constants_are_not_shared_between_workers() -> None:
+    trainer = Trainer(tiny_config(model__backbone="s3d", model__width=1.0, streams="rgb"), ORIGIN, CPU)
+    shared = {id(buffer) for buffer in _saved_buffers(trainer.model)}
+    names = {name for name, buffer in trainer.model.named_buffers() if id(buffer) not in shared}
+    assert names == {"rgb.trunk._shift", "rgb.trunk._scale"}

@@ -53,6 +53,10 @@ def test_a_model_is_tested_packaged_and_used(name: str, egtea: Path, shards: str
         for stream in model.streams:
             np.testing.assert_allclose(tested[stream][place], prediction.stream_scores[stream].mean(dim=0), atol=1e-5)
     target = package(run, str(tmp_path / "package"))
+    card = Path(target, "README.md").read_text()
+    assert ("an I3D of width 0.05" if name == "i3d" else f"Each is {name} with") in card and f"- {name}\n" in card
+    every = "every frame" if form.step == 1 else f"one in {form.step} frames"
+    assert f"A window of {form.frames} frames goes in, {every} of a video" in card
     exported = torch.export.load(Path(target, "model.pt2")).module()
     tensors = [torch.from_numpy(np.repeat(batch[stream][:1], 3, axis=0)) for stream in model.streams]
     torch.testing.assert_close(exported(*tensors)[0][:1], prediction.scores[:1], atol=1e-4, rtol=0)

@@ -146,6 +146,17 @@ def test_a_damaged_test_counts_as_none(tmp_path: Path, text: str) -> None:
         assert row["test"] is None and row["streams"]["rgb"]["nss"] is None
 
 
+def test_tests_with_other_crops_are_not_compared(tmp_path: Path) -> None:
+    search = three_seeds()
+    for number, trial in enumerate(search.trials):
+        trial.run = str(tmp_path / trial.id)
+        (tmp_path / trial.id).mkdir()
+        content = {"rgb": {"mean_class_accuracy": number / 10}, "crops": 3 if number == 1 else 1, "flips": False}
+        (tmp_path / trial.id / "evaluation.json").write_text(json.dumps(content))
+    bold, plain = repeats_numbers(search)["rows"]
+    assert plain["test"] == {**interval([0.0, 0.2]), "size": 2} and bold["test"]["size"] == 3
+
+
 def test_streams_and_gaze_scores_are_compared_by_seed(tmp_path: Path) -> None:
     search = three_seeds()
     rgb = {"00000": [0.1, 0.2, 0.3], "00001": [0.2, 0.2, 0.5]}

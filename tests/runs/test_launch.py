@@ -135,6 +135,21 @@ def test_starting_weights_of_another_flow_are_refused(
         assert "flow starts from" in capsys.readouterr().out
 
 
+def test_settings_that_this_torch_or_a_random_trunk_does_not_allow(
+    tmp_path: Path, handmade_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = {"train__freeze_trunk_for": 5, "streams": "flow"}
+    with pytest.raises(
+        UserError, match=r"freeze_trunk_for: without starting weights the trunk of flow would be frozen"
+    ):
+        check_run(tiny_config(**frozen), handmade_shards)
+    check_run(tiny_config(**frozen, init_from__flow=weights(tmp_path)), handmade_shards)
+    check_run(tiny_config(optimizer__name="muon"), handmade_shards)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"muon needs torch 2\.9"):
+        check_run(tiny_config(optimizer__name="muon"), handmade_shards)
+
+
 def test_starting_weights_are_absolute_files_and_a_folder_keeps_its_meaning(tmp_path: Path) -> None:
     """A run's folder means its final weights; of a run that resumes, the file that it meant at the first start."""
     run = tmp_path / "run"

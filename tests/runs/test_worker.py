@@ -139,8 +139,10 @@ def test_a_worker_of_a_driver_that_was_replaced_ends_at_once(
     ],
 )
 def test_the_bytes_of_a_batch(streams: str, encoded: bool, expected: int) -> None:
-    plan = FeedPlan.from_config("", tiny_config(streams=streams), 1, 0, encoded=encoded)
-    assert worker._batch_bytes(plan) == expected
+    for frames in (16, 32):
+        config = tiny_config(streams=streams, data__window_frames=frames)
+        plan = FeedPlan.from_config("", config, 1, 0, encoded=encoded)
+        assert worker._batch_bytes(plan) == expected * frames // 16
 
 
 def test_a_lack_of_gpu_memory_comes_with_advice() -> None:
@@ -148,4 +150,5 @@ def test_a_lack_of_gpu_memory_comes_with_advice() -> None:
     reason = describe_failure(error)
     assert reason.startswith("the GPU's memory is not enough (CUDA out of memory); raise train.accumulate, lower")
     assert "train.activation_checkpointing: true" in reason
+    assert describe_failure(error, "s3d").endswith("lower train.batch_size")  # checkpointing is for I3D alone
     assert describe_failure(ValueError("other. And more")) == "other. And more"

@@ -509,11 +509,11 @@ def test_an_overflow_moves_nothing_but_the_loss_scale(name: str) -> None:
     assert not torch.equal(p, before[0])
 
 
-@pytest.mark.parametrize("name", ["sgd", "ranger"])
+@pytest.mark.parametrize("name", ["sgd", "ranger", "adamw", "muon"])
 def test_the_schedule_moves_with_each_step_though_the_loss_scale_changes(name: str) -> None:
     """A scale may grow or be smaller than before for other reasons: what counts is whether the optimizer stepped."""
     config = tiny_config(optimizer__name=name, schedule__name="constant")
-    p = torch.nn.Parameter(torch.ones(3))
+    p = torch.nn.Parameter(torch.ones(3, 1))
     moving = StreamOptimizer(config, [ParameterRole(p)], torch.device("cpu"), scale_loss=True)
     moving.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, growth_factor=4.0)
     for _ in range(4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from tune_ego.config import Config, ModelConfig
 from tune_ego.errors import UserError
 from tune_ego.model import build_stream
 from tune_ego.model.two_stream import ParameterRole
+from tune_ego.results.experiment import read_metrics, write_metrics
 from tune_ego.training.muon import MuonWithAdamW
-from tune_ego.training.optim import StreamOptimizer, build_optimizer
+from tune_ego.training.optim import StreamOptimizer, build_optimizer, check_optimizer
 from tune_ego.training.trainer import Trainer
 
 
@@ -185,7 +187,8 @@ def test_muon_follows_the_rates_of_its_groups_and_skips_what_has_no_gradient() -
 def test_an_old_torch_has_no_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UserError, match=r"optimizer.name: muon needs torch 2.9 or newer; this is torch \d"):
-        build_optimizer(settings("muon"), [ParameterRole(nn.Parameter(torch.eye(2)))])
+        check_optimizer(settings("muon").optimizer)
+    check_optimizer(settings("adamw").optimizer)
 
 
 def test_the_state_of_other_optimizers_is_refused() -> None:
@@ -243,6 +246,29 @@ def test_a_clipped_gradient_has_the_norm_and_the_log_the_one_before() -> None:
             expected, rel=1e-4
         )
         assert trainer.training_metrics(torch.zeros(1, 3))["gradient_norm_rgb"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "ranger", "adamw", "muon"])
+def test_an_overflow_skips_the_step_and_leaves_no_norm(name: str, tmp_path: Path) -> None:
+    """The loss scale falls; the log has the norm of the last step that was taken, which can be read again."""
+    config = tiny_config(optimizer__name=name, train__clip_norm=1.0, streams="rgb", train__precision="fp16")
+    trainer = Trainer(config, ORIGIN, CPU)
+    (stream,) = trainer.optimizers.values()
+    weight = trainer.model.get_parameter("rgb.Mixed_5c.b0.conv3d.weight")
+    before, scale = weight.detach().clone(), stream.scaler.get_scale()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    stream.scaler.scale(torch.zeros(1))  # the scaler starts with its first loss
+    stream.step()
+    assert torch.equal(weight, before) and stream.scaler.get_scale() == scale / 2 and stream.gradient_norm is None
+    assert "gradient_norm_rgb" not in trainer.training_metrics(torch.zeros(1, 3))
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3 * stream.scaler.get_scale())
+    stream.step()
+    metrics = {"iteration": 1, **trainer.training_metrics(torch.zeros(1, 3))}
+    assert not torch.equal(weight, before) and math.isfinite(metrics["gradient_norm_rgb"])
+    write_metrics(str(tmp_path), [metrics])
+    assert read_metrics(str(tmp_path)) == [metrics]
 
 
 def test_gradients_are_clipped_without_the_loss_scale() -> None:

@@ -148,7 +148,7 @@ def score_clips(
 ) -> tuple[ClipScores, dict[str, dict[str, Any] | None]]:
     """Return (class scores, agreement of each stream's attention with gaze) over all dense windows of the clips.
 
-    Each window is scored in each of the `chosen` crops, by default the centre crop.
+    Each window is scored in each of the `chosen` crops, by default the centre crop. The attention is that of the first.
 
     Computes, and leaves the model, on the GPU where there is one.
     """
@@ -162,8 +162,9 @@ def score_clips(
     scores = ClipScores(config.stream_names, len(clips), len(shards.actions), device)
     gaze = {name: GazeScores(device) for name in (*config.stream_names, "centre")} if config.model.stam_depth else {}
     non_finite = _NonFiniteOutputs(clips, device)
+    chosen, seen = chosen or views(shards.image_size, config.data.crop), 0
     with torch.inference_mode(), progress("clips", len(clips)) as advance:
-        batches = _batches(reader, chosen or views(shards.image_size, config.data.crop), device, advance)
+        batches = _batches(reader, chosen, device, advance)
         for done, batch in enumerate(batches_to_device(batches, device), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.model_input())
@@ -171,11 +172,14 @@ def score_clips(
             if done % _CHECK_EVERY[device.type] == 0:
                 non_finite.check()
             scores.add(batch.clip_B, {name: output.logits_BK for name, output in outputs.items()}, batch.present_B)
+            first = (seen + torch.arange(len(batch.clip_B), device=device)) % len(chosen) == 0
+            seen += len(batch.clip_B)
+            points = (batch.gaze_BT2[first], batch.gaze_valid_BT[first])
             for name, output in outputs.items() if gaze else ():
-                shape = output.attention_BTHW.shape
-                gaze[name].add(output.attention_BTHW, batch.gaze_BT2, batch.gaze_valid_BT)
+                map_BTHW = output.attention_BTHW[first]
+                gaze[name].add(map_BTHW, *points)
             if gaze:
-                gaze["centre"].add_centre(shape, batch.gaze_BT2, batch.gaze_valid_BT, config.loss.gaze_sigma)
+                gaze["centre"].add_centre(map_BTHW.shape, *points, config.loss.gaze_sigma)
         non_finite.check()
     return scores, {name: score.result() for name, score in gaze.items()}
 

@@ -1,4 +1,4 @@
-"""I3D + STAM, one stream and two."""
+"""Backbone + STAM, one stream and two."""
 
 from tune_ego.model.two_stream import Stream, StreamOutput, TwoStream, build_stream
 from tune_ego.model.weights import LoadedWeights, load_weights

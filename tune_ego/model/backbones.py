@@ -73,8 +73,8 @@ class TorchvisionTrunk(nn.Module):
         mean, std = torch.tensor(self.facts.mean), torch.tensor(self.facts.std)
         if inputs != 3:  # flow in [-1, 1] has mean 0 where nothing moves
             mean, std = torch.full((inputs,), 0.5), std.mean().expand(inputs)
-        self.register_buffer("_shift", (2 * mean - 1).reshape(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("_scale", (2 * std).reshape(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("_shift", (2 * mean - 1).reshape(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("_scale", (2 * std).reshape(1, -1, 1, 1, 1), persistent=False)
 
     def forward(self, clip_BCTHW: Tensor) -> Tensor:
         """Compute the feature map [B, C, T', H', W'] of clips, floats in [-1, 1]."""

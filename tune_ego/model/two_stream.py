@@ -1,4 +1,4 @@
-"""A stream (I3D + STAM + classifier) and the pair of them.
+"""A stream (backbone + STAM + classifier) and the pair of them.
 
 B batch, C channels, T time, H, W, K classes.
 """

@@ -51,7 +51,8 @@ class LoadedWeights(NamedTuple):
 
     loaded: list[str]
     left_out: list[str]
-    """Modules of the file that were not loaded: a classifier of other classes, attention where the stream has none."""
+    """Parameters of the file that were not loaded: a classifier of other classes, torchvision's head, attention where
+    the stream has none."""
     fresh: list[str]
     """Modules of the stream that the file lacks: they keep their initial values or copy block 1 (`copy_init`)."""
     flow_method: str | None = None
@@ -158,8 +159,9 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     content = load_tensors(path)
     flow_method = content.get("flow_method") if isinstance(content, dict) else None
     tensors = _without_prefixes(_state_dict(content, str(path)), str(path))
+    head: list[str] = []
     if stream.backbone != "i3d":
-        tensors = _as_trunk(stream, tensors)
+        tensors, head = _as_trunk(stream, tensors)
     ours = f"{stream.modality}."
     if any(name.startswith(("rgb.", "flow.")) for name in tensors):
         tensors = {name.removeprefix(ours): value for name, value in tensors.items() if name.startswith(ours)}
@@ -170,7 +172,7 @@ def load_weights(stream: Stream, path: str | Path) -> LoadedWeights:
     if stream.modality == "flow" and is_final(str(path)):  # no record of the flow method but in checkpoints
         last = read_last_whole_checkpoint(run_of(str(path)))
         flow_method = load_safely(last[1], str(path)).get("flow_method") if last else None
-    return loaded._replace(flow_method=flow_method)
+    return loaded._replace(flow_method=flow_method, left_out=[*loaded.left_out, *head])
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
@@ -211,21 +213,23 @@ def _without_prefixes(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor
     return result
 
 
-def _as_trunk(stream: Stream, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of a model of torchvision by the stream's names, without the head; others unchanged.
+def _as_trunk(stream: Stream, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return (a state dict of torchvision's model by the stream's names, names of its head, which is left out).
+
+    A state dict with names of the stream is returned unchanged.
 
     For flow, the filters of the first convolution are the mean over red, green and blue.
     """
     own = stream.state_dict()
     head = tuple(f"{name}." for name in FACTS[stream.backbone].head)
     if any(name in own or name.startswith(("rgb.", "flow.")) for name in tensors):
-        return tensors
+        return tensors, []
     trunk = {f"trunk.{name}": value for name, value in tensors.items() if not name.startswith(head)}
     first = f"trunk.{first_convolution(stream.get_submodule('trunk'))}.weight"
     weight, inputs = trunk.get(first), own[first].shape[1]
     if weight is not None and weight.dim() == 5 and weight.shape[1] == 3 and inputs != 3:
         trunk[first] = weight.mean(dim=1, keepdim=True).expand(-1, inputs, -1, -1, -1)
-    return trunk
+    return trunk, [name for name in tensors if name.startswith(head)]
 
 
 def _load(stream: Stream, tensors: dict[str, Tensor], path: str) -> LoadedWeights:

@@ -23,7 +23,7 @@ def model_card(config: dict[str, Any], evaluation: dict[str, Any] | None) -> str
         "pipeline_tag": "video-classification",
         "license": "other",
         "license_name": "see-card",
-        "tags": ["action-recognition", "egocentric-vision", "gaze", "i3d"],
+        "tags": ["action-recognition", "egocentric-vision", "gaze", config["config"]["model"]["backbone"]],
     }
     if evaluation is not None:
         metadata["model-index"] = [_model_index(evaluation)]
@@ -32,8 +32,9 @@ def model_card(config: dict[str, Any], evaluation: dict[str, Any] | None) -> str
 
 _CARD = """# Action recognition in first-person video
 
-A window of {frames} frames at {rate} frames a second goes in. Scores of {classes} actions come out{maps}.
-Streams: {streams}. Each is an I3D of width {width} with {attention}. It was made with tune_ego {version}.
+A window of {frames} frames goes in, {spacing} of a video of {rate} frames a second. Scores of {classes} actions
+come out{maps}.
+Streams: {streams}. Each is {backbone} with {attention}. It was made with tune_ego {version}.
 
 ## Use
 
@@ -83,7 +84,8 @@ def _texts(config: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[st
         "rate": config["frames_per_second"],
         "classes": len(config["classes"]),
         "streams": " and ".join(_STREAMS[name] for name in config["inputs"]),
-        "width": model["width"],
+        "spacing": "every frame" if config["frame_step"] == 1 else f"one in {config['frame_step']} frames",
+        "backbone": f"an I3D of width {model['width']}" if model["backbone"] == "i3d" else model["backbone"],
         "maps": ", and maps of where the model attends" if depth else "",
         "limit": "- Attention maps show where the model attends. They are no measurement of gaze.\n" if depth else "",
         "attention": f"a STAM of depth {depth} ({model['stam_block']})" if depth else "no attention",
@@ -97,11 +99,15 @@ def _texts(config: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[st
         "split": trained["data"]["split"],
         "iterations": config["iteration"],
         "batch": trained["train"]["batch_size"],
-        "recipe": f"{optimizer['name']}, learning rate {optimizer['lr']:g}; {gaze}; dropout {model['dropout']:g}; "
-        f"{model['activation']}",
+        "recipe": f"{optimizer['name']}, learning rate {optimizer['lr']:g}{_trunk_rate(optimizer)}; {gaze}; "
+        f"dropout {model['dropout']:g}; {model['activation']}",
         "weights": _starting_weights(trained),
         "accuracies": _accuracies(evaluation),
     }
+
+
+def _trunk_rate(optimizer: dict[str, Any]) -> str:
+    return f" ({optimizer['trunk_lr']:g} for the trunk)" if optimizer["trunk_lr"] is not None else ""
 
 
 def _starting_weights(trained: dict[str, Any]) -> str:

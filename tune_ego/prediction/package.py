@@ -37,7 +37,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.model, self._fusion_weight = trained.model, trained.config.fusion_weight
         self.inputs = trained.streams
-        """Names of the inputs, in order: `rgb` uint8 [B, 16, side, side, 3], `flow` uint8 [B, 16, 2, side, side]."""
+        """Names of the inputs, in order: `rgb` uint8 [B, T, side, side, 3], `flow` uint8 [B, T, 2, side, side]."""
         outputs = ["scores", *(f"{name}_scores" for name in trained.streams)]
         attention = [f"{name}_attention" for name in trained.streams] if trained.config.model.stam_depth else []
         self.outputs = [*outputs, *attention]

@@ -13,7 +13,7 @@ from typing import Any
 from tune_ego import __version__
 from tune_ego.config import Config
 from tune_ego.errors import UserError
-from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES
+from tune_ego.evaluation.tables import PUBLISHED, PUBLISHED_CLASSES, SOURCES, views_name
 from tune_ego.report.cost import cost_numbers, trial_seconds
 from tune_ego.report.importance import importance_numbers
 from tune_ego.report.provenance import reproduction
@@ -328,7 +328,7 @@ def published_numbers(search: Experiment, best: Configuration | None, evaluation
             "model": f"evaluated checkpoint, {row['stream']}",
             "micro": row["micro_accuracy"],
             "mean_class": row["mean_class_accuracy"],
-            "on": f"test clips of split {evaluation['split']}"
+            "on": f"test clips of split {evaluation['split']}{views_name(evaluation)}"
             + (f"; not a test: the model was trained on {trained_on} of these clips" if trained_on else ""),
         }
         for row in evaluation.get("streams", [])
@@ -356,6 +356,7 @@ def published_numbers(search: Experiment, best: Configuration | None, evaluation
                 if entry.split.isdecimal()
                 else "test clips, mean of the splits",
                 "source": entry.source,
+                "start": entry.start,
             }
             for entry in PUBLISHED
         ],

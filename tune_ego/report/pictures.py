@@ -68,7 +68,8 @@ def _describe_case(scored: ScoredWindow, clip: Clip, actions: list[str]) -> dict
     predicted = int(scores.argmax())
     frames = len(scored.frames_THW3)
     # The frame with gaze that is nearest to the middle of the window, else the middle frame.
-    order = sorted(range(min(frames, clip.frames)), key=lambda frame: abs(frame - frames // 2))
+    inside = min(frames, -(-clip.frames // scored.step))  # the last frame of a short clip is repeated
+    order = sorted(range(inside), key=lambda frame: abs(frame - frames // 2))
     frame = next((frame for frame in order if scored.gaze(frame)), order[0])
     point = scored.gaze(frame)
     return {

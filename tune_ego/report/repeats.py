@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import mean
 from typing import Any
 
 from tune_ego import storage
 from tune_ego.errors import UserError
+from tune_ego.evaluation.tables import views_name
 from tune_ego.results.experiment import EVALUATION_FILE, METRIC, Configuration, Experiment, Trial, by_configuration
 from tune_ego.results.intervals import Interval, mean_interval, paired_difference
 from tune_ego.results.tables import config_value
@@ -22,7 +24,8 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
 
     Configurations are ordered by the mean accuracy at the last validation of their repeats, and compared at it. The
     best of many validations, which is given too, is biased upwards. Differences are those of repeats with the same
-    seed. A trial has a test accuracy where `evaluate` has tested it; `streams` has that of rgb and flow, and the
+    seed. A trial has a test accuracy where `evaluate` has tested it; where tests have different crops, only those with
+    the most frequent ones count. `streams` has that of rgb and flow, and the
     gaze score `nss` of their attention, minus that of a Gaussian at the centre.
 
     Args:
@@ -37,7 +40,8 @@ def repeats_numbers(search: Experiment, reference: str | None = None) -> dict[st
             raise UserError(f"--reference {reference}: the search has no repeats, so there are no paired differences")
         return {"reference": None, "rows": []}
     last = {one.id: last_accuracies(one) for one in by_configuration(search.trials)}
-    tested = {one.id: _tests(one.trials) for one in by_configuration(search.trials)}
+    tests = _read_tests(search.trials)
+    tested = {one.id: _tests(one.trials, tests) for one in by_configuration(search.trials)}
     validated = [one for one in by_configuration(search.trials) if last[one.id]]
     validated.sort(
         key=lambda one: (len(last[one.id]) == search.space.repeats, mean(last[one.id].values())), reverse=True
@@ -73,20 +77,32 @@ def last_accuracies(configuration: Configuration) -> dict[int, float]:
     return {trial.config.seed: trial.validations[-1][METRIC] for trial in validated}
 
 
-def _tests(trials: list[Trial]) -> dict[str, dict[int, float]]:
-    """Return measure -> seed -> value of each trial that was tested.
+def _read_tests(trials: list[Trial]) -> dict[str, dict[str, Any]]:
+    """Return trial -> content of its `evaluation.json`, of those that were tested with the most frequent crops."""
+    tests: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        uri = storage.join(trial.run, EVALUATION_FILE)
+        try:
+            content = storage.read_json(uri) if storage.exists(uri) else None
+        except UserError:  # damaged: as if it was not there
+            continue
+        if isinstance(content, dict):
+            tests[trial.id] = content
+    views = Counter(views_name(test) for test in tests.values()).most_common(1)
+    return {trial: test for trial, test in tests.items() if views_name(test) == views[0][0]}
+
+
+def _tests(trials: list[Trial], tests: dict[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return measure -> seed -> value of each trial that was tested; `tests` is the result of `_read_tests`.
 
     Measures: `test`, the mean class accuracy that counts; for each stream `rgb/test`, and `rgb/nss` of its attention.
     """
     measures: dict[str, dict[int, float]] = {}
     for trial in trials:
-        uri = storage.join(trial.run, EVALUATION_FILE)
-        if not storage.exists(uri):
-            continue
         try:
-            values = _test_values(storage.read_json(uri))
-        except (UserError, LookupError, AttributeError, StopIteration, TypeError, ValueError):
-            continue  # damaged: as if it was not there
+            values = _test_values(tests[trial.id])
+        except (LookupError, AttributeError, StopIteration, TypeError, ValueError):
+            continue  # not tested, or damaged
         for name, value in values.items():
             measures.setdefault(name, {})[trial.config.seed] = value
     return measures

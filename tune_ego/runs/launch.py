@@ -106,9 +106,17 @@ def check_run(config: Config, data: str, *, weights: bool = True) -> None:
     Without `weights` the starting weights are not checked.
     """
     from tune_ego.model import build_stream, load_weights
+    from tune_ego.training.optim import check_optimizer
 
     shards = open_shards(data)
     check_fits(shards, config)
+    check_optimizer(config.optimizer)
+    without = [modality for modality in config.stream_names if modality not in initial_weights(config)]
+    if config.train.freeze_trunk_for and without:
+        raise UserError(
+            f"train.freeze_trunk_for: without starting weights the trunk of {' and '.join(without)} would be frozen at "
+            f"random ones; set init_from.{without[0]}"
+        )
     for modality, source in initial_weights(config).items() if weights else ():
         stream = build_stream(modality, len(shards.actions), config.model)
         loaded = load_weights(stream, source)

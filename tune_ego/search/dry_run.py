@@ -63,8 +63,14 @@ def show_plan(
         measured = _measure(config, data, f"{root}-probe", gpus) if probe else None
     if measured is not None:
         plan |= _cost(plan, config, measured, price)
+        if different := [key for key in _COSTLY if key in space.searched_keys]:
+            say(f"Trials with other values of {', '.join(different)} than the probe's take another time")
     _show(plan, space, nodes.live)
     return plan
+
+
+_COSTLY = ("model.backbone", "model.stam_depth", "streams", "data.crop", "data.window_frames", "train.batch_size")
+"""Keys on which the time of an iteration depends most."""
 
 
 def _any_draw(space: SearchSpace, seed: int) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def _measure(config: Config, data: str, run: str, gpus: float) -> Probe:
     iterations = _WARM_UP + _MEASURED
     changes = {"train.iterations": iterations, "train.log_every": 1, "train.validate_every": iterations}
     short = override_config(config, {**changes, "schedule.warmup": 0}, "--probe")
-    say(f"Probe: {iterations} iterations and a validation of the first configuration")
+    say(f"Probe: {iterations} iterations and a validation of the first configuration ({config.model.backbone})")
     start = time.monotonic()
     try:
         fit(Job(short, data, run, gpus, driver.stop_uri(run), final=False))

@@ -252,7 +252,10 @@ def check_runs(space: SearchSpace, data: str) -> None:
     checked = set()
     for sampled in space.draws():
         config = space.config(sampled)
-        key = (config.data, config.init_from, config.streams, config.model if initial_weights(config) else None)
+        key = (
+            *(config.data, config.init_from, config.streams, config.model if initial_weights(config) else None),
+            *(config.optimizer.name, config.train.freeze_trunk_for > 0),
+        )
         if repr(key) not in checked:
             checked.add(repr(key))
             if resolve_weights(config) != config:

@@ -18,7 +18,7 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 class Mixing(NamedTuple):
-    """Mixture of each window of a batch with the window before it; of the first with the last."""
+    """Weights that mix each window of a batch with the one before it, and the first window with the last one."""
 
     own_B: Tensor
     """Weight of the window itself, float32, from 0.5 to 1; 1 where it is not mixed."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tune_ego.errors import UserError
-
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) and AdamW with one step and one state.
@@ -35,12 +33,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             momentum: Momentum of Muon, in Nesterov's form.
             betas: Betas of AdamW.
             eps: Epsilon of AdamW.
-
-        Raises:
-            UserError: torch is older than 2.9.
         """
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"optimizer.name: muon needs torch 2.9 or newer; this is torch {torch.__version__}")
         super().__init__([*matrices, *others], {})
         flat = [{**group, "params": [_matrix(p) for p in group["params"]]} for group in matrices]
         self._muon = torch.optim.Muon(flat, momentum=momentum, adjust_lr_fn="match_rms_adamw") if flat else None

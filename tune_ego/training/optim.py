@@ -24,6 +24,7 @@ from tune_ego.config_optimizers import (
     SGDConfig,
 )
 from tune_ego.console import say_once
+from tune_ego.errors import UserError
 from tune_ego.model.two_stream import ParameterRole
 from tune_ego.training.muon import MuonWithAdamW
 
@@ -98,6 +99,12 @@ def _radam_step(optimizer: Ranger) -> None:
     """Run RAdam's step without its hooks, which torch adds to the class once a plain RAdam exists."""
     step: Any = torch.optim.RAdam.step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise `UserError` where this torch does not have the optimizer."""
+    if isinstance(optimizer, MuonConfig) and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer.name: muon needs torch 2.9 or newer; this is torch {torch.__version__}")
 
 
 def build_optimizer(config: Config, roles: Sequence[ParameterRole]) -> torch.optim.Optimizer:
@@ -220,7 +227,7 @@ class StreamOptimizer:
         self.schedule = Schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.gradient_norm: Tensor | None = None
-        """Norm of the last gradient before it was clipped; None without `train.clip_norm`."""
+        """Norm of the last gradient that was applied, before it was clipped; None without `train.clip_norm`."""
         self._train = config.train
         self._parameters = [role.parameter for role in roles]
         self._trunk = [role.parameter for role in roles if role.trunk]
@@ -244,13 +251,15 @@ class StreamOptimizer:
         if self.schedule.steps < self._train.freeze_trunk_for:
             for parameter in self._trunk:
                 parameter.grad = None
+        norm = None
         if self._train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            self.gradient_norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self._stepped:
+            self.gradient_norm = norm
             self.schedule.after_step()
         elif self.scaler.get_scale() < _SMALLEST_SCALE:
             raise OverflowError("the gradients overflow at every loss scale")

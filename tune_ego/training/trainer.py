@@ -60,6 +60,12 @@ class _StepStatus(NamedTuple):
     ready: torch.cuda.Event | None
 
 
+def _saved_buffers(model: nn.Module) -> list[Tensor]:
+    """Return the buffers that a state dict holds: no constants."""
+    saved = model.state_dict()
+    return [buffer for name, buffer in model.named_buffers() if name in saved]
+
+
 class Trainer:
     """Model of a run with the optimizer of each stream; training steps and validations.
 
@@ -356,7 +362,7 @@ class Trainer:
         if not self._statistics_differ:
             return
         models = [self.model] if self.average is None else [self.model, self.average.module]
-        for buffer in [buffer for model in models for buffer in model.buffers()]:
+        for buffer in [buffer for model in models for buffer in _saved_buffers(model)]:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.workers
@@ -381,7 +387,7 @@ class Trainer:
             metrics |= {f"action_loss_{modality}": action, f"gaze_loss_{modality}": gaze}
             metrics[f"learning_rate_{modality}"] = self.optimizers[modality].learning_rate
             gradient_norm = self.optimizers[modality].gradient_norm
-            if gradient_norm is not None:
+            if gradient_norm is not None and gradient_norm.isfinite():
                 metrics[f"gradient_norm_{modality}"] = gradient_norm.item()
             if modality in self.compiled:
                 metrics[f"compiled_{modality}"] = float(self.compiled[modality])
