@@ -17,9 +17,19 @@ import torch
 from tune_ego.bench import record, resume, step
 from tune_ego.bench.record import Benchmark, Figure, time_in_turn
 from tune_ego.bench.search import Curve, run_asha, run_fifo
-from tune_ego.bench.step import Measurement, Variant, largest_difference, random_batch, variant_config
+from tune_ego.bench.step import (
+    Measurement,
+    Variant,
+    _on_cpu,
+    _on_gpu,
+    flops_per_clip,
+    largest_difference,
+    random_batch,
+    variant_config,
+)
 from tune_ego.console import percent
 from tune_ego.errors import UserError
+from tune_ego.model.backbones import FACTS
 from tune_ego.space_io import parse_space
 
 
@@ -167,6 +177,21 @@ def test_a_variant_s_configuration(precision: str, setting: str) -> None:
     assert batch.rgb_BTHWC is None
     assert batch.flow_BT2HW is not None and batch.flow_BT2HW.shape == (6, 16, 2, 64, 64)
     assert batch.flow_BT2HW.float().mean() == pytest.approx(127.5, abs=2) and batch.flow_BT2HW.max() == 255
+
+
+@pytest.mark.parametrize("variants", [_on_cpu, _on_gpu])
+def test_each_backbone_has_a_row(variants: Callable[[Variant], list[Variant]]) -> None:
+    rows = [variant for variant in variants(Variant("rgb", width=0.25)) if variant.backbone != "i3d"]
+    assert [row.backbone for row in rows] == list(FACTS)
+    for row in rows:
+        assert row.streams == "rgb" and row.backbone in row.name
+        assert variant_config(row).model.backbone == row.backbone
+
+
+def test_the_operations_of_a_backbone_are_its_own() -> None:
+    """Forward and backward are about three times the forward operations of 16 x 112 x 112: R(2+1)D-18 has 40.5 GMAC."""
+    count = flops_per_clip("rgb", 112, 1.0, "r2plus1d_18")
+    assert 5.5 < count / 40.5e9 < 6.6 and flops_per_clip("rgb", 112, 1.0, "s3d") < count / 3
 
 
 def test_the_largest_difference_is_of_all_outputs_and_has_no_sign() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,30 @@ def results(rank: int) -> dict[str, Any]:
     }
 
 
+TUNED = {
+    "optimizer__name": "adamw",
+    "train__clip_norm": 0.05,
+    "train__freeze_trunk_for": 1,
+    "train__ema": 0.5,
+    "model__freeze_trunk_norms": True,
+}
+
+
+def work_tuned(rank: int, folder: str) -> None:
+    """Body of a worker with clipped gradients, a frozen trunk and a moving average: writes `<rank>.pt`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        with double_precision():
+            trainer = sensitive(Trainer(tiny_config(compute__workers=2, **CHANGES, **TUNED), ORIGIN, CPU, rank))
+            for iteration in range(ITERATIONS):
+                trainer.step(iter([training_batch(iteration, rank)]))
+            trainer.flush_status()
+            torch.save(trainer.checkpoint(), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """`results` of the two workers."""
@@ -211,3 +236,25 @@ def test_a_stop_signal_of_one_worker_reaches_the_other(both: list[dict[str, Any]
 def test_a_loss_of_one_worker_that_is_not_finite_ends_both_before_their_step(both: list[dict[str, Any]]) -> None:
     assert both[0]["reason"] == "" and both[0]["unmoved"] and both[1]["unmoved"]
     assert both[1]["reason"] == "iteration 4: action loss of the flow stream is nan; a lower optimizer.lr may help"
+
+
+def test_clipping_freezing_and_averaging_are_those_of_one_worker(tmp_path: Path) -> None:
+    """Gradients are clipped after their mean over the workers, and a trunk without gradients does not hang them."""
+    spawn(work_tuned, (str(tmp_path),), nprocs=2)
+    ours = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    with double_precision():
+        alone = sensitive(Trainer(tiny_config(train__accumulate=2, **CHANGES, **TUNED), ORIGIN, CPU))
+        start = {name: value.clone() for name, value in alone.model.named_parameters()}
+        for iteration in range(ITERATIONS):
+            alone.step(iter([training_batch(iteration, worker) for worker in range(2)]))
+    average = dict(alone.averaged_model.named_parameters())
+    for name, value in alone.model.named_parameters():
+        for one in ours:
+            torch.testing.assert_close(one["training_weights"][name], value, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(one["model"][name], average[name].detach(), rtol=1e-4, atol=1e-6)
+    moved = {
+        name.split(".")[1] for name, value in alone.model.named_parameters() if not torch.equal(value, start[name])
+    }
+    assert {"Mixed_5c", "attention_pred", "logits"} <= moved
+    statistics = ours[0]["training_weights"]["rgb.Mixed_5c.b0.bn.running_mean"]
+    assert not statistics.any() and ours[0]["training_weights"]["rgb.attention_pred.bn.running_mean"].any()
