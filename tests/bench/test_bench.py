@@ -55,6 +55,7 @@ def test_a_record_holds_medians_spread_and_where_it_was(tmp_path: Path, capsys: 
     assert record["machine"]["cores"] >= 1 and record["date"].startswith("20") and record["about"] == {"clips": 3}
 
 
+@pytest.mark.slow
 def test_bench_prepare_measures_every_part(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes read are those counted before and after 8 windows; the frames those of the same synthetic videos."""
     counts: list[int] = []

@@ -7,6 +7,7 @@ import pytest
 from tune_ego.bench.predict import bench_predict
 
 
+@pytest.mark.slow
 def test_predict_is_compared_with_its_parts() -> None:
     benchmark = bench_predict(width=0.02, repeats=1)
     whole, forward, flow, parts = (figure.median for figure in benchmark.figures)

@@ -124,6 +124,7 @@ def test_another_service_at_the_address_is_no_cluster(banner: bytes, monkeypatch
     assert check_address(server.address) == f"--address {server.address}"  # Ray itself has the certificates
 
 
+@pytest.mark.slow
 def test_another_grpc_server_is_no_cluster() -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -126,7 +126,12 @@ def test_a_folder_of_another_process_with_the_same_pid_stays(folder: Path) -> No
 
 @pytest.mark.parametrize(
     ("victim", "code"),
-    [("nobody", 0), ("group", 130), ("raylet", 2), ("gcs_server", 2)],
+    [
+        ("nobody", 0),
+        pytest.param("group", 130, marks=pytest.mark.slow),
+        ("raylet", 2),
+        pytest.param("gcs_server", 2, marks=pytest.mark.slow),
+    ],
     ids=["nobody", "group", "raylet", "gcs_server"],
 )
 def test_nothing_is_left_of_a_session(victim: str, code: int, folder: Path) -> None:

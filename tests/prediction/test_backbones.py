@@ -35,7 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", ["s3d", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "s3d")]
+)
 def test_a_model_is_tested_packaged_and_used(name: str, egtea: Path, shards: str, tmp_path: Path) -> None:
     """Scores of the test, of the exported program and of a video's windows are those of the model's own forward."""
     width = {"model__width": 0.05 if name == "i3d" else 1.0}

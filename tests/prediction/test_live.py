@@ -16,7 +16,12 @@ from tests.conftest import COMMAND
 from tests.dataset.test_irregular_videos import encoded, grey
 from tests.evaluation.test_evaluate import checkpoint
 from tune_ego.errors import UserError
-from tune_ego.prediction.live import Arrived, LatestWindow
+from tune_ego.feed.sampling import views
+from tune_ego.prediction.live import Arrived, LatestWindow, predict_live
+from tune_ego.prediction.predict import PredictionSettings, model_flow
+from tune_ego.prediction.scoring import score_windows
+from tune_ego.prediction.trained_model import load_model
+from tune_ego.prediction.windows import video_windows
 
 
 def image(number: int) -> np.ndarray:
@@ -66,6 +71,26 @@ def test_the_last_window_ends_with_the_stream(frames: int, starts: list[int]) ->
         assert levels(arrived)[:16] == list(range(arrived.start, min(arrived.start + 16, frames)))
         taken.release()
     assert seen == starts
+
+
+def test_a_stream_is_scored_in_windows_of_the_model_s_form(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second frame: a window spans 31 frames. The last one of 40 frames starts at 9; it is the file's."""
+    checkpoint(tmp_path, shards, streams="rgb", data__frame_step=2)
+    model = load_model(tmp_path / "run", "cpu")
+    width, height = model.image_size
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (height, width, 3)).astype(np.uint8) for _ in range(40)]
+    monkeypatch.setattr("tune_ego.prediction.live._stdin_images", lambda size: iter(images))
+    lines: list[str] = []
+    predict_live(model, "-", PredictionSettings(), lines.append)
+    last = json.loads(lines[-1])
+    assert (round(last["start"] * 24), round(last["end"] * 24)) == (9, 40)
+    *_, window = video_windows(images, model_flow(model, None), 8, model.config.data.window)
+    (scored,) = score_windows(model, [window], views(model.image_size, 32))
+    assert last["score"] == pytest.approx(float(scored.main.max()), abs=2e-4)
+    assert last["action"] == model.classes[int(scored.main.argmax())]
 
 
 def test_an_error_of_the_stream_comes_after_its_last_window() -> None:

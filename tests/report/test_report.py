@@ -134,7 +134,7 @@ def test_200_trials(large: Path) -> None:
         ((name, accuracy) for name, accuracy in best.items() if accuracy >= 0), key=lambda one: -one[1]
     )
     rates = [p for p in numbers["choices"]["parameters"] if p["key"] == "optimizer.lr"]
-    assert [p["when"] for p in rates] == ["optimizer.name sgd", "optimizer.name ranger"]
+    assert [p["when"] for p in rates] == ["optimizer.name sgd", "optimizer.name ranger", "optimizer.name adamw"]
     assert sorted(name for p in rates for value in p["values"] for name in value["members"]) == sorted(
         name for name, accuracy in best.items() if accuracy >= 0
     )

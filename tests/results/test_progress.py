@@ -346,7 +346,7 @@ def test_status_of_a_search_names_damaged_records_and_how_to_go_on(
 def test_a_narrow_terminal_shows_what_fits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_experiment(tmp_path, 8)
     found = read_experiment(str(tmp_path))
-    for width in (80, 200):
+    for width in (80, 300):
         drawn = Console(file=StringIO(), width=width)
         monkeypatch.setattr(progress, "console", drawn)
         drawn.print(search_view(found))

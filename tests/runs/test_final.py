@@ -33,6 +33,7 @@ from tune_ego.training.checkpoint import Origin, mean_weights, read_checkpoint
 from tune_ego.training.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_the_batch_is_the_same_however_many_workers_there_are(tmp_path: Path, shards: str, ray_cluster: None) -> None:
     """One or two workers: with room for two, two; else one makes both passes. The losses are those of a loop without
     Ray that makes both passes of each iteration. The final weights are the moving average of the last checkpoint."""

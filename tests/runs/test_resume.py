@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys
     assert last_whole_iteration(str(tmp_path)) == 20
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_the_checkpoint_before(tmp_path: Path, shards: str, ray_cluster: None) -> None:
     """The last checkpoint is damaged: the run does those iterations again, and ends with the weights of a loop without
     Ray that was never interrupted. It reports all validations before its checkpoint once more, for the search's

@@ -14,6 +14,7 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.drivers import write_driver
+from tests.training.test_step import ORIGIN, batch
 from tune_ego.dataset.shards import open_shards
 from tune_ego.feed.feed_plan import FeedPlan
 from tune_ego.results.driver import is_taken_over, stop_uri
@@ -21,7 +22,7 @@ from tune_ego.runs import worker
 from tune_ego.runs.job import Job
 from tune_ego.runs.preemption import watch_signals
 from tune_ego.runs.worker import describe_failure
-from tune_ego.training.trainer import Signal
+from tune_ego.training.trainer import Signal, Trainer
 
 
 class Preemption:
@@ -63,6 +64,17 @@ def test_the_loss_knows_the_share_of_each_class(handmade_shards: str, sampling: 
     weights = [math.sqrt(count**power) for count in counts]  # tau of a half is a power of a half of the shares
     loss = trainer.action_loss(torch.zeros(1, 4), torch.tensor([3]))
     assert loss.item() == pytest.approx(-math.log(weights[3] / sum(weights)), rel=1e-5)
+
+
+def test_the_final_weights_are_the_moving_average(tmp_path: Path) -> None:
+    config = tiny_config(train__ema=0.5, streams="rgb", train__precision="off")
+    trainer = Trainer(config, ORIGIN, torch.device("cpu"))
+    trainer.step(iter([batch(0, clips=4)]))
+    task = Job(config, "", str(tmp_path), 0, "", final=True)
+    weights = worker._final_weights(task, FeedPlan.from_config("", config, 1, 0), trainer)
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(value, trainer.averaged_model.state_dict()[name]) for name, value in weights.items())
+    assert any(not torch.equal(value, trained[name]) for name, value in weights.items())
 
 
 def test_a_stop_file_stops_a_run_and_stays_a_reason_to(tmp_path: Path, preemption: Any) -> None:

@@ -80,8 +80,7 @@ def _work(job: Job, rank: int, workers: int) -> None:
         traceback.print_exc()
         return
     if job.final and rank == 0 and trainer.iteration == plan.iterations:
-        averaged = job.averaged_iterations(plan)
-        weights = mean_weights(job.run, averaged) if averaged else trainer.averaged_model.state_dict()
+        weights = _final_weights(job, plan, trainer)
         storage.write_bytes(storage.join(job.run, checkpoint_files.MODEL_FILE), to_bytes(weights))
 
 
@@ -90,6 +89,11 @@ def _trainer(job: Job, plan: FeedPlan, shards: Shards, device: torch.device, ran
     samples_K = class_samples(plan.training_labels, len(shards.actions), config.data.sampling)
     origin = _origin(shards)
     return Trainer(config, origin, device, rank, class_samples=samples_K.tolist(), resume=resume, final=job.final)
+
+
+def _final_weights(job: Job, plan: FeedPlan, trainer: Trainer) -> dict[str, torch.Tensor]:
+    averaged = job.averaged_iterations(plan)
+    return mean_weights(job.run, averaged) if averaged else trainer.averaged_model.state_dict()
 
 
 def describe_failure(error: Exception, backbone: str = "i3d") -> str:
