@@ -204,15 +204,15 @@ def test_running_statistics_move_with_the_configured_momentum() -> None:
 
 
 def test_the_gaze_loss_is_a_mean_over_the_backbone_s_own_slices() -> None:
-    """Eight slices of two frames; gaze in frames 3 and 14 of the first window alone: two slices have a target."""
+    """Eight slices of two frames; gaze in frames 3, 5 and 14 of the first window alone: three slices have a target."""
     config = tiny_config(
         model__backbone="swin3d_t", model__width=1.0, streams="rgb", train__batch_size=2, train__precision="off"
     )
     trainer, one = Trainer(config, ORIGIN, CPU), batch(0, clips=2)
     valid = torch.zeros(2, 16, dtype=torch.bool)
-    valid[0, [3, 14]] = True
+    valid[0, [3, 5, 14]] = True
     one = one._replace(gaze_valid_BT=valid, gaze_BT2=torch.full((2, 16, 2), 0.3))
-    assert trainer._gaze_slices([one]).item() == 2
+    assert trainer._gaze_slices([one]).item() == 3
     assert trainer.step(iter([one])).isfinite().all()
 
 

@@ -100,8 +100,10 @@ def test_true_segments_are_recognized_by_their_mean_score() -> None:
     scores[:24] = (0.4, 0.6)
     scores[24:40] = (0.45, 0.55)
     scores[40:48] = (1.0, 0.0)
+    scores[48:70], scores[70:72] = (0.4, 0.6), (1.0, 0.0)
     truth = [TrueSegment(0, 1, "b"), TrueSegment(1, 2, "a"), TrueSegment(1, 1.5, "a"), TrueSegment(9, 10, "a")]
     assert count_recognized(scores, truth, ["a", "b"]) == 2
+    assert count_recognized(scores, [TrueSegment(2, 3, "b")], ["a", "b"]) == 1  # nor does the highest score decide
     assert count_recognized(scores, truth[1:2], ["b", "a"]) == 0
     assert count_recognized(scores, [], ["a", "b"]) == 0
 

@@ -70,6 +70,7 @@ def test_a_mixed_step_s_losses_are_their_formula() -> None:
     )
     trainer, one = Trainer(config, ORIGIN, CPU), batch(3, clips=4)
     one = one._replace(gaze_BT2=torch.rand(4, 16, 2), gaze_valid_BT=torch.ones(4, 16, dtype=torch.bool))
+    one = one._replace(label_B=torch.tensor([0, 1, 2, 1]))  # no window has the label of the one before
     draws = draw(config.augment, 4, np.random.SeedSequence(0, spawn_key=(2, 0, 0)), CPU)
     assert draws.mixing is not None
     own = draws.mixing.own_B
@@ -100,6 +101,16 @@ def test_a_mixed_step_s_losses_are_their_formula() -> None:
     assert plain.action.item() != pytest.approx(row[1], rel=1e-3) and plain.gaze.item() != pytest.approx(
         row[2], rel=1e-3
     )
+
+
+def test_every_pass_of_every_iteration_draws_other_numbers() -> None:
+    trainer = Trainer(tiny_config(streams="rgb", augment__colour=0.4, augment__mixup=0.4), ORIGIN, CPU)
+    drawn = []
+    for trainer.iteration, number in ((0, 0), (0, 1), (1, 0), (2, 0)):
+        draws = trainer._draw(batch(0, clips=4), number)[1]
+        assert draws.colour_B3 is not None and draws.mixing is not None
+        drawn.append((draws.colour_B3.flatten().tolist(), draws.mixing.own_B.tolist()))
+    assert len({str(colours) for colours, _ in drawn}) == len({str(mixed) for _, mixed in drawn}) == 4
 
 
 def test_mixup_needs_two_samples_in_a_pass() -> None:

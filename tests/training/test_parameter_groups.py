@@ -170,6 +170,16 @@ def test_muon_resumes_and_does_not_depend_on_the_memory_format() -> None:
     assert not torch.equal(muon_steps(nn.Parameter(start.clone()), gradients[:3] + [gradients[0]] * 2), whole)
 
 
+def test_muon_starts_from_the_weights_as_they_are() -> None:
+    """Weights that are loaded after the optimizer was built, as on resume."""
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = build_optimizer(settings("muon", lr=1e-3), [ParameterRole(p)])
+    p.data.fill_(5.0)
+    p.grad = torch.eye(3)
+    optimizer.step()
+    assert (p - 5.0).abs().max() < 0.01 and not torch.equal(p.detach(), torch.full((3, 3), 5.0))
+
+
 def test_muon_follows_the_rates_of_its_groups_and_skips_what_has_no_gradient() -> None:
     weight, still, bias = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(3)), nn.Parameter(torch.zeros(3))
     roles = [ParameterRole(weight), ParameterRole(still), ParameterRole(bias, weight=False)]
