@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -54,7 +55,8 @@ def test_a_model_is_tested_packaged_and_used(name: str, egtea: Path, shards: str
         prediction = model(**{stream: torch.from_numpy(batch[stream]) for stream in model.streams})
         for stream in model.streams:
             np.testing.assert_allclose(tested[stream][place], prediction.stream_scores[stream].mean(dim=0), atol=1e-5)
-    target = package(run, str(tmp_path / "package"))
+    exports = name != "s3d"  # the export to ONNX takes long, and s3d is the case that is not slow
+    target = package(run, str(tmp_path / "package"), onnx=exports)
     card = Path(target, "README.md").read_text()
     assert ("an I3D of width 0.05" if name == "i3d" else f"Each is {name} with") in card and f"- {name}\n" in card
     every = "every frame" if form.step == 1 else f"one in {form.step} frames"
@@ -63,6 +65,10 @@ def test_a_model_is_tested_packaged_and_used(name: str, egtea: Path, shards: str
     tensors = [torch.from_numpy(np.repeat(batch[stream][:1], 3, axis=0)) for stream in model.streams]
     torch.testing.assert_close(exported(*tensors)[0][:1], prediction.scores[:1], atol=1e-4, rtol=0)
     video = clip_file(egtea, clips[1].name)
+    if exports:
+        session = onnxruntime.InferenceSession(str(Path(target, "model.onnx")), providers=["CPUExecutionProvider"])
+        images = dict(zip(model.streams, (tensor.numpy() for tensor in tensors)))
+        np.testing.assert_allclose(session.run(["scores"], images)[0][:1], prediction.scores[:1], atol=1e-4)
     segments = load_model(target, "cpu").predict(video)
     expected = prediction.scores.numpy()
     held = [[n for n, s in enumerate(starts) if s <= frame < s + form.span] for frame in range(clips[1].frames)]
