@@ -44,6 +44,9 @@ class WindowForm(NamedTuple):
         return (self.frames - 1) * self.step + 1
 
 
+LU_WINDOW = WindowForm()
+"""Window of 16 consecutive frames (Lu)."""
+
 LU_MAP_SIDE = 7
 """Rows and columns of the attention map for a crop of 224 pixels (Lu)."""
 
@@ -101,8 +104,8 @@ class AugmentConfig(ConfigNode):
     """Change of RGB: factors on brightness, contrast and saturation, each uniform between 1 - colour and 1 + colour;
     the same for all frames of a window."""
     mixup: float = Field(0.0, ge=0)
-    """Alpha of mixup (Zhang et al., ICLR 2018), which averages two windows and their losses with weights drawn from
-    Beta(alpha, alpha); 0: none. The gaze loss leaves mixed windows out, as they show two scenes."""
+    """Alpha of mixup (Zhang et al., ICLR 2018), which averages two windows and their losses; 0: none. The weights are
+    drawn from Beta(alpha, alpha), the larger one for the window itself. The gaze loss leaves mixed windows out."""
     mixup_share: Fraction = 0.5
     """Share of the windows that are mixed. The others train the attention."""
 
@@ -180,7 +183,7 @@ class TrainConfig(ConfigNode):
     """Largest norm of a stream's gradient; a larger one is scaled to it. The log has the norm before scaling, as
     `gradient_norm_rgb` and `gradient_norm_flow`."""
     freeze_trunk_for: int = Field(0, ge=0)
-    """First optimizer steps, in which the trunk's parameters stay as they are while STAM and the classifier train."""
+    """Number of first optimizer steps in which the trunk's parameters stay, while STAM and the classifier train."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an exponential moving average of weights and running statistics, per iteration; 0: none. Validation,
     checkpoints and the final weights have the average. After n iterations the decay is at most (1 + n) / (10 + n)."""

@@ -395,6 +395,21 @@ def test_crops_and_flips_are_averaged(tmp_path: Path, shards: str, monkeypatch: 
         evaluate(str(tmp_path / "run"), shards, crops=2)
 
 
+def test_attention_is_that_of_the_centre_crops_alone(tmp_path: Path, shards: str) -> None:
+    """Whatever further crops are scored, also where a batch holds none of the centre."""
+    trainer = checkpoint(tmp_path, shards)
+    data = open_shards(shards)
+    clips = data.test(1)[:2]
+    windows = sum(len(dense_starts(clip.frames)) for clip in clips)
+    assert 6 * windows % 8 in (2, 4)  # the last batch has the last views of a window
+    plain, all_views = (
+        score_clips(trainer.model, trainer.config, clips, data, views(data.image_size, 32, crops, flips=crops == 3))[1]
+        for crops in (1, 3)
+    )
+    for name in ("rgb", "flow", "centre"):
+        assert plain[name] is not None and all_views[name] == pytest.approx(plain[name], rel=1e-4)
+
+
 def test_recall_of_frequent_and_rare_classes_by_hand() -> None:
     """Seven classes, of which one has no test clips. The others have 90, 50; 50, 20; 7, 0 training clips."""
     recalls = [0.5, 1.0, None, 0.2, 0.4, 0.0, 0.9]

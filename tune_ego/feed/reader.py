@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 from tune_ego import storage
-from tune_ego.config import Config, WindowForm
+from tune_ego.config import LU_WINDOW, Config, WindowForm
 from tune_ego.dataset.flow import split_components
 from tune_ego.dataset.shards import FRAMES_PER_ROW_GROUP, Clip, Shards, describe_stray_rows
 from tune_ego.errors import UserError
@@ -34,7 +34,7 @@ class WindowReader:
         image_size: tuple[int, int],
         crop: int,
         cache: ShardCache | None = None,
-        form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
+        form: WindowForm = LU_WINDOW,
     ) -> None:
         """Create a reader.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tune_ego.config import AugmentConfig, Sampling, WindowForm
+from tune_ego.config import LU_WINDOW, AugmentConfig, Sampling, WindowForm
 from tune_ego.dataset.shards import Clip
 
 _EPOCH_ORDER, _WINDOW_DRAW, _REGION_DRAW = 0, 1, 2  # independent random streams of one seed
@@ -97,7 +97,7 @@ def training_window(
     crop: int,
     sampling: Sampling = "uniform",
     augment: AugmentConfig = AugmentConfig(),  # noqa: B008 (immutable)
-    form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
+    form: WindowForm = LU_WINDOW,
 ) -> Window:
     """Return the window of a training sample, numbered from the start of the run. `image_size` is (width, height).
 
@@ -151,14 +151,14 @@ def centre_window(clip: int, start: int, image_size: tuple[int, int], crop: int)
     return Window(clip, start, (image_size[1] - crop) // 2, (image_size[0] - crop) // 2, False)
 
 
-def dense_starts(frames: int, span: int = WindowForm().span) -> list[int]:
+def dense_starts(frames: int, span: int = LU_WINDOW.span) -> list[int]:
     """Return the starts of a clip's evaluation windows of `span` frames: 0, 8, 16, ... and the last possible start."""
     last = max(frames - span, 0)
     starts = list(range(0, last + 1, EVALUATION_STEP))
     return starts if starts[-1] == last else [*starts, last]
 
 
-def spread_starts(frames: int, count: int, span: int = WindowForm().span) -> list[int]:
+def spread_starts(frames: int, count: int, span: int = LU_WINDOW.span) -> list[int]:
     """Return the starts of `count` evenly spaced windows of `span` frames, fewer for short clips.
 
     For an odd `count`, a window is in the middle of the clip.

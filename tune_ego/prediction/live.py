@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from tune_ego.config import WindowForm
+from tune_ego.config import LU_WINDOW
 from tune_ego.dataset.frame_stream import STDIN, FrameStream
 from tune_ego.dataset.frame_times import SessionClock
 from tune_ego.dataset.gaze import FPS
@@ -52,7 +52,7 @@ class LatestWindow:
         self,
         images: Iterable[np.ndarray],
         stride: int,
-        span: int = WindowForm().span,
+        span: int = LU_WINDOW.span,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the thread.

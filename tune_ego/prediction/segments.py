@@ -24,7 +24,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from tune_ego.config import WindowForm
+from tune_ego.config import LU_WINDOW
 from tune_ego.dataset.gaze import FPS
 from tune_ego.errors import UserError
 
@@ -69,9 +69,7 @@ class Segment(NamedTuple):
     """The five classes with the highest mean scores inside, with these scores, highest first."""
 
 
-def frame_scores(
-    starts: Sequence[int], scores_WK: np.ndarray, frames: int, span: int = WindowForm().span
-) -> np.ndarray:
+def frame_scores(starts: Sequence[int], scores_WK: np.ndarray, frames: int, span: int = LU_WINDOW.span) -> np.ndarray:
     """Return each frame's mean score over the windows that hold it, float32 [F, K].
 
     Args:

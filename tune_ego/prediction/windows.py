@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from tune_ego.config import WindowForm
+from tune_ego.config import LU_WINDOW, WindowForm
 from tune_ego.dataset.flow import FlowMethod, split_components
 from tune_ego.dataset.video import encode_each
 from tune_ego.feed.augmentation import mirrored_flow_x
@@ -49,7 +49,7 @@ def video_windows(
     frames: Iterable[np.ndarray],
     method: FlowMethod,
     stride: int,
-    form: WindowForm = WindowForm(),  # noqa: B008 (immutable)
+    form: WindowForm = LU_WINDOW,
 ) -> Iterator[VideoWindow]:
     """Yield the windows at frames 0, stride, 2 stride, ... and one that ends with the video.
 

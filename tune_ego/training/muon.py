@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +39,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(others, betas=betas, eps=eps) if others else None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update all parameters with a gradient, with the learning rates of `param_groups`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         groups = iter(self.param_groups)
         for optimizer in self._parts():
             for inner, group in zip(optimizer.param_groups, groups):
@@ -54,7 +49,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self._step_muon(self._muon)
         if self._adamw is not None:
             self._adamw.step()
-        return loss
 
     def _step_muon(self, muon: torch.optim.Optimizer) -> None:
         pairs = [
