@@ -32,7 +32,7 @@ rows, columns = slice(top, top + side), slice(left, left + side)
 rgb = torch.from_numpy(np.stack(frames)[:, rows, columns, ::-1].copy())
 motion = torch.from_numpy(np.rint(levels).astype(np.uint8)[:, rows, columns].transpose(0, 3, 1, 2).copy())
 for start in range(0, len(frames) - span + 1, 8):
-    windows = {name: all[None, start : start + span : spacing] for name, all in (("rgb", rgb), ("flow", motion))}
+    windows = {name: images[None, start : start + span : spacing] for name, images in (("rgb", rgb), ("flow", motion))}
     scores = model(*(windows[name] for name in config["inputs"]))[0][0]
     best = int(scores.argmax())
     print(f"{start / 24:6.2f} s  {config['classes'][best]}  {100 * float(scores[best]):.1f} %")

@@ -64,7 +64,7 @@ def show_plan(
     if measured is not None:
         plan |= _cost(plan, config, measured, price)
         if different := [key for key in _COSTLY if key in space.searched_keys]:
-            say(f"Trials with other values of {', '.join(different)} than the probe's take another time")
+            say(f"Trials with other values of {', '.join(different)} than the probe's take longer or shorter")
     _show(plan, space, nodes.live)
     return plan
 
